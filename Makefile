@@ -1,0 +1,37 @@
+# make demo: set everything up and run the main job on the demo data.   make test: set everything up and run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Small enough for two CPU cores: ResNet-18, few RoIs, 112-pixel images. A GPU runs the same.
+SMALL := --data data/demo --rois-per-image 64 --proposals 200 --num-workers 1
+
+.PHONY: demo test check setup clean-demo
+
+setup: .venv/.done
+
+.venv/.done: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt -e .
+	touch $@
+
+# Each step goes on where an interrupted one stopped; what is finished is not done again.
+demo: setup
+	$(BIN)/python scripts/make_demo_data.py --output-dir data/demo --image-size 128
+	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --image-size 128 \
+	    --global-batch-size 16 --micro-batch-size 16 --max-steps 500 --output-dir $(RUN)/pretrain --resume
+	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 160 --long-side 160 \
+	    --global-batch-size 8 --micro-batch-size 8 --max-steps 200 --output-dir $(RUN) --resume
+	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --micro-batch-size 8 --num-workers 1
+	mkdir -p $(RUN)/samples && cp data/demo/images/val_00000*.jpg $(RUN)/samples/
+	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures
+	@echo "metrics: $(RUN)/metrics.json   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean-demo:
+	rm -rf $(RUN) data/demo

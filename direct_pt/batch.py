@@ -1,0 +1,254 @@
+"""The structures that every part shares: one image ready for the detector, a batch of them, and what is detected.
+
+Boxes are (x1, y1, x2, y2) in pixels, continuous coordinates, origin at the image's top left corner: a box that covers
+the whole image is (0, 0, width, height). Sizes are (height, width).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PackedMasks:
+    """Binary masks of objects, each kept only inside its own window, all in one flat array.
+
+    A window is what lies inside the mask's bounding box; outside it the mask is zero. Memory follows the objects'
+    areas, not their number times the image size.
+
+    Attributes:
+        windows: [N, 4] int64, whole pixels (x1, y1, x2, y2), end exclusive.
+        offsets: [N + 1] int64; mask n is `bits[offsets[n]:offsets[n + 1]]`, row by row.
+        bits: [total] uint8, 0 or 1.
+    """
+
+    windows: Tensor
+    offsets: Tensor
+    bits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def dense(self, index: int, height: int, width: int) -> Tensor:
+        """Mask `index` as [height, width] uint8."""
+        x1, y1, x2, y2 = self.windows[index].tolist()
+        mask = torch.zeros(height, width, dtype=torch.uint8)
+        mask[y1:y2, x1:x2] = self.bits[self.offsets[index] : self.offsets[index + 1]].view(y2 - y1, x2 - x1)
+        return mask
+
+    @classmethod
+    def pack(cls, crops: list[np.ndarray], windows: np.ndarray) -> "PackedMasks":
+        """From one [h, w] uint8 array an object and its window."""
+        lengths = np.array([0] + [crop.size for crop in crops], dtype=np.int64)
+        bits = np.concatenate([crop.ravel() for crop in crops]) if crops else np.zeros(0, np.uint8)
+        return cls(
+            torch.from_numpy(np.ascontiguousarray(windows, np.int64).reshape(-1, 4)),
+            torch.from_numpy(np.cumsum(lengths)),
+            torch.from_numpy(np.ascontiguousarray(bits, np.uint8)),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list["PackedMasks"]) -> "PackedMasks":
+        """The masks of all parts, in order."""
+        starts = np.cumsum([0] + [int(part.offsets[-1]) for part in parts])
+        offsets = [part.offsets[:-1] + int(start) for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(
+            torch.cat([part.windows for part in parts]),
+            torch.cat([*offsets, torch.tensor([int(starts[-1])])]),
+            torch.cat([part.bits for part in parts]),
+        )
+
+
+@dataclass
+class Objects:
+    """The annotated objects of one image, in that image's current frame.
+
+    Attributes:
+        boxes: [G, 4] float64.
+        labels: [G] int64, contiguous class indices from 0.
+        areas: [G] float64, square pixels, of the whole object also where a crop cut it.
+        crowd: [G] bool; a crowd region is no training target and no negative either.
+        segmentations: one an object, or None where masks were not asked for: a list of [P, 2] float64 polygons, or a
+            COCO RLE dictionary in the original image's frame.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    segmentations: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @classmethod
+    def none(cls, with_masks: bool = False) -> "Objects":
+        """Of an image without any."""
+        empty = np.zeros(0)
+        return cls(empty.reshape(0, 4), empty.astype(np.int64), empty, empty.astype(bool), [] if with_masks else None)
+
+    def keep(self, mask: np.ndarray) -> "Objects":
+        """Only the objects where the bool `mask` [G] holds: boxes, labels, areas, crowd and segmentations together."""
+        kept = {f.name: getattr(self, f.name)[mask] for f in fields(self) if f.name != "segmentations"}
+        if self.segmentations is not None:
+            kept["segmentations"] = [s for s, keep in zip(self.segmentations, mask, strict=True) if keep]
+        return replace(self, **kept)
+
+
+@dataclass
+class Sample:
+    """One image as the detector will see it, and its objects in that frame.
+
+    Attributes:
+        image: [3, h, w] uint8 RGB, not padded.
+        padded_size: the size that this image alone is padded to.
+        original_size: before any resizing.
+        scale: (x, y) factors from the original to this frame.
+        index: the image's row in the annotation table.
+        seed: what random choices about this sample's targets are drawn from.
+        objects: boxes, labels, areas, crowd in this frame.
+        masks: of the objects, or None where masks were not asked for.
+        unreadable: rows of the images that could not be read and that this sample stands in for.
+    """
+
+    image: Tensor
+    padded_size: tuple[int, int]
+    original_size: tuple[int, int]
+    scale: tuple[float, float]
+    objects: Objects
+    masks: PackedMasks | None = None
+    index: int = 0
+    seed: int = 0
+    unreadable: tuple[int, ...] = ()
+
+
+@dataclass
+class Batch:
+    """B samples in tensors of one shape. G is the largest number of objects, at least 1.
+
+    Attributes:
+        images: [B, 3, H, W] uint8, zero outside each image (a floating-point tensor counts as normalised already).
+        sizes: [B, 2] int64, each image without its padding.
+        padded_sizes: [B, 2] int64, the size that each image alone is padded to: anchors beyond it do not count.
+        original_sizes: [B, 2] int64.
+        scales: [B, 2] float32 (x, y) factors from the original image to this frame.
+        indices: [B] int64 rows in the annotation table.
+        seeds: [B] int64.
+        boxes: [B, G, 4] float32; zero where there is no object.
+        labels: [B, G] int64.
+        valid: [B, G] bool, the objects to be learnt.
+        crowd: [B, G] bool, the regions to be ignored.
+        masks: the masks of all objects and crowd regions, or None; `mask_rows` [B, G] int64 says which (-1: none).
+        unreadable: rows of the images that could not be read and were replaced.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    padded_sizes: Tensor
+    original_sizes: Tensor
+    scales: Tensor
+    indices: Tensor
+    seeds: Tensor
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    crowd: Tensor
+    masks: PackedMasks | None = None
+    mask_rows: Tensor | None = None
+    unreadable: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; copies from pinned memory overlap with computation."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the data loader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Any) -> "Batch":
+        moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        if self.masks is not None:
+            moved["masks"] = PackedMasks(move(self.masks.windows), move(self.masks.offsets), move(self.masks.bits))
+        return replace(self, **moved)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pad the samples to one shape. Images are padded at the right and the bottom."""
+    height = max(sample.padded_size[0] for sample in samples)
+    width = max(sample.padded_size[1] for sample in samples)
+    count, slots = len(samples), max(1, *(len(sample.objects) for sample in samples))
+    images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
+    boxes = torch.zeros(count, slots, 4)
+    labels = torch.zeros(count, slots, dtype=torch.int64)
+    valid = torch.zeros(count, slots, dtype=torch.bool)
+    crowd = torch.zeros(count, slots, dtype=torch.bool)
+    rows = torch.full((count, slots), -1, dtype=torch.int64)
+    first_row = 0
+    for b, sample in enumerate(samples):
+        objects, n = sample.objects, len(sample.objects)
+        images[b, :, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+        boxes[b, :n] = torch.from_numpy(objects.boxes.astype(np.float32))
+        labels[b, :n] = torch.from_numpy(objects.labels)
+        crowd[b, :n] = torch.from_numpy(objects.crowd)
+        valid[b, :n] = ~crowd[b, :n]
+        rows[b, :n] = torch.arange(first_row, first_row + n)
+        first_row += n
+    masks = [sample.masks for sample in samples if sample.masks is not None]
+    return Batch(
+        images=images,
+        sizes=torch.tensor([sample.image.shape[1:] for sample in samples]),
+        padded_sizes=torch.tensor([sample.padded_size for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        scales=torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
+        indices=torch.tensor([sample.index for sample in samples]),
+        seeds=torch.tensor([sample.seed for sample in samples]),
+        boxes=boxes,
+        labels=labels,
+        valid=valid,
+        crowd=crowd,
+        masks=PackedMasks.concatenate(masks) if masks else None,
+        mask_rows=rows if masks else None,
+        unreadable=tuple(row for sample in samples for row in sample.unreadable),
+    )
+
+
+@dataclass
+class Detections:
+    """What was found in a batch, best first within each image, in the original images' frames.
+
+    Attributes:
+        image: [D] int64, position in the batch.
+        boxes: [D, 4] float32.
+        scores: [D] float32.
+        labels: [D] int64.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to(self, device: torch.device | str) -> "Detections":
+        """The detections on `device`."""
+        return Detections(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def keep(self, rows: Tensor) -> "Detections":
+        """Only some rows: a mask, or indices."""
+        return Detections(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def of_image(self, position: int) -> "Detections":
+        """Only those of one image of the batch."""
+        return self.keep(self.image == position)
+
+    def above(self, score: float) -> "Detections":
+        """Only those that score more."""
+        return self.keep(self.scores > score)

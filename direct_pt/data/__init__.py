@@ -1,0 +1,1 @@
+"""From files to batches: sources, the annotation table, transforms, the loader."""

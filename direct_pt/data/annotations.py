@@ -1,0 +1,200 @@
+"""The table that every source of annotations ends in: flat arrays, nothing per object in Python.
+
+Worker processes share the arrays' memory with their parent; Python objects would be copied into each of them, page by
+page, as their reference counts change.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from direct_pt.batch import Objects
+from direct_pt.errors import InputError
+
+MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
+
+
+@dataclass
+class Segmentations:
+    """The objects' outlines: polygons, or run lengths, or nothing.
+
+    Attributes:
+        coordinates: [K, 2] float64 polygon corners (x, y) in pixels.
+        polygon_starts: [P + 1] int64; polygon p is `coordinates[polygon_starts[p]:polygon_starts[p + 1]]`.
+        object_polygons: [M + 1] int64; object m has the polygons `object_polygons[m]:object_polygons[m + 1]`.
+        run_lengths: [R] uint8, COCO's compressed counts.
+        run_length_starts: [M + 1] int64, the same for `run_lengths`.
+    """
+
+    coordinates: np.ndarray
+    polygon_starts: np.ndarray
+    object_polygons: np.ndarray
+    run_lengths: np.ndarray
+    run_length_starts: np.ndarray
+
+    def present(self) -> np.ndarray:
+        """[M] bool, whether an object has an outline at all."""
+        return (np.diff(self.object_polygons) > 0) | (np.diff(self.run_length_starts) > 0)
+
+    def of_object(self, row: int, size: tuple[int, int]) -> list[np.ndarray] | dict[str, Any]:
+        """Object `row`'s polygons ([P, 2] arrays; none without an outline), or its COCO RLE for an image of `size`."""
+        start, end = self.run_length_starts[row : row + 2]
+        if end > start:
+            return {"size": list(size), "counts": self.run_lengths[start:end].tobytes()}
+        polygons = range(self.object_polygons[row], self.object_polygons[row + 1])
+        return [self.coordinates[self.polygon_starts[p] : self.polygon_starts[p + 1]] for p in polygons]
+
+
+@dataclass
+class AnnotationTable:
+    """The annotations of one split: N images, M objects sorted by image.
+
+    Boxes and areas stand here as the source gave them; clipping and dropping happen on the way out (`objects`), so that
+    evaluation sees what any other COCO tool sees.
+
+    Attributes:
+        source: where they come from, for messages.
+        folder: that `file_names` are relative to.
+        file_names: [N] bytes.
+        image_ids: [N] int64, the source's own.
+        sizes: [N, 2] int32 (height, width) in pixels.
+        starts: [N + 1] int64; image i has the objects `starts[i]:starts[i + 1]`.
+        boxes: [M, 4] float64 (x, y, width, height) in pixels, as in COCO files.
+        labels: [M] int64, rows of `class_names`.
+        areas: [M] float64 square pixels.
+        crowd: [M] bool.
+        annotation_ids: [M] int64, the source's own.
+        segmentations: of the objects.
+        class_names: in the order of the category ids.
+        category_ids: the source's own id of each class.
+        repairs: what was mended while reading, and how often.
+    """
+
+    source: str
+    folder: Path
+    file_names: np.ndarray
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    annotation_ids: np.ndarray
+    segmentations: Segmentations
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    repairs: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, image: int) -> Path:
+        """The image file."""
+        return self.folder / self.file_names[image].decode()
+
+    def corner_boxes(self) -> np.ndarray:
+        """[M, 4] float64 (x1, y1, x2, y2), clipped to the images."""
+        limits = np.repeat(self.sizes[:, [1, 0, 1, 0]], np.diff(self.starts), axis=0).astype(np.float64)
+        corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
+        return np.clip(corners, 0, limits)
+
+    def usable(self) -> np.ndarray:
+        """[M] bool, whether at least a pixel of each side is left of an object inside its image."""
+        corners = self.corner_boxes()
+        return ((corners[:, 2:] - corners[:, :2]) >= MIN_SIDE).all(axis=1)
+
+    def targets_per_image(self) -> np.ndarray:
+        """[N] int64, how many objects of each image are learnt: usable and no crowd."""
+        target = np.concatenate([[0], np.cumsum(self.usable() & ~self.crowd)])
+        return target[self.starts[1:]] - target[self.starts[:-1]]
+
+    def objects(self, image: int, with_masks: bool) -> Objects:
+        """The usable objects of one image, boxes clipped to it."""
+        rows = slice(self.starts[image], self.starts[image + 1])
+        height, width = (int(side) for side in self.sizes[image])
+        boxes = self.boxes[rows]
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        corners = np.clip(corners, 0, [width, height, width, height])
+        outlines = None
+        if with_masks:
+            outlines = [self.segmentations.of_object(row, (height, width)) for row in range(rows.start, rows.stop)]
+        found = Objects(corners, self.labels[rows], self.areas[rows], self.crowd[rows], outlines)
+        return found.keep(((corners[:, 2:] - corners[:, :2]) >= MIN_SIDE).all(axis=1))
+
+    def require_masks(self) -> None:
+        """Raise InputError unless every object that is learnt has an outline."""
+        missing = np.flatnonzero(~self.segmentations.present() & ~self.crowd)
+        if len(missing):
+            raise InputError(
+                f"{self.source}: annotation {self.annotation_ids[missing[0]]} and {len(missing) - 1} more have no "
+                "'segmentation', which a mask detector learns from; use a box detector such as faster_rcnn_r50_fpn"
+            )
+
+    def without_empty_images(self) -> "AnnotationTable":
+        """Only the images that have something to learn."""
+        keep = self.targets_per_image() > 0
+        object_rows = np.repeat(keep, np.diff(self.starts))
+        counts = np.diff(self.starts)[keep]
+        chosen = {name: getattr(self, name)[keep] for name in ("file_names", "image_ids", "sizes")} | {
+            name: getattr(self, name)[object_rows] for name in ("boxes", "labels", "areas", "crowd", "annotation_ids")
+        }
+        chosen["starts"] = np.concatenate([[0], np.cumsum(counts)])
+        chosen["segmentations"] = _select(self.segmentations, np.flatnonzero(object_rows))
+        return replace(self, **chosen)
+
+    def coco(self, with_masks: bool = False) -> dict[str, Any]:
+        """The annotations as a COCO dictionary, values as the source gave them, for the metrics."""
+        images = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        annotations = [
+            {
+                "id": row + 1,
+                "image_id": int(self.image_ids[images[row]]),
+                "category_id": self.category_ids[self.labels[row]],
+                "bbox": self.boxes[row].tolist(),
+                "area": float(self.areas[row]),
+                "iscrowd": int(self.crowd[row]),
+            }
+            for row in range(len(self.boxes))
+        ]
+        if with_masks:
+            for row, annotation in enumerate(annotations):
+                height, width = (int(side) for side in self.sizes[images[row]])
+                outline = self.segmentations.of_object(row, (height, width))
+                polygons = [polygon.ravel().tolist() for polygon in outline] if isinstance(outline, list) else outline
+                annotation["segmentation"] = polygons
+        return {
+            "images": [
+                {"id": int(i), "height": int(h), "width": int(w)}
+                for i, (h, w) in zip(self.image_ids, self.sizes, strict=True)
+            ],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)],
+        }
+
+
+def _select(segmentations: Segmentations, rows: np.ndarray) -> Segmentations:
+    """Only the objects `rows`."""
+    polygons = _ranges(segmentations.object_polygons, rows)
+    corners = _ranges(segmentations.polygon_starts, polygons)
+    run_lengths = _ranges(segmentations.run_length_starts, rows)
+    return Segmentations(
+        coordinates=segmentations.coordinates[corners],
+        polygon_starts=_starts(np.diff(segmentations.polygon_starts)[polygons]),
+        object_polygons=_starts(np.diff(segmentations.object_polygons)[rows]),
+        run_lengths=segmentations.run_lengths[run_lengths],
+        run_length_starts=_starts(np.diff(segmentations.run_length_starts)[rows]),
+    )
+
+
+def _ranges(starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """All positions of the stretches `starts[row]:starts[row + 1]`, one after another."""
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

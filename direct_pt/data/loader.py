@@ -1,0 +1,201 @@
+"""From the annotation table to batches: which image comes when, read and transformed in worker processes.
+
+The order is a function of (seed, epoch), an image's augmentation of (seed, epoch, image): a run that is resumed, or
+spread over another number of processes, sees the same samples.
+"""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from direct_pt.batch import Batch, Objects, Sample, collate
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.images import UnreadableImage, read_image
+
+READ_TRIES = 10  # images tried in place of an unreadable one
+
+
+class Preset(Protocol):
+    """Anything of transforms.py that makes a sample of an image."""
+
+    def __call__(self, image: Image.Image, objects: Objects, rng: np.random.Generator) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The endless stream of training images: one permutation after another, no image left out or repeated in an epoch.
+
+    Attributes:
+        count: images.
+        seed: of the permutations.
+        micro_batch_size: images that go through the detector together.
+        groups: [count] int, images of different groups (aspect ratios) do not share a micro-batch, but for a few at an
+            epoch's ends; None for no grouping.
+    """
+
+    count: int
+    seed: int
+    micro_batch_size: int
+    groups: np.ndarray | None = None
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The permutation [count] of one epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.count)
+        if self.groups is None:
+            return order
+        size = self.micro_batch_size
+        # The first images complete the micro-batch that the epoch before began; whole ones of one group follow.
+        begun = -epoch * self.count % size
+        chunks, rest = [], []
+        for group in np.unique(self.groups):
+            members = order[self.groups[order] == group]
+            whole = len(members) // size * size
+            chunks.extend(members[:whole].reshape(-1, size))
+            rest.append(members[whole:])
+        leftovers = np.concatenate(rest)
+        while len(leftovers) < min(begun, self.count):
+            leftovers = np.concatenate([leftovers, chunks.pop()])
+        arranged = [chunks[row] for row in rng.permutation(len(chunks))]
+        return np.concatenate([leftovers[:begun], *arranged, leftovers[begun:]])
+
+    def micro_batches(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
+        """The (epoch, image) keys of this process's micro-batches.
+
+        Args:
+            start: the first micro-batch of the stream, counted over all processes.
+            stop: one past the last.
+            rank: of this process.
+            world: number of processes; they take turns.
+        """
+        known: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        for micro_batch in range(start + rank, stop, world):
+            keys = []
+            for position in range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size):
+                epoch, offset = divmod(position, self.count)
+                if known[0] != epoch:
+                    known = (epoch, self.epoch(epoch))
+                keys.append((epoch, int(known[1][offset])))
+            yield keys
+
+
+class _MicroBatches:
+    """A batch sampler over part of a stream; a data loader asks it anew for each iterator."""
+
+    def __init__(self, keys: list[list[tuple[int, int]]] | tuple[SampleOrder, int, int, int, int]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if isinstance(self.keys, list):
+            return iter(self.keys)
+        order, *part = self.keys
+        return order.micro_batches(*part)
+
+
+class TrainingImages(Dataset[Sample]):
+    """Samples by (epoch, image). An unreadable image is replaced by another one and named in the sample."""
+
+    def __init__(self, table: AnnotationTable, preset: Preset, seed: int, with_masks: bool) -> None:
+        self.table = table
+        self.preset = preset
+        self.seed = seed
+        self.with_masks = with_masks
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, image = key
+        rng = np.random.default_rng((self.seed, epoch, image))
+        unreadable: tuple[int, ...] = ()
+        for _ in range(READ_TRIES):
+            try:
+                pixels = read_image(self.table.path(image), _size(self.table, image))
+            except UnreadableImage:
+                unreadable = (*unreadable, image)
+                image = int(rng.integers(len(self.table)))
+                continue
+            sample = self.preset(pixels, self.table.objects(image, self.with_masks), rng)
+            return replace(sample, index=image, seed=int(rng.integers(2**62)), unreadable=unreadable)
+        # Nearly nothing can be read: an empty sample carries the names to the training loop, which stops.
+        blank = Image.new("RGB", (64, 64))
+        return replace(self.preset(blank, Objects.none(self.with_masks), rng), index=image, unreadable=unreadable)
+
+
+class EvaluationImages(Dataset[Sample]):
+    """Samples by image, without objects. An unreadable image comes back black and named in the sample."""
+
+    def __init__(self, table: AnnotationTable, preset: Preset) -> None:
+        self.table = table
+        self.preset = preset
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        image = key[1]
+        rng = np.random.default_rng(0)  # test presets draw nothing
+        unreadable: tuple[int, ...] = ()
+        try:
+            pixels = read_image(self.table.path(image), _size(self.table, image))
+        except UnreadableImage:
+            pixels, unreadable = Image.new("RGB", _size(self.table, image)[::-1]), (image,)
+        return replace(self.preset(pixels, Objects.none(), rng), index=image, unreadable=unreadable)
+
+
+def training_loader(
+    table: AnnotationTable,
+    preset: Preset,
+    order: SampleOrder,
+    part: tuple[int, int, int, int],
+    with_masks: bool,
+    num_workers: int,
+) -> DataLoader[Batch]:
+    """Batches of this process's `part` (start, stop, rank, world: see SampleOrder.micro_batches) of the stream."""
+    images = TrainingImages(table, preset, order.seed, with_masks)
+    return _loader(images, _MicroBatches((order, *part)), num_workers)
+
+
+def evaluation_loader(
+    table: AnnotationTable, preset: Preset, micro_batch_size: int, rank: int, world: int, num_workers: int
+) -> DataLoader[Batch]:
+    """Every image once over all processes.
+
+    Images of like aspect ratio share a batch; the batches are the same for every number of processes, so that the
+    detections, which padding touches, are too.
+    """
+    aspect = table.sizes[:, 0] / table.sizes[:, 1]
+    order = np.argsort(aspect, kind="stable")
+    batches = [
+        [(0, int(image)) for image in order[start : start + micro_batch_size]]
+        for start in range(0, len(order), micro_batch_size)
+    ]
+    return _loader(EvaluationImages(table, preset), _MicroBatches(batches[rank::world]), num_workers)
+
+
+def aspect_groups(table: AnnotationTable) -> np.ndarray:
+    """[N] 0 for images that are at least as wide as high, 1 for the others."""
+    return (table.sizes[:, 1] < table.sizes[:, 0]).astype(np.int64)
+
+
+def _loader(images: Dataset[Sample], batches: _MicroBatches, num_workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        images,  # type: ignore[arg-type]  # collate makes Batches of its Samples
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: an iterator would draw from the global one, which resuming restores
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A Ctrl-C reaches the whole process group; workers go on so that the step under way can be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _size(table: AnnotationTable, image: int) -> tuple[int, int]:
+    height, width = table.sizes[image].tolist()
+    return height, width

@@ -1,0 +1,41 @@
+"""How the programs end: what a user can mend is one line on stderr and exit status 2."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class InputError(Exception):
+    """The input or the arguments are wrong. The message names the file or flag and the remedy."""
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on; what was trained so far has been saved. The message says where and what to do."""
+
+
+class StopSignal(Exception):
+    """A stop signal arrived and the state was saved. `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def run_program(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit: 0 done, 2 wrong input, 1 a failure, 143 or 130 after a stop signal."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_report("error", error, 2))
+    except TrainingStopped as error:
+        sys.exit(_report("stopped", error, 1))
+    except StopSignal as signal:
+        sys.exit(_report("stopped", signal, signal.exit_status))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _report(kind: str, message: Exception, status: int) -> int:
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    return status

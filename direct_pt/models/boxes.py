@@ -1,0 +1,96 @@
+"""Box arithmetic on whole batches: coder, overlaps, non-maximum suppression. All in float32 or better.
+
+Boxes are (x1, y1, x2, y2) in pixels. Semantics follow MMDetection's DeltaXYWHBBoxCoder and bbox_overlaps.
+"""
+
+import math
+
+import torch
+import torchvision
+from torch import Tensor
+
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded side is at most 62.5 times the reference's
+
+
+def encode(references: Tensor, targets: Tensor, stds: tuple[float, float, float, float]) -> Tensor:
+    """Deltas [..., 4] (dx, dy, dw, dh) that move `references` [..., 4] onto `targets` [..., 4], divided by `stds`.
+
+    Both must have positive width and height.
+    """
+    x, y, w, h = _centres(references)
+    tx, ty, tw, th = _centres(targets)
+    deltas = torch.stack([(tx - x) / w, (ty - y) / h, torch.log(tw / w), torch.log(th / h)], dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode(references: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], sizes: Tensor) -> Tensor:
+    """Boxes [B, ..., 4] from `references` and `deltas` of that shape, clipped to the images' `sizes` [B, 2] (h, w)."""
+    x, y, w, h = _centres(references)
+    dx, dy, dw, dh = (deltas.float() * deltas.new_tensor(stds, dtype=torch.float32)).unbind(-1)
+    half_w = 0.5 * w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    half_h = 0.5 * h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    x, y = x + w * dx, y + h * dy
+    return clip(torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1), sizes)
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [B, ..., 4] cut to the images' `sizes` [B, 2] (h, w)."""
+    limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]]
+    limits = limits.view(len(boxes), *[1] * (boxes.dim() - 2), 4)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4]."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairwise IoU and intersection over `second`'s own area.
+
+    Args:
+        first: [B, G, 4].
+        second: [B or 1, N, 4].
+
+    Returns:
+        Two [B, G, N] tensors.
+    """
+    top_left = torch.maximum(first[:, :, None, :2], second[:, None, :, :2])
+    bottom_right = torch.minimum(first[:, :, None, 2:], second[:, None, :, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    second_area = area(second)[:, None, :]
+    union = area(first)[:, :, None] + second_area - intersection
+    return intersection / union.clamp(min=1e-6), intersection / second_area.clamp(min=1e-6)
+
+
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Greedy NMS inside each group, for all groups at once.
+
+    Args:
+        boxes: [M, 4].
+        scores: [M].
+        groups: [M] int64 from 0; boxes of different groups never suppress each other.
+        threshold: a box goes where its IoU with a better one is strictly above this.
+
+    Returns:
+        The kept rows [K], best score first.
+    """
+    if boxes.is_cuda:
+        # One kernel for all: groups are moved apart, in float64 so that far-off coordinates keep their digits.
+        shift = groups.double() * (boxes.max() - boxes.min() + 1).double() if len(boxes) else groups.double()
+        return torchvision.ops.nms(boxes.double() + shift[:, None], scores.double(), threshold)
+    # The CPU kernel compares every kept box with all that follow, so there each group is a call of its own.
+    order = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups).tolist() if len(groups) else []
+    kept = [
+        rows[torchvision.ops.nms(boxes[rows], scores[rows], threshold)] for rows in order.split(counts) if len(rows)
+    ]
+    if not kept:
+        return order
+    rows = torch.cat(kept)
+    return rows[torch.argsort(scores[rows], descending=True, stable=True)]
+
+
+def _centres(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.float().unbind(-1)
+    return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1

@@ -1,0 +1,122 @@
+"""Which reference box (anchor or proposal) learns which object, and which of them are sampled: a whole batch at once.
+
+Semantics follow MMDetection's MaxIoUAssigner and RandomSampler. Crowd regions are taken out of the negatives, which
+MMDetection's default settings do not do.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from direct_pt.models.boxes import overlaps
+
+CROWD_OVERLAP = 0.5  # a negative that lies in crowd regions by more than this share of its area is ignored
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The rule: `positive` and `negative` IoU, and what a best but low match needs (None: low matches do not count)."""
+
+    positive: float
+    negative: float
+    low_quality: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many references of an image enter the loss, and at most what share of them positive. None takes all."""
+
+    per_image: int | None
+    positive_share: float
+
+    def normalizer(self, sampled: Tensor) -> Tensor | float:
+        """What a loss summed over the `sampled` [B, S] references of a batch is divided by.
+
+        It is the count when every image fills its samples, as it does at the recipe's sizes. Being proportional to
+        the number of images, it makes the gradient of accumulated micro-batches that of one large batch.
+        """
+        if self.per_image is None:
+            return sampled.sum() + torch.finfo(torch.float32).eps
+        return float(len(sampled) * self.per_image)
+
+
+@dataclass
+class Matches:
+    """For each of N references: `target` [B, N] the object's slot, `positive` and `negative` [B, N] bool."""
+
+    target: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@torch.no_grad()
+def match(rule: Matching, references: Tensor, usable: Tensor, boxes: Tensor, valid: Tensor, crowd: Tensor) -> Matches:
+    """Match references to objects by IoU.
+
+    Args:
+        rule: the thresholds.
+        references: [B or 1, N, 4] boxes.
+        usable: [B, N] bool; the others are neither positive nor negative.
+        boxes: [B, G, 4] objects.
+        valid: [B, G] bool, which of them are to be learnt.
+        crowd: [B, G] bool, which are regions to ignore.
+    """
+    iou, covered = overlaps(boxes, references)
+    in_crowd = (covered.masked_fill(~crowd[:, :, None], 0).amax(dim=1) > CROWD_OVERLAP) & usable
+    iou = iou.masked_fill(~(valid[:, :, None] & usable[:, None, :]), -1)
+    best, target = iou.max(dim=1)
+    positive = best >= rule.positive
+    negative = best < rule.negative
+    if rule.low_quality is not None:
+        # Every reference that ties for an object's best takes that object; of several objects the last one wins.
+        best_of_object = iou.amax(dim=2, keepdim=True)
+        taken = (iou == best_of_object) & (best_of_object >= rule.low_quality)
+        slots = torch.arange(boxes.shape[1], device=boxes.device)[None, :, None]
+        last = torch.where(taken, slots, -1).amax(dim=1)
+        target = torch.where(last >= 0, last, target)
+        positive = positive | (last >= 0)
+    return Matches(target, positive & usable, negative & ~positive & ~in_crowd & usable)
+
+
+@torch.no_grad()
+def sample(rule: Sampling, matches: Matches, seeds: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw references for the loss, positives first.
+
+    The draw depends on each image's own seed alone: not on the batch that it is in, nor on a generator's state.
+
+    Args:
+        rule: how many.
+        matches: of [B, N] references.
+        seeds: [B] int64.
+        salt: tells one use from another.
+
+    Returns:
+        rows [B, S], positive [B, S], sampled [B, S]: slots that are not `sampled` hold nothing.
+    """
+    count = matches.positive.shape[1]
+    size = count if rule.per_image is None else min(rule.per_image, count)
+    positives = count if rule.per_image is None else min(int(rule.per_image * rule.positive_share), count)
+    keys = random_keys(seeds, count, salt)
+    positive_keys = torch.where(matches.positive, keys, -1.0)
+    chosen = positive_keys.topk(positives, dim=1)
+    is_chosen = torch.zeros_like(matches.positive).scatter(1, chosen.indices, chosen.values >= 0)
+    keys = torch.where(is_chosen, keys + 1, torch.where(matches.negative, keys, -1.0))
+    drawn = keys.topk(size, dim=1)
+    return drawn.indices, is_chosen.gather(1, drawn.indices), drawn.values >= 0
+
+
+def random_keys(seeds: Tensor, count: int, salt: int) -> Tensor:
+    """[B, count] float32 in [0, 1), a hash of (seed, salt, position): the same on every device and in every batch."""
+    low, high = seeds & 0xFFFFFFFF, (seeds >> 32) & 0x7FFFFFFF
+    stream = _mix(low ^ _mix(high + 0x9E3779B9 * (salt + 1)))
+    keys = _mix(torch.arange(count, device=seeds.device)[None, :] * 0x9E3779B1 + stream[:, None])
+    return (keys >> 8).float() / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser (the public-domain MurmurHash3 one), on int64."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -1,0 +1,128 @@
+"""The region proposal network. Semantics follow MMDetection's RPNHead."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from direct_pt.batch import Batch
+from direct_pt.models.anchors import Anchors
+from direct_pt.models.boxes import decode, encode, grouped_nms
+from direct_pt.models.matching import Matching, Sampling, match, sample
+
+STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ProposalCounts:
+    """How many boxes a level enter NMS, and how many an image leave it."""
+
+    before_nms: int
+    after_nms: int
+
+
+@dataclass
+class Proposals:
+    """Boxes [B, P, 4] in pixels, best first, their scores [B, P], and which slots are filled: valid [B, P] bool."""
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+class RPN(nn.Module):
+    """One shared 3x3 convolution, objectness and box deltas for every anchor.
+
+    Args:
+        channels: of the pyramid.
+        anchors: of the pyramid's levels.
+        matching: which anchors learn which object.
+        sampling: how many enter the loss.
+        train_counts: of proposals in training.
+        test_counts: of proposals in inference.
+        nms_threshold: IoU above which the lesser proposal of a level goes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        anchors: Anchors,
+        matching: Matching,
+        sampling: Sampling,
+        train_counts: ProposalCounts,
+        test_counts: ProposalCounts,
+        nms_threshold: float = 0.7,
+    ) -> None:
+        super().__init__()
+        self.anchors = anchors
+        self.matching = matching
+        self.sampling = sampling
+        self.train_counts = train_counts
+        self.test_counts = test_counts
+        self.nms_threshold = nms_threshold
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors.per_cell, 1)
+        self.deltas = nn.Conv2d(channels, anchors.per_cell * 4, 1)
+        for name, parameter in self.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.01)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Raw maps of each level: objectness logits [B, A, h, w] and deltas [B, 4 A, h, w]."""
+        hidden = [F.relu(self.conv(feature)) for feature in features]
+        return [self.objectness(h) for h in hidden], [self.deltas(h) for h in hidden]
+
+    def losses(
+        self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Objectness (binary cross-entropy) and box (L1) loss, both over the number of sampled anchors."""
+        anchors = torch.cat(self.anchors(features))
+        usable = self.anchors.inside(features, batch.padded_sizes)
+        matches = match(self.matching, anchors[None], usable, batch.boxes, batch.valid, batch.crowd)
+        rows, positive, sampled = sample(self.sampling, matches, batch.seeds, salt=0)
+        flat_logits = torch.cat([_per_anchor(level, 1) for level in logits], dim=1).squeeze(-1)
+        flat_deltas = torch.cat([_per_anchor(level, 4) for level in deltas], dim=1)
+        logit = flat_logits.gather(1, rows).float()
+        delta = flat_deltas.gather(1, rows[..., None].expand(-1, -1, 4)).float()
+
+        anchor = anchors[rows]
+        objects = batch.boxes.gather(1, matches.target.gather(1, rows)[..., None].expand(-1, -1, 4))
+        target = encode(anchor, torch.where(positive[..., None], objects, anchor), STDS)
+        normalizer = self.sampling.normalizer(sampled)
+        objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+        return {
+            "rpn_objectness": (objectness * sampled).sum() / normalizer,
+            "rpn_box": ((delta - target).abs() * positive[..., None]).sum() / normalizer,
+        }
+
+    @torch.no_grad()
+    def proposals(self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor], batch: Batch) -> Proposals:
+        """The best boxes of each image, after NMS within each level."""
+        counts = self.train_counts if self.training else self.test_counts
+        boxes, scores, levels = [], [], []
+        for level, anchors in enumerate(self.anchors(features)):
+            score = _per_anchor(logits[level], 1).squeeze(-1).float().sigmoid()
+            best, rows = score.topk(min(counts.before_nms, len(anchors)), dim=1)
+            delta = _per_anchor(deltas[level], 4).gather(1, rows[..., None].expand(-1, -1, 4))
+            boxes.append(decode(anchors[rows], delta, STDS, batch.sizes))
+            scores.append(best)
+            levels.append(torch.full_like(rows, level))
+        box, score, level_of = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
+        usable = (box[..., 2:] > box[..., :2]).all(dim=-1)
+        image = torch.arange(len(box), device=box.device)[:, None]
+        # Unusable boxes go into NMS as empty ones, which suppress nothing, so that shapes stay fixed.
+        kept = grouped_nms(
+            torch.where(usable[..., None], box, 0.0).flatten(0, 1),
+            score.flatten(),
+            (image * len(logits) + level_of).flatten(),
+            self.nms_threshold,
+        )
+        survives = torch.zeros_like(usable).flatten().index_fill(0, kept, True).view_as(usable) & usable
+        score, rows = torch.where(survives, score, -1.0).topk(min(counts.after_nms, score.shape[1]), dim=1)
+        return Proposals(box.gather(1, rows[..., None].expand(-1, -1, 4)), score, score >= 0)
+
+
+def _per_anchor(level: Tensor, values: int) -> Tensor:
+    """[B, A * values, h, w] as [B, h * w * A, values], the anchors' order."""
+    batch, _, height, width = level.shape
+    return level.view(batch, -1, values, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, values)

@@ -1,0 +1,365 @@
+"""From command-line flags to the resolved numbers of a run, and to its config.json and back."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from direct_pt.data.sources import SplitPaths, find_splits
+from direct_pt.device import PRECISIONS
+from direct_pt.errors import InputError
+from direct_pt.models.detector import MODELS
+from direct_pt.recipes import FINETUNE, IMAGE_SIZE, LONG_SIDE, PRETRAIN, SCHEDULES, SHORT_SIDE, Recipe
+
+STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
+# What may differ between a run and its resumption: where and how it runs, not what it computes.
+FREE_ON_RESUME = {"resume", "num_workers", "report_to", "log_every", "save_every", "keep_checkpoints", "output_dir"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of pretrain.py and finetune.py as given; None where a default depends on the data or the stage."""
+
+    stage: str
+    output_dir: Path
+    data: Path | None = None
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    drop_empty: bool = False
+    model: str | None = None
+    backbone: str | None = None
+    norm: str = "batch"
+    channels: int = 256
+    rois_per_image: int = 512
+    proposals: int = 1000
+    init: str = "none"
+    image_size: int = IMAGE_SIZE
+    short_side: int = SHORT_SIDE
+    long_side: int = LONG_SIDE
+    schedule: str = "1x"
+    epochs: float | None = None
+    max_steps: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    lr: float | None = None
+    warmup_steps: int | None = None
+    mixed_precision: str = "auto"
+    seed: int = 0
+    num_workers: int = 2
+    eval_every: float | None = None
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    resume: bool = False
+    report_to: str = "none"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The stage's numbers."""
+        return STAGES[self.stage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    def splits(self) -> dict[str, SplitPaths]:
+        """Where the images and annotations of "train" and, if there, "val" are. Raises InputError."""
+        return split_paths(self.data, self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved numbers of a run. Steps are optimizer steps.
+
+    Attributes:
+        images: of the training split.
+        processes: that share the work.
+        global_batch_size: images a step.
+        micro_batch_size: images that go through the detector together.
+        accumulation: micro-batches a step on each process.
+        total_steps: of the run.
+        lr: after the warm-up.
+        warmup_steps: of linear warm-up.
+        warmup_factor: share of the lr that the warm-up starts from.
+        decay_steps: after which the lr falls to a tenth.
+        eval_steps: between two evaluations.
+        notes: how the numbers came about where that may surprise.
+    """
+
+    images: int
+    processes: int
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    total_steps: int
+    lr: float
+    warmup_steps: int
+    warmup_factor: float
+    decay_steps: tuple[int, ...]
+    eval_steps: int
+    notes: tuple[str, ...]
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training images."""
+        return self.total_steps * self.global_batch_size / self.images
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimizer step `step`, from 0."""
+        lr = self.lr * 0.1 ** sum(step >= decay for decay in self.decay_steps)
+        if step < self.warmup_steps:
+            lr *= 1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor)
+        return lr
+
+
+def make_plan(settings: Settings, images: int, processes: int) -> Plan:
+    """Resolve the batch, the schedule and the learning rate.
+
+    Raises:
+        InputError: the batch does not divide; the message gives the nearest ones that do.
+    """
+    recipe = settings.recipe
+    micro = settings.micro_batch_size or recipe.micro_batch_size
+    batch = settings.global_batch_size or recipe.global_batch_size
+    unit = micro * processes
+    if batch % unit:
+        near = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
+        micros = [size for size in range(1, batch // processes + 1) if batch % (size * processes) == 0]
+        raise InputError(
+            f"--global-batch-size {batch} does not divide into micro-batches of {micro} on {processes} process(es); "
+            f"use --global-batch-size {' or '.join(map(str, near))}"
+            + (f", or --micro-batch-size {' or '.join(map(str, micros[-3:]))}" if micros else "")
+        )
+    notes = []
+    if settings.max_steps is not None:
+        steps = settings.max_steps
+    elif settings.epochs is not None:
+        steps = max(1, round(settings.epochs * images / batch))
+    else:
+        epochs = recipe.epochs * SCHEDULES[settings.schedule]
+        steps = max(1, round(epochs * images / batch))
+        # The floor is in images seen, so that a smaller batch gets more steps.
+        floor = round(recipe.least_steps * SCHEDULES[settings.schedule] * recipe.global_batch_size / batch)
+        if steps < floor:
+            notes.append(f"{epochs} epochs of {images} images are {steps} steps: raised to the floor of {floor}")
+            steps = floor
+    lr = settings.lr
+    if lr is None:
+        lr = recipe.lr * batch / recipe.global_batch_size
+        if batch != recipe.global_batch_size:
+            notes.append(f"lr {lr:g} = {recipe.lr:g} x {batch} / {recipe.global_batch_size}")
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = min(recipe.warmup_steps, max(1, steps // 10))
+        if warmup < recipe.warmup_steps:
+            notes.append(f"warm-up {warmup} steps, a tenth of the run, in place of {recipe.warmup_steps}")
+    eval_steps = steps / 12 if settings.eval_every is None else settings.eval_every * images / batch
+    return Plan(
+        images=images,
+        processes=processes,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        accumulation=batch // unit,
+        total_steps=steps,
+        lr=lr,
+        warmup_steps=warmup,
+        warmup_factor=recipe.warmup_factor,
+        decay_steps=tuple(round(share * steps) for share in recipe.decays),
+        eval_steps=max(1, round(eval_steps)),
+        notes=tuple(notes),
+    )
+
+
+def split_paths(
+    data: Path | None,
+    train_images: Path | None,
+    train_annotations: Path | None,
+    val_images: Path | None,
+    val_annotations: Path | None,
+) -> dict[str, SplitPaths]:
+    """The splits that the flags name. Raises InputError where they are incomplete or contradict each other."""
+    explicit = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}
+    if data is not None:
+        if any(path is not None for pair in explicit.values() for path in pair):
+            raise InputError("give either --data or the explicit --train-... and --val-... paths, not both")
+        return find_splits(data)
+    splits = {}
+    for split, (images, annotations) in explicit.items():
+        if (images is None) != (annotations is None):
+            missing = "images" if images is None else "annotations"
+            raise InputError(f"--{split}-{missing} is missing: images and annotations of a split belong together")
+        if images is not None and annotations is not None:
+            splits[split] = SplitPaths(images, annotations)
+    if not splits:
+        raise InputError("no data given: use --data DIR, or --train-images and --train-annotations")
+    return splits
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults and whose errors are one line and exit status 2."""
+    return _OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_data_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that say where the data are."""
+    data = p.add_argument_group("data")
+    layouts = "COCO 2017's layout, or images/ with annotations/instances_{train,val}.json"
+    data.add_argument("--data", type=Path, metavar="DIR", help=f"a COCO-format folder: {layouts}")
+    for split in ("train", "val"):
+        data.add_argument(f"--{split}-images", type=Path, metavar="DIR", help="in place of --data")
+        data.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="in place of --data")
+
+
+def parse_training(stage: str, description: str, argv: list[str] | None = None) -> Settings:
+    """The settings of pretrain.py or finetune.py.
+
+    Raises:
+        InputError: a flag is unknown or its value impossible.
+    """
+    p = parser(description)
+    p.add_argument("--config", type=Path, metavar="FILE", help="a run's config.json: its flags become the defaults")
+    add_data_arguments(p)
+    p.add_argument("--drop-empty", action="store_true", help="leave out images without objects, else negatives")
+    _add_detector_arguments(p.add_argument_group("detector"), stage)
+    _add_image_arguments(p.add_argument_group("images"), stage)
+    _add_schedule_arguments(p.add_argument_group("schedule and batch"), STAGES[stage])
+    _add_run_arguments(p.add_argument_group("run"))
+
+    config, _ = p.parse_known_args(argv)
+    if config.config is not None:
+        p.set_defaults(**_saved_flags(config.config, stage))
+    values = vars(p.parse_args(argv))
+    values.pop("config")
+    if values["output_dir"] is None:
+        raise InputError("--output-dir is missing: the folder that the run is written to")
+    return _checked(Settings(stage=stage, **values))
+
+
+def _add_detector_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
+    names = f"one of {', '.join(MODELS)}"
+    if stage == "finetune":
+        group.add_argument("--init", metavar="RUN|none", help="the pre-trained run; none: random, nothing frozen")
+        names += "; with --init none"
+    group.add_argument("--model", metavar="NAME", help=names)
+    group.add_argument("--backbone", metavar="NAME", help="any timm ResNet (paper: resnet50)")
+    group.add_argument("--norm", choices=["batch", "group"], default="batch", help="(paper: batch)")
+    group.add_argument("--channels", **_count(256, "N", "width of the pyramid and heads (paper: 256)"))
+    group.add_argument("--rois-per-image", **_count(512, "N", "that the second stage learns from (paper: 512)"))
+    group.add_argument("--proposals", **_count(1000, "N", "an image, that leave the RPN (paper: 1000)"))
+
+
+def _add_image_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
+    if stage == "pretrain":
+        group.add_argument("--image-size", **_count(IMAGE_SIZE, "PIXELS", f"of the crops (paper: {IMAGE_SIZE})"))
+    else:
+        group.add_argument("--short-side", **_count(SHORT_SIDE, "PIXELS", f"images fit in (paper: {SHORT_SIDE})"))
+        group.add_argument("--long-side", **_count(LONG_SIDE, "PIXELS", f"images fit in (paper: {LONG_SIDE})"))
+
+
+def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
+    """All counted in optimizer steps or passes over the training images."""
+    length = group.add_mutually_exclusive_group()
+    text = f"1x: {recipe.epochs} epochs (paper), with a floor of steps for small data sets"
+    length.add_argument("--schedule", choices=list(SCHEDULES), default="1x", help=text)
+    length.add_argument("--epochs", type=_positive_float, metavar="N", help="in place of --schedule")
+    length.add_argument("--max-steps", **_count(None, "N", "in place of --schedule"))
+    text = f"images an optimizer step, over all processes (paper: {recipe.global_batch_size})"
+    group.add_argument("--global-batch-size", **_count(None, "N", text))
+    text = f"images at once on a device; the rest is accumulated (paper: {recipe.micro_batch_size})"
+    group.add_argument("--micro-batch-size", **_count(None, "N", text))
+    text = f"(paper: {recipe.lr:g} for a batch of {recipe.global_batch_size}; scaled in proportion to the batch)"
+    group.add_argument("--lr", type=_positive_float, metavar="X", help=text)
+    text = f"(paper: {recipe.warmup_steps}; at most a tenth of the run)"
+    group.add_argument("--warmup-steps", type=not_negative_integer, metavar="N", help=text)
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output-dir", type=Path, metavar="RUN", help="the run's folder")
+    group.add_argument("--resume", action="store_true", help="from the newest checkpoint in --output-dir, if any")
+    add_device_arguments(group)
+    text = "of weights, order and augmentation (0)"
+    group.add_argument("--seed", type=not_negative_integer, default=0, metavar="N", help=text)
+    text = "between two evaluations (a twelfth of the run)"
+    group.add_argument("--eval-every", type=_positive_float, metavar="EPOCHS", help=text)
+    group.add_argument("--save-every", **_count(1000, "STEPS", "between two checkpoints (1000)"))
+    group.add_argument("--keep-checkpoints", **_count(2, "N", "the newest that stay (2)"))
+    group.add_argument("--log-every", **_count(20, "STEPS", "between two log lines (20)"))
+    group.add_argument("--report-to", choices=["none", "tensorboard"], default="none", help="besides metrics.jsonl")
+
+
+def add_device_arguments(p: argparse._ActionsContainer) -> None:
+    """The flags that say how the machine is used."""
+    text = "auto: the launcher's, else fp16 on a GPU, and bf16 on a CPU that computes in it"
+    p.add_argument("--mixed-precision", choices=PRECISIONS, default="auto", help=text)
+    text = "processes that read images (2)"
+    p.add_argument("--num-workers", type=not_negative_integer, default=2, metavar="N", help=text)
+
+
+def _count(default: int | None, metavar: str, text: str) -> dict[str, Any]:
+    """The arguments of a flag that takes a number from 1."""
+    return {"type": positive_integer, "default": default, "metavar": metavar, "help": text}
+
+
+def _saved_flags(path: Path, stage: str) -> dict[str, Any]:
+    """The flags of an earlier run's config.json."""
+    try:
+        saved = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--config {path}: cannot be read as a run's config.json ({error})") from error
+    if saved.pop("stage", stage) != stage:
+        raise InputError(f"--config {path}: is of the other stage; give it to the other script")
+    kinds = {field.name: field.type for field in fields(Settings)}
+    unknown = set(saved) - set(kinds)
+    if unknown:
+        raise InputError(f"--config {path}: has unknown settings: {', '.join(sorted(unknown))}")
+    saved.pop("resume", None)
+    return {key: Path(v) if v is not None and "Path" in str(kinds[key]) else v for key, v in saved.items()}
+
+
+def _checked(settings: Settings) -> Settings:
+    if settings.stage == "pretrain" and settings.image_size % 32:
+        lower = settings.image_size // 32 * 32
+        near = " or ".join(str(size) for size in (lower, lower + 32) if size)
+        raise InputError(f"--image-size {settings.image_size} is no multiple of 32: use {near}")
+    if settings.short_side > settings.long_side:
+        raise InputError(f"--short-side {settings.short_side} is above --long-side {settings.long_side}: swap them")
+    if settings.stage == "finetune" and settings.init is None:
+        raise InputError("--init is missing: the pre-trained run to start from, or none for random weights")
+    if settings.model is None and settings.init in (None, "none"):
+        raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
+    if settings.model is not None and settings.model not in MODELS:
+        raise InputError(f"--model {settings.model}: no such detector; choose one of {', '.join(MODELS)}")
+    return settings
+
+
+def positive_integer(text: str) -> int:
+    """For argparse."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def not_negative_integer(text: str) -> int:
+    """For argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be below 0")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value

@@ -1,0 +1,66 @@
+"""Pictures: detections drawn on images, and a run's curves."""
+
+import colorsys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+matplotlib.use("Agg")  # files only; a display is not needed
+from matplotlib import pyplot as plt
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """A colour of its own for each class index: hues a golden angle apart."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 1.0)
+    return int(red * 255), int(green * 255), int(blue * 255)
+
+
+def draw_detections(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, captions: list[str]) -> Image.Image:
+    """A copy of an RGB image with boxes and captions.
+
+    Args:
+        image: the original.
+        boxes: [n, 4] (x1, y1, x2, y2) in its pixels.
+        labels: [n] class indices, for the colours.
+        captions: [n].
+    """
+    drawn = image.copy()
+    pen = ImageDraw.Draw(drawn)
+    side = min(image.size)
+    font = ImageFont.load_default(size=max(9, side // 40))
+    for box, label, caption in zip(boxes.tolist(), labels.tolist(), captions, strict=True):
+        color = class_color(label)
+        pen.rectangle(box, outline=color, width=max(1, side // 250))
+        left, top, right, bottom = pen.textbbox((0, 0), caption, font=font)
+        x = min(max(0, box[0]), max(0, image.width - right))
+        y = box[1] - bottom if box[1] >= bottom else box[1]
+        pen.rectangle((x + left, y + top, x + right, y + bottom), fill=color)
+        pen.text((x, y), caption, fill=(0, 0, 0), font=font)
+    return drawn
+
+
+def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
+    """Losses, learning rate and AP over the optimizer steps, from the records of metrics.jsonl."""
+    logged = [record for record in records if "loss" in record]
+    evaluated = [record for record in records if "bbox" in record]
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    steps = [record["step"] for record in logged]
+    for name in logged[0]["losses"] if logged else []:
+        losses.plot(steps, [record["losses"][name] for record in logged], label=name, linewidth=1)
+    losses.plot(steps, [record["loss"] for record in logged], label="sum", color="black", linewidth=1)
+    rate = losses.twinx()
+    rate.plot(steps, [record["lr"] for record in logged], color="grey", linestyle=":", linewidth=1)
+    rate.set_ylabel("learning rate (dotted)")
+    losses.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="training losses")
+    losses.legend(fontsize=8)
+    steps = [record["step"] for record in evaluated]
+    for name in ("AP", "AP50", "AP75"):
+        scores.plot(steps, [record["bbox"][name] for record in evaluated], marker="o", markersize=3, label=name)
+    scores.set(xlabel="optimizer step", ylabel="box AP", ylim=(0, 1), title="validation")
+    scores.grid(alpha=0.3)
+    scores.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,65 @@
+"""Measure a trained detector: COCO metrics and predictions of one split.
+
+  accelerate launch scripts/evaluate.py --checkpoint RUN --data DIR [--split val] [--output-dir DIR]
+
+Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
+Writes metrics.json and predictions.json (COCO results format, with the data set's own ids).
+"""
+
+from pathlib import Path
+
+from direct_pt.checkpoint import from_pretrained, write_json
+from direct_pt.data.sources import load_split
+from direct_pt.data.transforms import TestPreset
+from direct_pt.device import make_accelerator
+from direct_pt.errors import InputError, run_program
+from direct_pt.evaluation import evaluate, metrics_table
+from direct_pt.settings import add_data_arguments, add_device_arguments, parser, positive_integer, split_paths
+
+
+def main() -> None:
+    """Evaluate one split."""
+    p = parser(__doc__ or "")
+    p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
+    add_data_arguments(p)
+    p.add_argument("--split", choices=["train", "val"], default="val")
+    p.add_argument("--short-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
+    p.add_argument("--long-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
+    p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
+    add_device_arguments(p)
+    p.add_argument("--output-dir", type=Path, metavar="DIR", help="(default: the checkpoint's folder)")
+    args = p.parse_args()
+
+    output = args.output_dir or Path(args.checkpoint)
+    if args.output_dir is None and not output.is_dir():
+        raise InputError("--output-dir is missing: where to write the metrics of a model from the hub")
+    detector = from_pretrained(args.checkpoint)
+    splits = split_paths(args.data, args.train_images, args.train_annotations, args.val_images, args.val_annotations)
+    if args.split not in splits:
+        raise InputError(f"--split {args.split}: the data have no such split, only {', '.join(splits)}")
+    table = load_split(splits[args.split])
+    config = detector.config
+    if (config.class_names, config.category_ids) != (table.class_names, table.category_ids):
+        raise InputError(
+            f"{table.source}: its categories are not the {len(config.class_names)} classes that {args.checkpoint} was "
+            "trained for; evaluate on the data set that it was trained on"
+        )
+    preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
+    if preset.short_side > preset.long_side:
+        raise InputError(f"--short-side {preset.short_side} is above --long-side {preset.long_side}: swap them")
+
+    accelerator = make_accelerator(args.mixed_precision)
+    detector.to(accelerator.device)
+    metrics, predictions = evaluate(detector, table, preset, args.micro_batch_size, accelerator, args.num_workers)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "metrics.json", metrics)
+        write_json(output / "predictions.json", predictions.coco(table))
+        print(f"{args.split}: {len(table)} images at {preset.long_side}x{preset.short_side}\n{metrics_table(metrics)}")
+        for image in predictions.unreadable:
+            print(f"unreadable, counted without detections: {table.path(image)}")
+        print(f"written: {output / 'metrics.json'}, {output / 'predictions.json'}")
+
+
+if __name__ == "__main__":
+    run_program(main)

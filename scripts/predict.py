@@ -1,0 +1,146 @@
+"""Detect objects in image files: drawn pictures and COCO results.
+
+  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold 0.3]
+
+Folders are searched recursively. Writes each picture with its detections drawn, and predictions.json: COCO results with
+the data set's own category ids; images are numbered from 1 in the order of their names, and named in each row.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from direct_pt.batch import Detections, Objects, Sample, collate
+from direct_pt.checkpoint import from_pretrained
+from direct_pt.data.images import FORMATS, UnreadableImage, read_image
+from direct_pt.data.transforms import TestPreset
+from direct_pt.device import make_accelerator
+from direct_pt.errors import InputError, run_program
+from direct_pt.models.detector import DetectorConfig
+from direct_pt.settings import add_device_arguments, parser, positive_integer
+from direct_pt.visualize import draw_detections
+
+
+class ImageFiles(Dataset[Sample]):
+    """Test samples of files; an unreadable one comes back black and named."""
+
+    def __init__(self, paths: list[Path], preset: TestPreset) -> None:
+        self.paths = paths
+        self.preset = preset
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image = read_image(self.paths[index])
+            sample = self.preset(image, Objects.none(), np.random.default_rng(0))
+            return replace(sample, index=index)
+        except UnreadableImage:
+            sample = self.preset(Image.new("RGB", (32, 32)), Objects.none(), np.random.default_rng(0))
+            return replace(sample, index=index, unreadable=(index,))
+
+
+def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
+    """Each image file and the relative path that its picture gets, no two the same."""
+    found: dict[Path, Path] = {}
+    for given in inputs:
+        if given.is_dir():
+            inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in FORMATS and path.is_file())
+            pairs = [(path, path.relative_to(given)) for path in inside]
+        elif given.is_file():
+            pairs = [(given, Path(given.name))]
+        else:
+            raise InputError(f"{given}: no such image or folder")
+        for path, name in pairs:
+            picture, copy = name.with_suffix(".jpg"), 1
+            while picture in found:
+                copy += 1
+                picture = name.with_name(f"{name.stem}_{copy}.jpg")
+            found[picture] = path
+    if not found:
+        raise InputError(f"{', '.join(map(str, inputs))}: no image files there ({', '.join(FORMATS)})")
+    return [(path, picture) for picture, path in found.items()]
+
+
+def results(found: Detections, image_id: int, path: Path, config: DetectorConfig) -> list[dict[str, object]]:
+    """The rows of one image in COCO's results format."""
+    boxes = found.boxes.double().numpy()
+    boxes[:, 2:] -= boxes[:, :2]
+    rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "file_name": str(path),
+            "category_id": config.category_ids[label],
+            "category_name": config.class_names[label],
+            "bbox": box,
+            "score": score,
+        }
+        for box, score, label in rows
+    ]
+
+
+def main() -> None:
+    """Predict."""
+    p = parser(__doc__ or "")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
+    p.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
+    p.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
+    p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
+    add_device_arguments(p)
+    args = p.parse_args()
+
+    if args.output_dir.is_file():
+        raise InputError(f"--output-dir {args.output_dir}: is a file")
+    files = find_images(args.images)
+    accelerator = make_accelerator(args.mixed_precision)
+    detector = from_pretrained(args.checkpoint).to(accelerator.device)
+    config = detector.config
+    preset = TestPreset(config.short_side, config.long_side)
+    loader = DataLoader(
+        ImageFiles([path for path, _ in files], preset), args.micro_batch_size, collate_fn=collate,
+        num_workers=args.num_workers,
+    )  # fmt: skip
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    partial, unreadable, rows = args.output_dir / ".predictions.json.partial", 0, 0
+    with partial.open("w") as file, tqdm(total=len(files), desc="predict", unit="image") as bar:
+        for batch in loader:
+            with accelerator.autocast():
+                found = detector.detect(batch.to(accelerator.device)).to("cpu")
+            for position, index in enumerate(batch.indices.tolist()):
+                path, picture = files[index]
+                bar.update()
+                if index in batch.unreadable:
+                    unreadable += 1
+                    bar.write(f"unreadable, skipped: {path}")
+                    continue
+                mine = found.of_image(position).above(args.score_threshold)
+                for row in results(mine, index + 1, path, config):
+                    file.write((",\n" if rows else "[\n") + json.dumps(row))
+                    rows += 1
+                captions = [
+                    f"{config.class_names[label]} {score:.2f}"
+                    for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
+                ]
+                drawn = draw_detections(read_image(path), mine.boxes.numpy(), mine.labels.numpy(), captions)
+                target = args.output_dir / picture
+                target.parent.mkdir(parents=True, exist_ok=True)
+                drawn.save(target, quality=92)
+        file.write("\n]\n" if rows else "[]\n")
+    partial.replace(args.output_dir / "predictions.json")
+    if unreadable == len(files):
+        raise InputError(f"none of the {len(files)} files could be read as an image")
+    print(f"{len(files) - unreadable} images, {unreadable} unreadable, {rows} detections: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        run_program(main)

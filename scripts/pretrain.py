@@ -1,0 +1,13 @@
+"""Stage 1: pre-train the whole detector from random weights on your own data, at low resolution.
+
+  accelerate launch scripts/pretrain.py --data DIR --model faster_rcnn_r50_fpn --output-dir RUN
+
+The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batches of 8, 48 epochs.
+"""
+
+from direct_pt.errors import run_program
+from direct_pt.settings import parse_training
+from direct_pt.training import run_stage
+
+if __name__ == "__main__":
+    run_program(lambda: run_stage(parse_training("pretrain", __doc__ or "")))
