@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-# Small enough for two CPU cores: ResNet-18, few RoIs, 112-pixel images. A GPU runs the same.
-SMALL := --data data/demo --rois-per-image 64 --proposals 200 --num-workers 1
+# Small enough for two CPU cores; a GPU runs the same.
+SMALL := --data data/demo --rois-per-image 32 --proposals 128 --num-workers 1 \
+    --global-batch-size 16 --micro-batch-size 16
 
 .PHONY: demo test check setup clean-demo
 
@@ -18,11 +19,11 @@ setup: .venv/.done
 # Each step goes on where an interrupted one stopped; what is finished is not done again.
 demo: setup
 	$(BIN)/python scripts/make_demo_data.py --output-dir data/demo --image-size 128
-	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --image-size 128 \
-	    --global-batch-size 16 --micro-batch-size 16 --max-steps 500 --output-dir $(RUN)/pretrain --resume
-	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 160 --long-side 160 \
-	    --global-batch-size 8 --micro-batch-size 8 --max-steps 200 --output-dir $(RUN) --resume
-	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --micro-batch-size 8 --num-workers 1
+	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --channels 128 \
+	    --image-size 128 --max-steps 450 --eval-every 6 --output-dir $(RUN)/pretrain --resume
+	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 192 --long-side 192 \
+	    --max-steps 150 --eval-every 2 --output-dir $(RUN) --resume
+	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --num-workers 1
 	mkdir -p $(RUN)/samples && cp data/demo/images/val_00000*.jpg $(RUN)/samples/
 	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures
 	@echo "metrics: $(RUN)/metrics.json   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"

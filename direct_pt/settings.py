@@ -31,10 +31,10 @@ class Settings:
     drop_empty: bool = False
     model: str | None = None
     backbone: str | None = None
-    norm: str = "batch"
-    channels: int = 256
-    rois_per_image: int = 512
-    proposals: int = 1000
+    norm: str | None = None
+    channels: int | None = None
+    rois_per_image: int | None = None
+    proposals: int | None = None
     init: str = "none"
     image_size: int = IMAGE_SIZE
     short_side: int = SHORT_SIDE
@@ -246,16 +246,17 @@ def parse_training(stage: str, description: str, argv: list[str] | None = None) 
 
 
 def _add_detector_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
+    """None of them has a default here: the paper's stand in DetectorConfig, and --init brings its own."""
     names = f"one of {', '.join(MODELS)}"
     if stage == "finetune":
         group.add_argument("--init", metavar="RUN|none", help="the pre-trained run; none: random, nothing frozen")
         names += "; with --init none"
     group.add_argument("--model", metavar="NAME", help=names)
     group.add_argument("--backbone", metavar="NAME", help="any timm ResNet (paper: resnet50)")
-    group.add_argument("--norm", choices=["batch", "group"], default="batch", help="(paper: batch)")
-    group.add_argument("--channels", **_count(256, "N", "width of the pyramid and heads (paper: 256)"))
-    group.add_argument("--rois-per-image", **_count(512, "N", "that the second stage learns from (paper: 512)"))
-    group.add_argument("--proposals", **_count(1000, "N", "an image, that leave the RPN (paper: 1000)"))
+    group.add_argument("--norm", choices=["batch", "group"], help="(paper: batch)")
+    group.add_argument("--channels", **_count(None, "N", "width of the pyramid and heads (paper: 256)"))
+    group.add_argument("--rois-per-image", **_count(None, "N", "that the second stage learns from (paper: 512)"))
+    group.add_argument("--proposals", **_count(None, "N", "an image, that leave the RPN (paper: 1000)"))
 
 
 def _add_image_arguments(group: argparse._ArgumentGroup, stage: str) -> None:

@@ -9,6 +9,7 @@ Writes metrics.json and predictions.json (COCO results format, with the data set
 from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained, write_json
+from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset
 from direct_pt.device import make_accelerator
@@ -57,7 +58,7 @@ def main() -> None:
         write_json(output / "predictions.json", predictions.coco(table))
         print(f"{args.split}: {len(table)} images at {preset.long_side}x{preset.short_side}\n{metrics_table(metrics)}")
         for image in predictions.unreadable:
-            print(f"unreadable, counted without detections: {table.path(image)}")
+            print(f"unreadable image, no detections: {unreadable_reason(table, image)}")
         print(f"written: {output / 'metrics.json'}, {output / 'predictions.json'}")
 
 

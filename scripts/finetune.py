@@ -7,7 +7,7 @@ The defaults are the paper's: images fit into 1333x800, 16 a step out of micro-b
 
 from direct_pt.errors import run_program
 from direct_pt.settings import parse_training
-from direct_pt.training import run_stage
+from direct_pt.stage import run_stage
 
 if __name__ == "__main__":
     run_program(lambda: run_stage(parse_training("finetune", __doc__ or "")))

@@ -7,7 +7,7 @@ The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batch
 
 from direct_pt.errors import run_program
 from direct_pt.settings import parse_training
-from direct_pt.training import run_stage
+from direct_pt.stage import run_stage
 
 if __name__ == "__main__":
     run_program(lambda: run_stage(parse_training("pretrain", __doc__ or "")))

@@ -126,7 +126,7 @@ class AnnotationTable:
 
     def require_masks(self) -> None:
         """Raise InputError unless every object that is learnt has an outline."""
-        missing = np.flatnonzero(~self.segmentations.present() & ~self.crowd)
+        missing = np.flatnonzero(~self.segmentations.present() & ~self.crowd & self.usable())
         if len(missing):
             raise InputError(
                 f"{self.source}: annotation {self.annotation_ids[missing[0]]} and {len(missing) - 1} more have no "

@@ -26,9 +26,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            rotated = image.getexif().get(ORIENTATION_TAG, 1) >= 5
+            upright = _upright_size(image)
             stored = (image.height, image.width)
-            upright = stored[::-1] if rotated else stored
             if size is not None and size not in (stored, upright):
                 raise UnreadableImage(
                     f"{path}: is {upright[1]}x{upright[0]} pixels, but its annotation says {size[1]}x{size[0]}"
@@ -42,13 +41,19 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the file's header alone. Raises UnreadableImage."""
+    """(height, width) after EXIF orientation, from the file's header (a TIFF is decoded). Raises UnreadableImage."""
     try:
         with Image.open(path) as image:
-            rotated = image.getexif().get(ORIENTATION_TAG, 1) >= 5
-            return (image.width, image.height) if rotated else (image.height, image.width)
+            return _upright_size(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    if image.format == "TIFF":
+        image.load()  # Pillow itself turns TIFFs upright, and forgets that it did
+    rotated = image.getexif().get(ORIENTATION_TAG, 1) >= 5
+    return (image.width, image.height) if rotated else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

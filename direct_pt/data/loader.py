@@ -178,6 +178,15 @@ def aspect_groups(table: AnnotationTable) -> np.ndarray:
     return (table.sizes[:, 1] < table.sizes[:, 0]).astype(np.int64)
 
 
+def unreadable_reason(table: AnnotationTable, image: int) -> str:
+    """Which file it is and what is wrong with it, in words."""
+    try:
+        read_image(table.path(image), _size(table, image))
+    except UnreadableImage as error:
+        return str(error)
+    return f"{table.path(image)}: could not be read before, and can now"
+
+
 def _loader(images: Dataset[Sample], batches: _MicroBatches, num_workers: int) -> DataLoader[Batch]:
     return DataLoader(
         images,  # type: ignore[arg-type]  # collate makes Batches of its Samples

@@ -14,6 +14,7 @@ from direct_pt.data.images import UnreadableImage, image_size
 from direct_pt.errors import InputError
 
 Json = dict[str, Any]
+LARGEST = 1e15  # no coordinate and no area is larger, in pixels
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_split(paths: SplitPaths, like: AnnotationTable | None = None) -> Annota
 def _read_coco(paths: SplitPaths) -> AnnotationTable:
     source = str(paths.annotations)
     content = _load_json(paths.annotations)
-    categories = sorted(_records(content, "categories", ("id", "name"), source), key=lambda record: record["id"])
+    categories = _records(content, "categories", ("id", "name"), source)
     images = _records(content, "images", ("id", "file_name"), source)
     annotations = _records(content, "annotations", ("image_id", "category_id", "bbox"), source)
     if not categories:
@@ -86,8 +87,9 @@ def _read_coco(paths: SplitPaths) -> AnnotationTable:
     if not images:
         raise InputError(f"{source}: 'images' is empty; there is nothing to read")
 
-    category_ids = _integers([record["id"] for record in categories], f"{source}: categories[].id")
-    image_ids = _integers([record["id"] for record in images], f"{source}: images[].id")
+    category_ids = _integers(categories, "categories", "id", source)
+    categories, category_ids = [categories[row] for row in np.argsort(category_ids)], np.sort(category_ids)
+    image_ids = _integers(images, "images", "id", source)
     for values, field in ((category_ids, "categories[].id"), (image_ids, "images[].id")):
         unique, counts = np.unique(values, return_counts=True)
         if len(unique) < len(values):
@@ -100,10 +102,8 @@ def _read_coco(paths: SplitPaths) -> AnnotationTable:
     label_of = _rows(annotations, "category_id", category_ids, ids, source)
     boxes = _boxes(annotations, ids, source)
     segmentations, order = [record.get("segmentation") for record in annotations], np.argsort(image_of, kind="stable")
-    areas = np.array([record.get("area", np.nan) for record in annotations], dtype=object)
-    missing = np.array([not isinstance(area, int | float) or area != area for area in areas], dtype=bool)
-    areas = np.where(missing, boxes[:, 2] * boxes[:, 3], areas).astype(np.float64)
-    crowd = np.array([bool(record.get("iscrowd", 0)) for record in annotations], dtype=bool)
+    areas, missing = _areas(annotations, boxes)
+    crowd = _crowd(annotations, ids, source)
     if missing.any():
         repairs["area filled in from the box"] = int(missing.sum())
 
@@ -127,7 +127,8 @@ def _read_coco(paths: SplitPaths) -> AnnotationTable:
     dropped = int((~table.usable()).sum())
     if dropped:
         repairs["boxes under 1 pixel, not trained on"] = dropped
-    outside = int((np.abs(table.corner_boxes()[:, 2:] - table.boxes[:, :2] - table.boxes[:, 2:]) > 1).any(axis=1).sum())
+    corners = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], axis=1)
+    outside = int((np.abs(table.corner_boxes() - corners) > 1).any(axis=1).sum())
     if outside:
         repairs["boxes clipped to their image by more than 1 pixel"] = outside
     return table
@@ -151,27 +152,33 @@ def _records(content: Json, key: str, needed: Sequence[str], source: str) -> lis
     for row, record in enumerate(records):
         absent = [name for name in needed if not isinstance(record, dict) or name not in record]
         if absent:
-            name = f"{key}[{row}]" + (f" (id {record['id']})" if isinstance(record, dict) and "id" in record else "")
-            raise InputError(f"{source}: {name} lacks '{absent[0]}'")
+            raise InputError(f"{source}: {_name(key, row, record)} lacks '{absent[0]}'")
     return records
 
 
-def _integers(values: list[Any], field: str) -> np.ndarray:
-    """[n] int64; anything but whole numbers is an error."""
-    for value in values:
+def _name(key: str, row: int, record: Any) -> str:
+    """How messages call one record of `key`'s list."""
+    return f"{key}[{row}]" + (f" (id {record['id']})" if isinstance(record, dict) and "id" in record else "")
+
+
+def _integers(records: list[Json], key: str, field: str, source: str) -> np.ndarray:
+    """[n] int64, each record's `field`; anything but whole numbers is an error."""
+    for row, record in enumerate(records):
+        value = record[field]
         if type(value) is not int or abs(value) >= 2**63:
-            raise InputError(f"{field} is {value!r}; it must be a whole number")
-    return np.array(values, dtype=np.int64)
+            raise InputError(f"{source}: {_name(key, row, record)} has {field} {value!r}; it must be a whole number")
+    return np.array([record[field] for record in records], dtype=np.int64)
 
 
 def _annotation_ids(annotations: list[Json], source: str) -> np.ndarray:
     """The annotations' own ids; their position in the file where the file gives none."""
-    return _integers([record.get("id", row) for row, record in enumerate(annotations)], f"{source}: annotations[].id")
+    numbered = [{"id": record.get("id", row)} for row, record in enumerate(annotations)]
+    return _integers(numbered, "annotations", "id", source)
 
 
 def _rows(annotations: list[Json], field: str, known: np.ndarray, ids: np.ndarray, source: str) -> np.ndarray:
     """For each annotation the row of `known` that its `field` names."""
-    values = _integers([record[field] for record in annotations], f"{source}: annotations[].{field}")
+    values = _integers(annotations, "annotations", field, source)
     order = np.argsort(known)
     rows = order[np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)]
     unknown = np.flatnonzero(known[rows] != values)
@@ -189,14 +196,33 @@ def _boxes(annotations: list[Json], ids: np.ndarray, source: str) -> np.ndarray:
     for row, record in enumerate(annotations):
         box = record["bbox"]
         fine = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if fine:
-            boxes[row] = box
-        if not fine or not np.isfinite(boxes[row]).all() or (boxes[row, 2:] < 0).any():
+        if not fine or not all(abs(side) < LARGEST for side in box) or min(box[2:]) < 0:
             raise InputError(
                 f"{source}: annotation {ids[row]} has bbox {box!r}; expected [x, y, width, height] in pixels, finite, "
                 "no side negative"
             )
+        boxes[row] = box
     return boxes
+
+
+def _areas(annotations: list[Json], boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[M] float64 square pixels, the box's where the file gives none, and [M] bool where that is so."""
+    stated = np.full(len(annotations), np.nan)
+    for row, record in enumerate(annotations):
+        area = record.get("area")
+        if isinstance(area, int | float) and not isinstance(area, bool) and abs(area) < LARGEST:
+            stated[row] = area
+    missing = np.isnan(stated)
+    return np.where(missing, boxes[:, 2] * boxes[:, 3], stated), missing
+
+
+def _crowd(annotations: list[Json], ids: np.ndarray, source: str) -> np.ndarray:
+    """[M] bool; 0 where the file says nothing."""
+    crowd = [record.get("iscrowd") or 0 for record in annotations]
+    for row, value in enumerate(crowd):
+        if value not in (0, 1):
+            raise InputError(f"{source}: annotation {ids[row]} has iscrowd {value!r}; expected 0 or 1")
+    return np.array(crowd, dtype=bool)
 
 
 def _image_files(images: list[Json], paths: SplitPaths, source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +264,8 @@ def _segmentations(values: list[Any], sizes: np.ndarray, ids: np.ndarray, source
                 if [int(side) for side in value["size"]] != [height, width]:
                     raise ValueError(f"its size {value['size']} is not the image's [{height}, {width}]")
                 if isinstance(value["counts"], list):
+                    if sum(value["counts"]) != height * width:
+                        raise ValueError(f"its counts do not sum to the image's {height * width} pixels")
                     value = coco_mask.frPyObjects(value, height, width)
                 counts = value["counts"]
                 run_lengths.append(counts if isinstance(counts, bytes) else counts.encode())
@@ -248,7 +276,7 @@ def _segmentations(values: list[Any], sizes: np.ndarray, ids: np.ndarray, source
                     raise ValueError("it has a coordinate that is not finite")
                 polygons.extend(corners)
                 polygon_counts[row] = len(corners)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InputError(
                 f"{source}: annotation {ids[row]} has a 'segmentation' that is neither polygons "
                 f"[[x1, y1, x2, y2, ...], ...] nor COCO run lengths ({error})"

@@ -138,7 +138,8 @@ def round_up(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def has_extent(boxes: np.ndarray) -> np.ndarray:
-    """[G] bool, whether boxes [G, 4] have width and height."""
+    """[G] bool, whether boxes [G, 4] have width and height, in float32 as the detector will see them."""
+    boxes = boxes.astype(np.float32)
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 

@@ -1,5 +1,6 @@
 """Backbones: any timm network with a feature hierarchy, from random weights, and what may be frozen in it."""
 
+import math
 from collections.abc import Iterator
 from difflib import get_close_matches
 
@@ -62,10 +63,15 @@ def _undo_zero_init(network: nn.Module) -> None:
 
 
 def replace_batchnorm(module: nn.Module, groups: int = 32) -> None:
-    """GroupNorm in place of every BatchNorm2d of `module`, in place; for batches too small for BatchNorm."""
+    """GroupNorm in place of every BatchNorm2d of `module`, in place; for batches too small for BatchNorm.
+
+    Args:
+        module: searched to its leaves.
+        groups: of a norm; fewer where the channels do not divide into so many.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            norm: nn.Module = nn.GroupNorm(min(groups, child.num_features), child.num_features)
+            norm: nn.Module = nn.GroupNorm(math.gcd(groups, child.num_features), child.num_features)
             # timm's BatchNormAct2d carries the activation that follows it.
             after = [
                 layer for layer in (getattr(child, "drop", None), getattr(child, "act", None)) if layer is not None

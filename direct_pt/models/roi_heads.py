@@ -122,7 +122,9 @@ class RoIHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The RoIs that enter the loss; the objects themselves come first among the candidates, as positives.
+        """The RoIs that enter the loss; the objects themselves are candidates too, as positives.
+
+        They come last, lest a proposal's draw depend on how many objects another image of the batch has.
 
         Returns:
             rois [B, S, 4], target [B, S] slots of objects, positive [B, S], sampled [B, S]. A slot that is not
@@ -130,11 +132,11 @@ class RoIHead(nn.Module):
         """
         matches = match(self.matching, proposals.boxes, proposals.valid, batch.boxes, batch.valid, batch.crowd)
         slots = torch.arange(batch.boxes.shape[1], device=batch.boxes.device).expand(len(batch), -1)
-        matches.target = torch.cat([slots, matches.target], dim=1)
-        matches.positive = torch.cat([batch.valid, matches.positive], dim=1)
-        matches.negative = torch.cat([torch.zeros_like(batch.valid), matches.negative], dim=1)
+        matches.target = torch.cat([matches.target, slots], dim=1)
+        matches.positive = torch.cat([matches.positive, batch.valid], dim=1)
+        matches.negative = torch.cat([matches.negative, torch.zeros_like(batch.valid)], dim=1)
         rows, positive, sampled = sample(self.sampling, matches, batch.seeds, salt=1)
-        candidates = torch.cat([batch.boxes, proposals.boxes], dim=1)
+        candidates = torch.cat([proposals.boxes, batch.boxes], dim=1)
         rois = candidates.gather(1, rows[..., None].expand(-1, -1, 4))
         rois = torch.where(sampled[..., None], rois, rois.new_tensor([0.0, 0.0, 1.0, 1.0]))
         return rois, matches.target.gather(1, rows), positive, sampled

@@ -1,0 +1,80 @@
+"""What is about to happen, for a person to check before the hours are spent."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from direct_pt.checkpoint import Progress
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.models.backbone import batchnorms
+from direct_pt.models.detector import Detector
+from direct_pt.recipes import LEAST_BATCHNORM_IMAGES
+from direct_pt.settings import Plan, Settings
+
+
+def banner(
+    settings: Settings,
+    plan: Plan,
+    detector: Detector,
+    train_table: AnnotationTable,
+    val_table: AnnotationTable | None,
+    accelerator: Accelerator,
+    origin: str,
+    progress: Progress,
+) -> str:
+    """What is about to happen, for a person to check before the hours are spent."""
+    config = detector.config
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    sizes = (
+        f"{settings.image_size}x{settings.image_size} crops"
+        if settings.stage == "pretrain"
+        else f"fit into {settings.long_side}x{settings.short_side}"
+    )
+    lines = [
+        f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
+        f"  run        {settings.output_dir} (git {git_revision()})",
+        f"  device     {plan.processes} x {device}, precision {accelerator.mixed_precision}, torch {torch.__version__}",
+        f"  train      {_describe(train_table)}",
+        f"  val        {_describe(val_table) if val_table else 'none: no evaluation'}",
+        f"  images     {sizes}",
+        f"  weights    {origin}",
+        f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
+        f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in detector.parameters()):,} parameters",
+        f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
+        f"micro-batch x {plan.accumulation} accumulated",
+        f"  schedule   {plan.total_steps} steps = {plan.epochs:.1f} epochs, from step {progress.step}; lr {plan.lr:g}, "
+        f"warm-up {plan.warmup_steps}, x0.1 after {list(plan.decay_steps) or 'no step'}; "
+        f"evaluation every {plan.eval_steps}",
+        *(f"  note       {note}" for note in plan.notes),
+    ]
+    if any(layer.training for layer in batchnorms(detector)) and plan.micro_batch_size < LEAST_BATCHNORM_IMAGES:
+        lines.append(
+            f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
+            f"{LEAST_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
+        )
+    counts = torch.bincount(torch.from_numpy(train_table.labels[~train_table.crowd]), minlength=len(config.class_names))
+    lines.append(f"  classes    {len(config.class_names)} (id name: training objects)")
+    rows = list(zip(config.category_ids, config.class_names, counts.tolist(), strict=True))
+    lines += [f"             {i} {name}: {n}" for i, name, n in rows[:20]]
+    lines += [f"             and {len(rows) - 20} more"] if len(rows) > 20 else []
+    return "\n".join(lines)
+
+
+def _describe(table: AnnotationTable) -> str:
+    repairs = "".join(f"; {what}: {count}" for what, count in table.repairs.items())
+    return (
+        f"{len(table)} images ({int((table.targets_per_image() == 0).sum())} without objects), {len(table.boxes)} "
+        f"objects ({int(table.crowd.sum())} crowd regions) from {table.source}{repairs}"
+    )
+
+
+def git_revision() -> str:
+    """Of the code that runs, or unknown outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,181 @@
+"""From settings to a run under way: everything that is looked at, built and refused before the first step."""
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import nn
+
+from direct_pt.banner import banner, git_revision
+from direct_pt.checkpoint import CONFIG, History, Progress, checkpoints, from_pretrained, read_history, write_json
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.loader import Preset
+from direct_pt.data.sources import load_split
+from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
+from direct_pt.device import count_processes, make_accelerator
+from direct_pt.errors import InputError
+from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.settings import FREE_ON_RESUME, Plan, Settings, make_plan
+from direct_pt.training import Trainer, TrainingData
+
+
+def run_stage(settings: Settings) -> None:
+    """Train one stage from its settings to the model folder.
+
+    Raises:
+        InputError: something that the user can mend, found before training.
+        TrainingStopped: training cannot go on; the state is saved.
+        StopSignal: a stop signal came; the state is saved.
+    """
+    run = settings.output_dir
+    _check_output(settings)
+    splits = settings.splits()
+    if "train" not in splits:
+        raise InputError("no training split: --data has no instances_train file; give --train-images as well")
+    train_table = load_split(splits["train"])
+    val_table = load_split(splits["val"], like=train_table) if "val" in splits else None
+    if settings.drop_empty:
+        train_table = train_table.without_empty_images()
+    if not len(train_table):
+        raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
+
+    plan = make_plan(settings, len(train_table), count_processes())
+    set_seed(settings.seed)
+    detector, history, origin = _initial_detector(settings, train_table)
+    accelerator = make_accelerator(
+        settings.mixed_precision,
+        gradient_accumulation_steps=plan.accumulation,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=str(run),
+        # BatchNorm statistics are averaged over the processes, not copied from the first one before each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(settings.seed, device_specific=True)
+    history = [*history, _history_entry(settings, plan)]
+    optimizer = torch.optim.SGD(
+        parameter_groups(detector, settings.recipe.weight_decay), lr=plan.lr, momentum=settings.recipe.momentum
+    )
+    progress = Progress()
+    detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
+    model, optimizer = accelerator.prepare(detector, optimizer)
+    accelerator.register_for_checkpointing(progress)
+    if settings.resume and (saved := checkpoints(run / "checkpoints")):
+        accelerator.load_state(str(saved[-1]))
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / CONFIG, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
+        print(banner(settings, plan, detector, train_table, val_table, accelerator, origin, progress), flush=True)
+    accelerator.wait_for_everyone()
+    if settings.report_to != "none":
+        accelerator.init_trackers("tensorboard")
+    data = TrainingData(train_table, val_table, *presets(settings))
+    Trainer(settings, plan, accelerator, model, optimizer, data, progress, history).train()
+    accelerator.end_training()
+
+
+def presets(settings: Settings) -> tuple[Preset, TestPreset]:
+    """The transforms for training and for testing."""
+    if settings.stage == "pretrain":
+        return PretrainPreset(settings.image_size), TestPreset(settings.image_size, settings.image_size)
+    sides = settings.short_side, settings.long_side
+    return FinetunePreset(*sides), TestPreset(*sides)
+
+
+def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that train: with weight decay, and without it those of norm layers."""
+    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    exempt = {
+        id(p) for layer in detector.modules() if isinstance(layer, norms) for p in layer.parameters(recurse=False)
+    }
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
+    ]
+
+
+def _initial_detector(settings: Settings, table: AnnotationTable) -> tuple[Detector, History, str]:
+    """The detector that training starts from, the stages behind it, and where its weights come from, in words."""
+    if settings.init in (None, "none"):
+        assert settings.model is not None
+        config = _with_flags(DetectorConfig(settings.model, table.class_names, table.category_ids), settings)
+        detector = build_detector(settings.model, config=config)
+        _assert_everything_trains(detector)
+        tensors = len(detector.state_dict())
+        return detector, [], f"random: 0 of {tensors} tensors loaded, nothing frozen (seed {settings.seed})"
+    detector = from_pretrained(settings.init, lambda config: _matched(config, settings, table))
+    detector.train().freeze_for_finetuning()
+    tensors = len(detector.state_dict())
+    origin = f"{tensors} of {tensors} tensors loaded from {settings.init}; BatchNorm, stem and first stage frozen"
+    return detector, read_history(settings.init), origin
+
+
+def _matched(config: DetectorConfig, settings: Settings, table: AnnotationTable) -> DetectorConfig:
+    """A pre-trained detector's configuration, with the flags of this stage; refused where the two contradict."""
+    classes = dict(zip(config.category_ids, config.class_names, strict=True))
+    if classes != dict(zip(table.category_ids, table.class_names, strict=True)):
+        raise InputError(
+            f"--init {settings.init}: was trained for the {len(classes)} classes {_few(config.class_names)}, but "
+            f"{table.source} has {len(table.class_names)}: {_few(table.class_names)}; pre-train on this data set"
+        )
+    for flag, field in (("model", "name"), ("backbone", "backbone"), ("norm", "norm"), ("channels", "channels")):
+        given, found = getattr(settings, flag), getattr(config, field)
+        if given is not None and given != found:
+            raise InputError(f"--{flag} {given}: --init {settings.init} has {found}; leave the flag out")
+    return _with_flags(config, settings)
+
+
+def _with_flags(config: DetectorConfig, settings: Settings) -> DetectorConfig:
+    """The configuration with what the flags say about the detector, and the size that the stage tests at."""
+    names = ("backbone", "norm", "channels", "rois_per_image", "proposals")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    test = presets(settings)[1]
+    return replace(config, **given, short_side=test.short_side, long_side=test.long_side)
+
+
+def _assert_everything_trains(detector: Detector) -> None:
+    """From random weights anything frozen would cost most of the AP."""
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    assert not detector.batchnorm_frozen
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _check_output(settings: Settings) -> None:
+    """Refuse a folder that holds another run, and a resumption with other settings."""
+    path = settings.output_dir / CONFIG
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        raise InputError(f"--output-dir {settings.output_dir}: is a file")
+    if not path.exists():
+        return
+    if not settings.resume:
+        raise InputError(
+            f"--output-dir {settings.output_dir}: holds a run already; go on with --resume, or choose another folder"
+        )
+    try:
+        saved = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as a run's configuration ({error})") from error
+    for name, value in settings.to_dict().items():
+        if name not in FREE_ON_RESUME and saved.get(name) != value:
+            flag = "--" + name.replace("_", "-") if name != "stage" else "the stage"
+            raise InputError(
+                f"--resume: {flag} is {value!r} but the run in {settings.output_dir} was started with "
+                f"{saved.get(name)!r}; give the same (--config {path} does), or choose another --output-dir"
+            )
+
+
+def _history_entry(settings: Settings, plan: Plan) -> dict[str, Any]:
+    return {
+        "stage": settings.stage,
+        "steps": plan.total_steps,
+        "global_batch_size": plan.global_batch_size,
+        "lr": plan.lr,
+        "images": plan.images,
+        "init": settings.init or "none",
+    }
