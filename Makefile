@@ -20,7 +20,7 @@ setup: .venv/.done
 demo: setup
 	$(BIN)/python scripts/make_demo_data.py --output-dir data/demo --image-size 128
 	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --channels 128 \
-	    --image-size 128 --max-steps 450 --eval-every 6 --output-dir $(RUN)/pretrain --resume
+	    --image-size 128 --max-steps 600 --eval-every 6 --output-dir $(RUN)/pretrain --resume
 	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 192 --long-side 192 \
 	    --max-steps 150 --eval-every 2 --output-dir $(RUN) --resume
 	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --num-workers 1

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
@@ -103,7 +104,7 @@ def save_training_state(folder: Path, accelerator: Accelerator, step: int, keep:
         step: N.
         keep: how many of the newest checkpoints stay.
     """
-    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    final, partial, replaced = (folder / name.format(step) for name in ("step-{}", ".step-{}.partial", ".step-{}.old"))
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -111,12 +112,24 @@ def save_training_state(folder: Path, accelerator: Accelerator, step: int, keep:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # the same step, saved a moment ago: out of the way, but not gone before the new one stands
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
+
+
+def load_training_state(folder: Path, accelerator: Accelerator) -> None:
+    """Read back what `save_training_state` wrote. Raises InputError where the files are damaged."""
+    try:
+        accelerator.load_state(str(folder))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: cannot be read as a training state ({error}); remove it to go on from the one before it"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -145,7 +158,8 @@ def _model_folder(path_or_hub_id: str | Path) -> Path:
     for folder in (path / "model", path):
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return folder
-    if path.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/")):
+    beside_others = path.parent != Path() and path.parent.is_dir()  # a misspelt run, no hub id
+    if path.exists() or beside_others or str(path_or_hub_id).count("/") != 1:
         reason = f"holds no model ({WEIGHTS} and {CONFIG})" if path.exists() else "no such folder"
         raise InputError(f"{path_or_hub_id}: {reason}; give a run's folder, its model/, or a hub id such as user/name")
     try:

@@ -37,5 +37,6 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 
 
 def _report(kind: str, message: Exception, status: int) -> int:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    one_line = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+    print(f"{kind}: {one_line}", file=sys.stderr, flush=True)
     return status

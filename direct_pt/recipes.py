@@ -46,7 +46,7 @@ PRETRAIN = Recipe(
     warmup_steps=500,
     warmup_factor=0.01,
     decays=(),
-    least_steps=2000,
+    least_steps=500,
 )
 
 FINETUNE = Recipe(
@@ -59,7 +59,7 @@ FINETUNE = Recipe(
     warmup_steps=500,
     warmup_factor=0.001,
     decays=(8 / 12, 11 / 12),
-    least_steps=1000,
+    least_steps=250,
 )
 
 SCHEDULES = {"1x": 1, "3x": 3}  # times the epochs

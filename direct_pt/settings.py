@@ -15,6 +15,7 @@ from direct_pt.recipes import FINETUNE, IMAGE_SIZE, LONG_SIDE, PRETRAIN, SCHEDUL
 STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 # What may differ between a run and its resumption: where and how it runs, not what it computes.
 FREE_ON_RESUME = {"resume", "num_workers", "report_to", "log_every", "save_every", "keep_checkpoints", "output_dir"}
+LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return _OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_data_arguments(p: argparse.ArgumentParser) -> None:
-    """The flags that say where the data are."""
+def add_data_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags that say where the data are, in a group of their own."""
     data = p.add_argument_group("data")
     layouts = "COCO 2017's layout, or images/ with annotations/instances_{train,val}.json"
     data.add_argument("--data", type=Path, metavar="DIR", help=f"a COCO-format folder: {layouts}")
     for split in ("train", "val"):
         data.add_argument(f"--{split}-images", type=Path, metavar="DIR", help="in place of --data")
         data.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="in place of --data")
+    return data
 
 
 def parse_training(stage: str, description: str, argv: list[str] | None = None) -> Settings:
@@ -228,18 +230,22 @@ def parse_training(stage: str, description: str, argv: list[str] | None = None) 
     """
     p = parser(description)
     p.add_argument("--config", type=Path, metavar="FILE", help="a run's config.json: its flags become the defaults")
-    add_data_arguments(p)
-    p.add_argument("--drop-empty", action="store_true", help="leave out images without objects, else negatives")
+    data = add_data_arguments(p)
+    data.add_argument("--drop-empty", action="store_true", help="leave out images without objects, else negatives")
     _add_detector_arguments(p.add_argument_group("detector"), stage)
     _add_image_arguments(p.add_argument_group("images"), stage)
     _add_schedule_arguments(p.add_argument_group("schedule and batch"), STAGES[stage])
     _add_run_arguments(p.add_argument_group("run"))
 
-    config, _ = p.parse_known_args(argv)
-    if config.config is not None:
-        p.set_defaults(**_saved_flags(config.config, stage))
+    given, _ = p.parse_known_args(argv)
+    if given.config is not None:
+        saved = _saved_flags(given.config, stage)
+        if any(getattr(given, name) is not None for name in LENGTHS):  # it replaces the saved one, of whatever kind
+            saved = {name: value for name, value in saved.items() if name not in LENGTHS}
+        p.set_defaults(**saved)
     values = vars(p.parse_args(argv))
     values.pop("config")
+    values["schedule"] = values["schedule"] or "1x"
     if values["output_dir"] is None:
         raise InputError("--output-dir is missing: the folder that the run is written to")
     return _checked(Settings(stage=stage, **values))
@@ -271,7 +277,7 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> N
     """All counted in optimizer steps or passes over the training images."""
     length = group.add_mutually_exclusive_group()
     text = f"1x: {recipe.epochs} epochs (paper), with a floor of steps for small data sets"
-    length.add_argument("--schedule", choices=list(SCHEDULES), default="1x", help=text)
+    length.add_argument("--schedule", choices=list(SCHEDULES), help=text)
     length.add_argument("--epochs", type=_positive_float, metavar="N", help="in place of --schedule")
     length.add_argument("--max-steps", **_count(None, "N", "in place of --schedule"))
     text = f"images an optimizer step, over all processes (paper: {recipe.global_batch_size})"
@@ -311,12 +317,20 @@ def _count(default: int | None, metavar: str, text: str) -> dict[str, Any]:
     return {"type": positive_integer, "default": default, "metavar": metavar, "help": text}
 
 
-def _saved_flags(path: Path, stage: str) -> dict[str, Any]:
-    """The flags of an earlier run's config.json."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.json, as JSON holds them. Raises InputError."""
     try:
         saved = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--config {path}: cannot be read as a run's config.json ({error})") from error
+        raise InputError(f"{path}: cannot be read as a run's config.json ({error})") from error
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: is no run's config.json: its 'settings' are no object")
+    return saved
+
+
+def _saved_flags(path: Path, stage: str) -> dict[str, Any]:
+    """The flags of an earlier run's config.json."""
+    saved = read_settings(path)
     if saved.pop("stage", stage) != stage:
         raise InputError(f"--config {path}: is of the other stage; give it to the other script")
     kinds = {field.name: field.type for field in fields(Settings)}

@@ -1,6 +1,5 @@
 """From settings to a run under way: everything that is looked at, built and refused before the first step."""
 
-import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +9,16 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from direct_pt.banner import banner, git_revision
-from direct_pt.checkpoint import CONFIG, History, Progress, checkpoints, from_pretrained, read_history, write_json
+from direct_pt.checkpoint import (
+    CONFIG,
+    History,
+    Progress,
+    checkpoints,
+    from_pretrained,
+    load_training_state,
+    read_history,
+    write_json,
+)
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Preset
 from direct_pt.data.sources import load_split
@@ -18,7 +26,7 @@ from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
 from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
-from direct_pt.settings import FREE_ON_RESUME, Plan, Settings, make_plan
+from direct_pt.settings import FREE_ON_RESUME, Plan, Settings, make_plan, read_settings
 from direct_pt.training import Trainer, TrainingData
 
 
@@ -63,7 +71,7 @@ def run_stage(settings: Settings) -> None:
     model, optimizer = accelerator.prepare(detector, optimizer)
     accelerator.register_for_checkpointing(progress)
     if settings.resume and (saved := checkpoints(run / "checkpoints")):
-        accelerator.load_state(str(saved[-1]))
+        load_training_state(saved[-1], accelerator)
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / CONFIG, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
@@ -157,10 +165,7 @@ def _check_output(settings: Settings) -> None:
         raise InputError(
             f"--output-dir {settings.output_dir}: holds a run already; go on with --resume, or choose another folder"
         )
-    try:
-        saved = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as a run's configuration ({error})") from error
+    saved = read_settings(path)
     for name, value in settings.to_dict().items():
         if name not in FREE_ON_RESUME and saved.get(name) != value:
             flag = "--" + name.replace("_", "-") if name != "stage" else "the stage"

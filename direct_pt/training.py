@@ -1,6 +1,7 @@
 """The training loop of both stages, on accelerate: accumulation, schedule, logging, evaluation, checkpoints, resume."""
 
 import json
+import math
 import resource
 import signal
 import time
@@ -83,29 +84,27 @@ class Trainer:
         self._catch_signals()
         self.model.train()
         batches = self._batches()
-        bar = tqdm(
+        with tqdm(
             total=total, initial=self.progress.step, desc=self.settings.stage, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1, dynamic_ncols=True,
-        )  # fmt: skip
-        self.bar = bar
-        for step in range(self.progress.step, total):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.plan.learning_rate(step)
-            self._step(batches)
-            average_running_statistics(self.detector, self.accelerator)
-            self.progress.step = step + 1
-            bar.update()
-            done = self.progress.step
-            due_evaluation = self.data.val is not None and (done % self.plan.eval_steps == 0 or done == total)
-            due_save = due_evaluation or done % self.settings.save_every == 0 or done == total
-            if done % self.settings.log_every == 0 or due_save:
-                self._log()
-            if due_evaluation:
-                self._evaluate()
-            if due_save:
-                self._save()
-            self._stop_if_asked()
-        bar.close()
+        ) as self.bar:  # fmt: skip
+            for step in range(self.progress.step, total):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.plan.learning_rate(step)
+                self._step(batches)
+                average_running_statistics(self.detector, self.accelerator)
+                self.progress.step = self.history[-1]["steps"] = step + 1
+                self.bar.update()
+                done = self.progress.step
+                due_evaluation = self.data.val is not None and (done % self.plan.eval_steps == 0 or done == total)
+                due_save = due_evaluation or done % self.settings.save_every == 0 or done == total
+                if done % self.settings.log_every == 0 or due_save:
+                    self._log()
+                if due_evaluation:
+                    self._evaluate()
+                if due_save:
+                    self._save()
+                self._stop_if_asked()
         if self.accelerator.is_main_process:
             print(f"done: {self.settings.output_dir / 'model'}", flush=True)
 
@@ -155,11 +154,8 @@ class Trainer:
             "memory_gib": _memory_gib(),
         }
         self.losses, self.logged_step, self.logged_time = {}, done, time.monotonic()
-        if not torch.isfinite(torch.tensor(record["loss"])):
-            raise TrainingStopped(
-                f"the loss is not finite after step {done} ({losses}); the last checkpoint is kept in "
-                f"{self.settings.output_dir / 'checkpoints'}. Lower --lr, or raise --warmup-steps"
-            )
+        if not math.isfinite(record["loss"]):
+            raise self._diverged(f"the losses {losses} are")
         self.bar.set_postfix_str(
             f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s, "
             f"{record['memory_gib']:.1f} GiB"
@@ -167,6 +163,12 @@ class Trainer:
         self._write(record)
         if means[-1] > 0:
             self._check_unreadable()
+
+    def _diverged(self, what: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"{what} not finite after step {self.progress.step}; the last checkpoint before that is kept in "
+            f"{self.settings.output_dir / 'checkpoints'}. Lower --lr, or raise --warmup-steps"
+        )
 
     def _check_unreadable(self) -> None:
         """Name the images that could not be read; stop where they are too many. Every process must call it."""
@@ -206,12 +208,12 @@ class Trainer:
     def _save(self) -> None:
         """The model, the training state and the curves. Every process must call it."""
         run = self.settings.output_dir
-        self.history[-1]["steps"] = self.progress.step
-        save_training_state(run / "checkpoints", self.accelerator, self.progress.step, self.settings.keep_checkpoints)
-        if self.accelerator.is_main_process:
+        if not torch.stack(torch._foreach_norm(list(self.detector.parameters()))).isfinite().all():
+            raise self._diverged("the weights are")
+        if self.accelerator.is_main_process:  # before the state: a run killed in between does these again
             save_model(run / "model", self.detector, self.history)
             plot_curves(self.records, run / "curves.png")
-        self.accelerator.wait_for_everyone()
+        save_training_state(run / "checkpoints", self.accelerator, self.progress.step, self.settings.keep_checkpoints)
 
     def _write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the trackers."""
@@ -237,17 +239,17 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Where any process got a stop signal, all of them save the same step and leave."""
+        number = self.stop_signal  # read once: a signal that comes after the processes agreed counts at the next step
         if self.plan.processes > 1:
-            if self.stop_signal:
+            if number:
                 self.accelerator.set_trigger()
-            if self.accelerator.check_trigger() and not self.stop_signal:
-                self.stop_signal = signal.SIGTERM
-        if self.stop_signal and self.progress.step < self.plan.total_steps:
+            number = (number or signal.SIGTERM) if self.accelerator.check_trigger() else 0
+        if number and self.progress.step < self.plan.total_steps:
             self._log() if self.losses else None
             self._save()
-            name = signal.Signals(self.stop_signal).name
+            name = signal.Signals(number).name
             message = f"{name}: the state of step {self.progress.step} is saved; go on with --resume"
-            raise StopSignal(message, 128 + self.stop_signal)
+            raise StopSignal(message, 128 + number)
 
 
 def average_running_statistics(detector: Detector, accelerator: Accelerator) -> None:

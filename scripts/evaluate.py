@@ -34,6 +34,8 @@ def main() -> None:
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
         raise InputError("--output-dir is missing: where to write the metrics of a model from the hub")
+    if output.is_file():
+        raise InputError(f"--output-dir {output}: is a file")
     detector = from_pretrained(args.checkpoint)
     splits = split_paths(args.data, args.train_images, args.train_annotations, args.val_images, args.val_annotations)
     if args.split not in splits:

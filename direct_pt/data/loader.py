@@ -5,8 +5,9 @@ spread over another number of processes, sees the same samples.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.images import UnreadableImage, read_image
 
+Key = tuple[int, int]  # (epoch, image)
 READ_TRIES = 10  # images tried in place of an unreadable one
 
 
@@ -65,7 +67,7 @@ class SampleOrder:
         arranged = [chunks[row] for row in rng.permutation(len(chunks))]
         return np.concatenate([leftovers[:begun], *arranged, leftovers[begun:]])
 
-    def micro_batches(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
+    def micro_batches(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[Key]]:
         """The (epoch, image) keys of this process's micro-batches.
 
         Args:
@@ -86,16 +88,13 @@ class SampleOrder:
 
 
 class _MicroBatches:
-    """A batch sampler over part of a stream; a data loader asks it anew for each iterator."""
+    """A batch sampler; the data loader asks it anew for each of its iterators."""
 
-    def __init__(self, keys: list[list[tuple[int, int]]] | tuple[SampleOrder, int, int, int, int]) -> None:
-        self.keys = keys
+    def __init__(self, start: Callable[[], Iterator[list[Key]]]) -> None:
+        self.start = start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if isinstance(self.keys, list):
-            return iter(self.keys)
-        order, *part = self.keys
-        return order.micro_batches(*part)
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.start()
 
 
 class TrainingImages(Dataset[Sample]):
@@ -107,7 +106,7 @@ class TrainingImages(Dataset[Sample]):
         self.seed = seed
         self.with_masks = with_masks
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         epoch, image = key
         rng = np.random.default_rng((self.seed, epoch, image))
         unreadable: tuple[int, ...] = ()
@@ -132,7 +131,7 @@ class EvaluationImages(Dataset[Sample]):
         self.table = table
         self.preset = preset
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         image = key[1]
         rng = np.random.default_rng(0)  # test presets draw nothing
         unreadable: tuple[int, ...] = ()
@@ -153,7 +152,7 @@ def training_loader(
 ) -> DataLoader[Batch]:
     """Batches of this process's `part` (start, stop, rank, world: see SampleOrder.micro_batches) of the stream."""
     images = TrainingImages(table, preset, order.seed, with_masks)
-    return _loader(images, _MicroBatches((order, *part)), num_workers)
+    return _loader(images, _MicroBatches(partial(order.micro_batches, *part)), num_workers)
 
 
 def evaluation_loader(
@@ -170,7 +169,7 @@ def evaluation_loader(
         [(0, int(image)) for image in order[start : start + micro_batch_size]]
         for start in range(0, len(order), micro_batch_size)
     ]
-    return _loader(EvaluationImages(table, preset), _MicroBatches(batches[rank::world]), num_workers)
+    return _loader(EvaluationImages(table, preset), _MicroBatches(partial(iter, batches[rank::world])), num_workers)
 
 
 def aspect_groups(table: AnnotationTable) -> np.ndarray:

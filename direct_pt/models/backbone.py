@@ -1,7 +1,6 @@
 """Backbones: any timm network with a feature hierarchy, from random weights, and what may be frozen in it."""
 
 import math
-from collections.abc import Iterator
 from difflib import get_close_matches
 
 import timm
@@ -46,12 +45,13 @@ class Backbone(nn.Module):
         """Maps at strides 4, 8, 16, 32 of normalised images [B, 3, H, W]."""
         return self.network(images)
 
-    def stem_and_first_stage(self) -> Iterator[nn.Module]:
-        """What fine-tuning freezes in a ResNet: everything before the second stage."""
-        for name, module in self.network.named_children():
-            if name in ("layer2", "layer3", "layer4"):
-                return
-            yield module
+    def stem_and_first_stage(self) -> list[nn.Module]:
+        """What fine-tuning freezes: everything up to the end of the first stage, as timm names it."""
+        first_stage = self.network.feature_info.module_name(0).replace(".", "_")
+        children = dict(self.network.named_children())
+        if first_stage not in children:
+            return []
+        return list(children.values())[: list(children).index(first_stage) + 1]
 
 
 def _undo_zero_init(network: nn.Module) -> None:

@@ -1,0 +1,55 @@
+"""What several test files share: a small COCO set in a folder of its own."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.sources import SplitPaths, load_split
+
+CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
+
+
+class CocoFolder:
+    """Images of noise on disk, and the annotation file's `content`, to be changed at will before `load`."""
+
+    def __init__(self, folder: Path, sizes: Sequence[tuple[int, int]], annotations: Sequence[dict[str, Any]]) -> None:
+        self.paths = SplitPaths(folder / "pictures", folder / "labels.json")
+        self.paths.images.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        images = []
+        for row, (height, width) in enumerate(sizes):
+            pixels = rng.integers(256, size=(height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.paths.images / f"{row}.png")
+            images.append({"id": 10 * row + 10, "file_name": f"{row}.png", "height": height, "width": width})
+        numbered = [{"id": 100 + row, "category_id": 7, **record} for row, record in enumerate(annotations)]
+        self.content = {"images": images, "annotations": numbered, "categories": list(map(dict, CATEGORIES))}
+
+    def write(self) -> SplitPaths:
+        """The annotation file as `content` stands."""
+        self.paths.annotations.write_text(json.dumps(self.content))
+        return self.paths
+
+    def load(self) -> AnnotationTable:
+        """The table of what was written."""
+        return load_split(self.write())
+
+
+MakeCocoFolder = Callable[..., CocoFolder]
+
+
+@pytest.fixture
+def coco_folder(tmp_path: Path) -> MakeCocoFolder:
+    """Makes a set: `coco_folder(sizes, annotations)`. Image ids are 10, 20, ...; annotation ids 100, 101, ..."""
+
+    def make(
+        sizes: Sequence[tuple[int, int]], annotations: Sequence[dict[str, Any]] = (), name: str = "set"
+    ) -> CocoFolder:
+        return CocoFolder(tmp_path / name, sizes, annotations)
+
+    return make

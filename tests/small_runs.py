@@ -1,0 +1,164 @@
+"""Small real runs for the tests: the data, the flags that keep them small, and one stage or script at a time."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from direct_pt.checkpoint import from_pretrained, save_model
+from direct_pt.settings import parse_training
+from direct_pt.stage import run_stage
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TRAIN_IMAGES, VAL_IMAGES, FILE_SIZE = 24, 9, 64  # 9: not divisible by two processes
+SIZE = 96  # pixels that the files are enlarged to, for objects that anchors fit
+MODEL = "faster_rcnn_r50_fpn"
+DETECTOR = ("--model", MODEL, "--backbone", "resnet18", "--channels", "32")
+COUNTS = ("--rois-per-image", "16", "--proposals", "64")
+MACHINE = ("--num-workers", "0", "--mixed-precision", "no")
+PRETRAIN = (*DETECTOR, *COUNTS, *MACHINE, "--image-size", str(SIZE), "--lr", "0.002")
+FINETUNE = (*COUNTS, *MACHINE, "--short-side", str(SIZE), "--long-side", "128", "--lr", "0.002")
+EIGHT = ("--global-batch-size", "8", "--micro-batch-size", "8")
+NO_EVALUATION = ("--eval-every", "1000")  # but for the one at the end
+TIMINGS = ("images_per_second", "memory_gib")  # what differs between two equal runs
+# Subprocesses are not to look for models on the net, nor to use a GPU.
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compares figures to the bit, as a CPU gives them: hide the GPU to run it"
+)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def demo_data(factory: pytest.TempPathFactory) -> Path:
+    """The demo set in small, made once a session."""
+    pytest.importorskip("sklearn")
+    folder = factory.getbasetemp() / "demo_data"
+    numbers = ("--train-images", TRAIN_IMAGES, "--val-images", VAL_IMAGES, "--image-size", FILE_SIZE)
+    load_script("make_demo_data").main(["--output-dir", str(folder), *map(str, numbers)])
+    return folder
+
+
+def pretrained_run(factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained run of four steps on the demo set, made once a session. Tests must leave it as it is."""
+    run = factory.getbasetemp() / "pretrained_run"
+    if not (run / "model").exists():
+        flags = (*PRETRAIN, *EIGHT, "--max-steps", "4", "--eval-every", "0.67", "--log-every", "1")
+        train("pretrain", "--data", demo_data(factory), *flags, "--output-dir", run)
+    return run
+
+
+@contextmanager
+def fresh_process() -> Iterator[None]:
+    """As if this process had just started, for accelerate and signals; put back at the end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    _forget_accelerator()
+    try:
+        yield
+    finally:
+        _forget_accelerator()
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _forget_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(stage: str, *flags: object) -> None:
+    """Run pretrain or finetune in this process."""
+    with fresh_process():
+        run_stage(parse_training(stage, "", [str(flag) for flag in flags]))
+
+
+def call_script(name: str, *flags: object) -> None:
+    """Run evaluate.py's or predict.py's main in this process."""
+    script, arguments = load_script(name), sys.argv
+    sys.argv = [f"{name}.py", *map(str, flags)]
+    try:
+        with fresh_process(), torch.inference_mode(name == "predict"):
+            script.main()
+    finally:
+        sys.argv = arguments
+
+
+def start_script(name: str, *flags: object) -> subprocess.Popen[str]:
+    """A script in a process of its own."""
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, flags)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def make_eager(run: Path, folder: Path) -> Path:
+    """A copy of a run's model that takes nearly nothing for background, so that it finds a lot: for comparisons."""
+    detector = from_pretrained(run)
+    with torch.no_grad():
+        detector.roi_head.box_head.class_logits.bias[-1] -= 10
+    save_model(folder, detector, [])
+    return folder
+
+
+def make_truth(data: Path, predictions: Path, folder: Path) -> Path:
+    """A copy of `data` where some of the predictions are the objects of the validation images, so that AP is not 0."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images").symlink_to(data / "images")
+    content = read_json(data / "annotations/instances_val.json")
+    fields = ("image_id", "category_id", "bbox")
+    content["annotations"] = [
+        {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **{name: row[name] for name in fields}}
+        for number, row in enumerate(read_json(predictions)[::7], start=1)
+    ]
+    (folder / "annotations/instances_val.json").write_text(json.dumps(content))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Of a run's model, or of another model folder."""
+    inner = folder / "model"
+    return load_file((inner if inner.is_dir() else folder) / "model.safetensors")
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Over all tensors."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without timings."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
+
+
+def steps_saved(run: Path) -> list[str]:
+    """What stands in a run's checkpoints/, hidden entries too."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())

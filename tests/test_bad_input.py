@@ -1,0 +1,306 @@
+"""What a user gets wrong: one line that names it and the remedy, exit status 2, and nothing started."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_runs as runs
+
+from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
+
+FLAGS = {
+    "pretrain": (*runs.PRETRAIN, *runs.EIGHT, "--max-steps", "4", *runs.NO_EVALUATION),
+    "finetune": (*runs.FINETUNE, *runs.EIGHT, "--max-steps", "4", *runs.NO_EVALUATION),
+}
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.demo_data(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.pretrained_run(tmp_path_factory)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Path]:
+    """Where the run would go. Whatever is refused leaves nothing there."""
+    yield tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+
+
+def refused(script: str, *flags: object) -> str:
+    """The same, of the same program in this process."""
+
+    def main() -> None:
+        if script in FLAGS:
+            runs.train(script, *FLAGS[script], *flags)
+        else:
+            runs.call_script(script, *runs.MACHINE, *flags)
+
+    with redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
+        run_program(main)
+    assert end.value.code == 2
+    *before, line = errors.getvalue().splitlines()  # before it: a progress bar, where something was under way
+    assert line.startswith("error: ") and not any("error" in earlier for earlier in before)
+    return line.removeprefix("error: ")
+
+
+def refused_in_a_process(script: str, *flags: object) -> str:
+    """The one line on stderr of a process of its own."""
+    process = runs.start_script(script, *FLAGS.get(script, runs.MACHINE), *flags)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert printed == ""
+    (line,) = errors.splitlines()
+    return line
+
+
+# As a user sees it
+
+
+def test_missing_folder(output: Path, tmp_path: Path) -> None:
+    line = refused_in_a_process("pretrain", "--data", tmp_path / "absent", "--output-dir", output)
+    assert line == f"error: --data {tmp_path / 'absent'}: no such folder"
+
+
+def test_init_that_the_hub_does_not_have(output: Path, demo: Path) -> None:
+    """Offline: what looks like a hub id, and may be a mistyped path."""
+    line = refused_in_a_process("finetune", "--data", demo, "--init", "nobody/nothing", "--output-dir", output)
+    assert line.startswith("error: nobody/nothing: no such folder, and the hub gives no such model")
+
+
+def test_checkpoint_that_is_none(demo: Path, output: Path) -> None:
+    line = refused_in_a_process("evaluate", "--data", demo, "--checkpoint", demo, "--output-dir", output)
+    assert line.startswith(f"error: {demo}: holds no model (model.safetensors and config.json); give a run's folder")
+
+
+def test_predict_a_missing_file(pretrained: Path, output: Path, tmp_path: Path) -> None:
+    flags = (tmp_path / "absent.jpg", "--checkpoint", pretrained, "--output-dir", output)
+    assert refused_in_a_process("predict", *flags) == f"error: {tmp_path / 'absent.jpg'}: no such image or folder"
+
+
+def test_fp16_without_a_gpu(output: Path, demo: Path) -> None:
+    """The last thing that is found out before training."""
+    line = refused_in_a_process("pretrain", "--data", demo, "--mixed-precision", "fp16", "--output-dir", output)
+    assert line == "error: fp16 needs a GPU, and there is none: use --mixed-precision bf16 or no"
+
+
+# In this process
+
+
+def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for raised, status, text in (
+        (None, 0, ""),
+        (InputError("no such file"), 2, "error: no such file\n"),
+        (InputError("the hub says:\n\n404"), 2, "error: the hub says: 404\n"),
+        (TrainingStopped("not finite"), 1, "stopped: not finite\n"),
+        (StopSignal("SIGTERM", 143), 143, "stopped: SIGTERM\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ):
+
+        def main(raised: BaseException | None = raised) -> None:
+            if raised is not None:
+                raise raised
+
+        with pytest.raises(SystemExit) as end:
+            run_program(main)
+        assert (end.value.code, capsys.readouterr().err) == (status, text)
+
+
+def test_init_that_is_missing(output: Path, demo: Path, tmp_path: Path) -> None:
+    line = refused("finetune", "--data", demo, "--init", tmp_path / "absent", "--output-dir", output)
+    assert line.startswith(f"{tmp_path / 'absent'}: no such folder; give a run's folder")
+
+
+def test_output_folder_of_another_run(pretrained: Path, demo: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
+    line = refused("pretrain", "--data", demo, "--output-dir", pretrained)
+    remedy = "holds a run already; go on with --resume, or choose another folder"
+    assert line == f"--output-dir {pretrained}: {remedy}"
+    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
+
+
+def test_a_flag_that_does_not_exist() -> None:
+    line = refused("finetune", "--learning-rate", "1")
+    assert line == "unrecognized arguments: --learning-rate 1 (see --help)"
+
+
+@pytest.fixture
+def copy(demo: Path, tmp_path: Path) -> Path:
+    """The demo data, to be damaged."""
+    shutil.copytree(demo, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def annotations(data: Path, split: str = "train") -> Path:
+    return data / f"annotations/instances_{split}.json"
+
+
+def change(data: Path, split: str = "train", **values: Any) -> None:
+    """Other contents under some keys of an annotation file."""
+    path = annotations(data, split)
+    path.write_text(json.dumps({**runs.read_json(path), **values}))
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate"])
+def test_unreadable_annotations(script: str, copy: Path, output: Path, pretrained: Path) -> None:
+    annotations(copy, "train").write_text('{"images": [')
+    annotations(copy, "val").write_text("")
+    more = {"pretrain": (), "finetune": ("--init", pretrained), "evaluate": ("--checkpoint", pretrained)}[script]
+    message = refused(script, "--data", copy, *more, "--output-dir", output)
+    split = "val" if script == "evaluate" else "train"
+    assert message.startswith(f"{annotations(copy, split)}: cannot be read as JSON")
+
+
+def test_data_folders(copy: Path, output: Path) -> None:
+    arguments = ("--output-dir", output)
+    shutil.rmtree(copy / "images")
+    assert f"{copy / 'images'}: no such image folder" in refused("pretrain", "--data", copy, *arguments)
+    annotations(copy).unlink()
+    assert "give --train-images" in refused("pretrain", "--data", copy, *arguments)
+    annotations(copy, "val").unlink()
+    message = refused("pretrain", "--data", copy, *arguments)
+    assert f"--data {copy}: holds neither annotations/instances_train2017.json" in message
+    assert "no data given: use --data DIR" in refused("pretrain", *arguments)
+
+
+def test_images_that_are_not_there(copy: Path, output: Path) -> None:
+    (copy / "images/train_000005.jpg").unlink()
+    message = refused("pretrain", "--data", copy, "--output-dir", output)
+    assert str(copy / "images/train_000005.jpg") in message and "1 of 24" in message and "check" in message
+
+
+def test_splits_with_other_classes(copy: Path, output: Path) -> None:
+    categories = runs.read_json(annotations(copy))["categories"]
+    change(copy, "val", categories=[*categories, {"id": 200, "name": "ten"}])
+    message = refused("pretrain", "--data", copy, "--output-dir", output)
+    assert message.startswith(f"{annotations(copy, 'val')}: its categories") and "differ" in message
+
+
+def test_nothing_to_learn(copy: Path, output: Path) -> None:
+    change(copy, "train", annotations=[])
+    message = refused("pretrain", "--data", copy, "--drop-empty", "--output-dir", output)
+    assert str(annotations(copy)) in message and "--drop-empty" in message
+
+
+def test_unknown_detector(demo: Path, output: Path) -> None:
+    flags = ("--data", demo, "--output-dir", output)
+    assert "--model yolo: no such detector; choose one of" in refused("pretrain", *flags, "--model", "yolo")
+    message = refused("pretrain", *flags, "--backbone", "resnet19")
+    assert message.startswith("--backbone resnet19: timm has no model of this name; try resnet")
+    message = refused("pretrain", *flags, "--backbone", "vit_tiny_patch16_224")
+    assert "has no feature maps at strides 4, 8, 16 and 32; use a hierarchical network" in message
+
+
+def test_sizes_and_batches(demo: Path, output: Path) -> None:
+    flags = ("--data", demo, "--output-dir", output)
+    assert refused("pretrain", *flags, "--image-size", 90) == "--image-size 90 is no multiple of 32: use 64 or 96"
+    message = refused("pretrain", *flags, "--micro-batch-size", 3)
+    assert "--global-batch-size 8 does not divide" in message and "use --global-batch-size 6 or 9" in message
+
+
+def test_output_that_is_a_file(demo: Path, pretrained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "file"
+    output.write_text("mine")
+    photo = next((demo / "images").iterdir())
+    for script, flags in (
+        ("pretrain", ("--data", demo)),
+        ("evaluate", ("--data", demo, "--checkpoint", pretrained)),
+        ("predict", (photo, "--checkpoint", pretrained)),
+    ):
+        assert f"--output-dir {output}: is a file" in refused(script, *flags, "--output-dir", output)
+        assert output.read_text() == "mine"
+
+
+def test_resume_with_other_settings(demo: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    flags = ("--data", demo, "--max-steps", 4, "--eval-every", 0.67, "--output-dir", run, "--resume")
+    message = refused("pretrain", *flags, "--lr", 0.1)
+    assert (
+        "--lr is 0.1" in message
+        and "was started with 0.002" in message
+        and f"--config {run / 'config.json'}" in message
+    )
+    assert "--seed is 1 but" in refused("pretrain", *flags, "--seed", 1)
+    assert "--max-steps is 9 but" in refused("pretrain", *flags, "--max-steps", 9)
+    assert "the stage is 'finetune'" in refused("finetune", *flags, "--init", pretrained)
+    assert "--data is" in refused("pretrain", *flags, "--data", tmp_path)
+    for content in ("{", "[]", "{}"):
+        (run / "config.json").write_text(content)
+        message = refused("pretrain", *flags)
+        assert message.startswith(f"{run / 'config.json'}: cannot be read as a run's configuration")
+
+
+def test_damaged_checkpoint(demo: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Named, with the older one to go back to."""
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    state = run / "checkpoints/step-4"
+    (state / "optimizer.bin").write_bytes((state / "optimizer.bin").read_bytes()[:1000])
+    flags = ("--data", demo, "--max-steps", 4, "--eval-every", 0.67, "--output-dir", run, "--resume")
+    message = refused("pretrain", *flags)
+    assert str(state) in message and "remove" in message
+
+
+def test_init_of_other_classes(copy: Path, pretrained: Path, output: Path) -> None:
+    for split in ("train", "val"):
+        categories = runs.read_json(annotations(copy, split))["categories"]
+        change(copy, split, categories=[{**category, "name": f"n{category['name']}"} for category in categories])
+    message = refused("finetune", "--data", copy, "--init", pretrained, "--output-dir", output)
+    assert f"--init {pretrained}: was trained for the 10 classes 0, 1, 2" in message
+    assert f"{annotations(copy)} has 10: n0" in message and "pre-train on this data set" in message
+    flags = ("--data", copy, "--checkpoint", pretrained, "--output-dir", output)
+    assert "its categories are not the 10 classes that" in refused("evaluate", *flags)
+
+
+def test_flags_that_contradict_init(demo: Path, pretrained: Path, output: Path) -> None:
+    flags = ("--data", demo, "--init", pretrained, "--output-dir", output)
+    for flag, value in (("--backbone", "resnet50"), ("--norm", "group"), ("--channels", 64)):
+        message = refused("finetune", *flags, flag, value)
+        assert message.startswith(f"{flag} {value}: --init {pretrained} has ") and "leave the flag out" in message
+
+
+def test_init_that_is_no_model(demo: Path, output: Path) -> None:
+    flags = ("--data", demo, "--output-dir", output)
+    assert f"{demo}: holds no model" in refused("finetune", *flags, "--init", demo)
+    assert "--init is missing" in refused("finetune", *flags)
+
+
+def test_evaluate_arguments(demo: Path, copy: Path, pretrained: Path, output: Path) -> None:
+    flags = ("--checkpoint", pretrained, "--output-dir", output)
+    annotations(copy, "val").unlink()
+    assert "--split val: the data have no such split, only train" in refused("evaluate", "--data", copy, *flags)
+    message = refused("evaluate", "--data", demo, *flags, "--short-side", 100, "--long-side", 50)
+    assert message == "--short-side 100 is above --long-side 50: swap them"
+    assert "--micro-batch-size" in refused("evaluate", "--data", demo, *flags, "--micro-batch-size", 0)
+    assert "--checkpoint" in refused("evaluate", "--data", demo)
+    message = refused("evaluate", "--data", demo, "--checkpoint", "somebody/model")
+    assert message.startswith("--output-dir is missing")
+
+
+def test_predict_arguments(demo: Path, pretrained: Path, output: Path, tmp_path: Path) -> None:
+    photo = next((demo / "images").iterdir())
+    (tmp_path / "empty").mkdir()
+    flags = ("--checkpoint", pretrained, "--output-dir", output)
+    assert "no image files there (.jpg" in refused("predict", tmp_path / "empty", *flags)
+    assert "IMAGE_OR_FOLDER" in refused("predict", *flags)
+    assert "--checkpoint" in refused("predict", photo, "--output-dir", output)
+    assert "no such folder" in refused("predict", photo, "--checkpoint", tmp_path / "no", "--output-dir", output)
+    assert f"{demo}: holds no model" in refused("predict", photo, "--checkpoint", demo, "--output-dir", output)
+
+
+def test_predict_nothing_but_broken_files(pretrained: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    message = refused(
+        "predict", tmp_path / "notes.txt", "--checkpoint", pretrained, "--output-dir", tmp_path / "pictures"
+    )
+    assert "none of the 1 files could be read as an image" in message

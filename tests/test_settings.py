@@ -1,0 +1,287 @@
+"""From flags to the resolved numbers of a run, and the flags that are refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from direct_pt.errors import InputError
+from direct_pt.settings import STAGES, Plan, Settings, make_plan, parse_training, split_paths
+
+COCO_IMAGES = 118_287
+REQUIRED = {
+    "pretrain": ["--model", "faster_rcnn_r50_fpn", "--output-dir", "run"],
+    "finetune": ["--init", "pretrained", "--output-dir", "run"],
+}
+
+
+def parse(stage: str, *flags: object) -> Settings:
+    return parse_training(stage, "", [*REQUIRED[stage], *map(str, flags)])
+
+
+def plan(stage: str, *flags: object, images: int = COCO_IMAGES, processes: int = 1) -> Plan:
+    return make_plan(parse(stage, *flags), images, processes)
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "expected"),
+    [
+        ("pretrain", 1, (64, 8, 8, 88715, 0.08, 500, ())),
+        ("pretrain", 8, (64, 8, 1, 88715, 0.08, 500, ())),
+        ("finetune", 1, (16, 2, 8, 88715, 0.02, 500, (59143, 81322))),
+        ("finetune", 4, (16, 2, 2, 88715, 0.02, 500, (59143, 81322))),
+    ],
+)
+def test_the_papers_numbers_on_coco(stage: str, processes: int, expected: tuple[object, ...]) -> None:
+    """The step counts are epochs x images / batch: 48 x 118287 / 64, and 12 x 118287 / 16."""
+    p = plan(stage, processes=processes)
+    found = (
+        p.global_batch_size, p.micro_batch_size, p.accumulation, p.total_steps, p.lr, p.warmup_steps, p.decay_steps,
+    )  # fmt: skip
+    assert found == expected
+    assert p.notes == () and p.processes == processes and p.images == COCO_IMAGES
+    assert p.epochs == pytest.approx(STAGES[stage].epochs, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "accumulation"),
+    [
+        (1, ("--global-batch-size", 8, "--micro-batch-size", 8), 1),
+        (1, ("--global-batch-size", 8, "--micro-batch-size", 2), 4),
+        (2, ("--global-batch-size", 8, "--micro-batch-size", 2), 2),
+        (2, ("--global-batch-size", 8, "--micro-batch-size", 4), 1),
+        (3, ("--global-batch-size", 12, "--micro-batch-size", 1), 4),
+    ],
+)
+def test_accumulation_keeps_the_global_batch(processes: int, flags: tuple[object, ...], accumulation: int) -> None:
+    p = plan("pretrain", *flags, processes=processes)
+    assert p.accumulation == accumulation
+    assert p.accumulation * p.micro_batch_size * p.processes == p.global_batch_size == int(str(flags[1]))
+    assert p.total_steps == round(48 * COCO_IMAGES / p.global_batch_size)  # of the optimizer, whatever the processes
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "flags", "remedy"),
+    [
+        ("pretrain", 3, (), "use --global-batch-size 48 or 72"),
+        ("pretrain", 1, ("--global-batch-size", 4), "use --global-batch-size 8, or --micro-batch-size 1 or 2 or 4"),
+        ("pretrain", 1, ("--global-batch-size", 12, "--micro-batch-size", 5),
+         "use --global-batch-size 10 or 15, or --micro-batch-size 4 or 6 or 12"),
+        ("finetune", 2, ("--micro-batch-size", 3),
+         "use --global-batch-size 12 or 18, or --micro-batch-size 2 or 4 or 8"),
+        ("finetune", 32, (), "use --global-batch-size 64"),
+    ],
+)  # fmt: skip
+def test_batches_that_do_not_fit(stage: str, processes: int, flags: tuple[object, ...], remedy: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan(stage, *flags, processes=processes)
+    assert remedy in str(error.value) and f"on {processes} process(es)" in str(error.value)
+    assert_one_line(error.value)
+    # What the message offers works.
+    for option in remedy.removeprefix("use ").split(", or "):
+        flag, *choices = option.replace(" or ", " ").split()
+        for choice in choices:
+            assert plan(stage, *flags, flag, choice, processes=processes).accumulation >= 1
+
+
+def test_lr_follows_the_batch() -> None:
+    p = plan("pretrain", "--global-batch-size", 16)
+    assert p.lr == pytest.approx(0.02)
+    assert "lr 0.02 = 0.08 x 16 / 64" in p.notes
+    assert plan("finetune", "--global-batch-size", 32).lr == pytest.approx(0.04)
+    assert plan("pretrain", processes=2).lr == 0.08  # not the processes
+    p = plan("pretrain", "--global-batch-size", 16, "--lr", 0.5)
+    assert p.lr == 0.5 and not any("lr" in note for note in p.notes)
+
+
+def test_floor_of_steps() -> None:
+    """Small data: as many images are seen as 500 (250) steps of the paper's batch have."""
+    assert plan("pretrain", images=300).total_steps == 500  # 48 epochs are 225
+    p = plan("pretrain", "--global-batch-size", 16, images=300)
+    assert p.total_steps == 2000
+    assert any("900 steps: raised to the floor of 2000" in note for note in p.notes)
+    assert plan("pretrain", "--schedule", "3x", images=300).total_steps == 1500
+    assert plan("finetune", images=300).total_steps == 250
+    assert plan("finetune", images=300).decay_steps == (167, 229)
+    assert plan("finetune", "--schedule", "3x", images=20_000).total_steps == 45_000  # 36 x 20000 / 16: above it
+    # Who names a length gets it.
+    assert plan("pretrain", "--epochs", 10, "--global-batch-size", 16, images=300).total_steps == 188
+    assert plan("pretrain", "--epochs", 0.001, images=300).total_steps == 1
+    assert plan("pretrain", "--max-steps", 3, images=300).total_steps == 3
+
+
+def test_warmup() -> None:
+    assert plan("pretrain", "--max-steps", 5000).warmup_steps == 500
+    p = plan("pretrain", "--max-steps", 1000)
+    assert p.warmup_steps == 100 and any("warm-up 100 steps" in note for note in p.notes)
+    assert plan("pretrain", "--max-steps", 3).warmup_steps == 1
+    p = plan("pretrain", "--max-steps", 1000, "--warmup-steps", 300)
+    assert p.warmup_steps == 300 and not any("warm-up" in note for note in p.notes)
+    assert plan("pretrain", "--max-steps", 10, "--warmup-steps", 0).learning_rate(0) == 0.08
+
+
+def test_evaluation_interval() -> None:
+    assert plan("pretrain", "--max-steps", 1200).eval_steps == 100  # a twelfth
+    assert plan("pretrain", "--max-steps", 5).eval_steps == 1
+    assert plan("pretrain", "--eval-every", 2, images=640).eval_steps == 20
+    assert plan("pretrain", "--eval-every", 0.001, images=640).eval_steps == 1
+
+
+def test_learning_rate_by_hand() -> None:
+    p = plan("pretrain")
+    assert p.learning_rate(0) == pytest.approx(0.0008)  # a hundredth
+    assert p.learning_rate(250) == pytest.approx(0.0404)  # half-way from 0.0008 to 0.08
+    assert p.learning_rate(499) == pytest.approx(0.0798416)
+    assert p.learning_rate(500) == p.learning_rate(p.total_steps - 1) == 0.08
+    p = plan("finetune", "--max-steps", 12_000)
+    assert p.learning_rate(0) == pytest.approx(0.00002)  # a thousandth
+    assert p.learning_rate(250) == pytest.approx(0.01001)
+    assert p.learning_rate(7_999) == 0.02
+    assert p.learning_rate(8_000) == p.learning_rate(10_999) == pytest.approx(0.002)
+    assert p.learning_rate(11_000) == p.learning_rate(11_999) == pytest.approx(0.0002)
+
+
+# Flags
+
+
+def test_defaults_are_complete() -> None:
+    for stage in STAGES:
+        settings = parse(stage)
+        assert settings.stage == stage and settings.output_dir == Path("run") and not settings.resume
+    assert parse("pretrain").image_size == 448
+    assert (parse("finetune").short_side, parse("finetune").long_side) == (800, 1333)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_gives_the_same_settings_again(stage: str, tmp_path: Path) -> None:
+    sizes = ("--image-size", 96) if stage == "pretrain" else ("--short-side", 96, "--long-side", 128)
+    settings = parse(
+        stage, "--data", "data/demo", "--drop-empty", "--norm", "group", "--channels", 32, "--rois-per-image", 16,
+        "--proposals", 64, *sizes, "--max-steps", 7, "--global-batch-size", 8, "--micro-batch-size", 4, "--lr", 0.003,
+        "--warmup-steps", 2, "--mixed-precision", "no", "--seed", 5, "--num-workers", 0, "--eval-every", 1.5,
+        "--save-every", 3, "--keep-checkpoints", 4, "--log-every", 6, "--report-to", "tensorboard",
+    )  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"settings": settings.to_dict(), "plan": {}, "git": "x"}))
+    assert parse_training(stage, "", ["--config", str(config)]) == settings
+    # A flag beside it wins, and resuming is not inherited.
+    again = parse_training(stage, "", ["--config", str(config), "--lr", "0.1", "--output-dir", "other", "--resume"])
+    assert again == replace(settings, lr=0.1, output_dir=Path("other"), resume=True)
+    resumed = {**settings.to_dict(), "resume": True}
+    config.write_text(json.dumps({"settings": resumed}))
+    assert not parse_training(stage, "", ["--config", str(config)]).resume
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--epochs", "5"), (None, 5.0, "1x")),
+        (("--schedule", "3x"), (None, None, "3x")),
+        (("--max-steps", "9"), (9, None, "1x")),
+    ],
+)
+def test_a_length_beside_config_wins(flags: tuple[str, ...], expected: tuple[object, ...], tmp_path: Path) -> None:
+    for saved in (("--max-steps", 3), ("--epochs", 2), ("--schedule", "1x")):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"settings": parse("pretrain", *saved).to_dict()}))
+        settings = parse_training("pretrain", "", ["--config", str(config), *flags])
+        assert (settings.max_steps, settings.epochs, settings.schedule) == expected
+
+
+def test_bad_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    cases = {
+        "": "cannot be read as a run's config.json",
+        "[1]": "cannot be read as a run's config.json",
+        '{"detector": {}}': "cannot be read as a run's config.json",
+        '{"settings": {"stage": "finetune"}}': "of the other stage",
+        '{"settings": {"stage": "pretrain", "learning_rate": 1}}': "unknown settings: learning_rate",
+    }
+    for content, message in cases.items():
+        config.write_text(content)
+        with pytest.raises(InputError, match=message) as error:
+            parse("pretrain", "--config", config)
+        assert str(config) in str(error.value)
+        assert_one_line(error.value)
+    with pytest.raises(InputError, match=r"absent\.json: cannot be read"):
+        parse("pretrain", "--config", tmp_path / "absent.json")
+
+
+def assert_one_line(error: BaseException) -> None:
+    assert str(error).strip() and "\n" not in str(error)
+
+
+COUNTS = ("channels", "rois-per-image", "proposals", "max-steps", "global-batch-size", "micro-batch-size", "save-every",
+          "keep-checkpoints", "log-every")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        *((f"--{name}", ("0", "-1", "x", "1.5", "")) for name in COUNTS),
+        *((f"--{name}", ("-1", "x", "0.5")) for name in ("seed", "num-workers", "warmup-steps")),
+        *((f"--{name}", ("0", "-0.1", "nan", "inf", "x")) for name in ("lr", "epochs", "eval-every")),
+        ("--norm", ("layer",)),
+        ("--schedule", ("2x",)),
+        ("--mixed-precision", ("fp64",)),
+        ("--report-to", ("wandb",)),
+    ],
+)
+@pytest.mark.parametrize("stage", STAGES)
+def test_bad_values(stage: str, flag: str, values: tuple[str, ...]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=flag) as error:
+            parse(stage, f"{flag}={value}")
+        assert_one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "argv", "message"),
+    [
+        ("pretrain", ["--model", "faster_rcnn_r50_fpn"], "--output-dir is missing"),
+        ("pretrain", ["--output-dir", "run"], "--model is missing: one of faster_rcnn_r50_fpn"),
+        ("pretrain", ["--output-dir", "run", "--model", "yolo"], "--model yolo: .*faster_rcnn_r50_fpn"),
+        ("pretrain", [*REQUIRED["pretrain"], "--image-size", "100"], "100 is no multiple of 32: use 96 or 128"),
+        ("pretrain", [*REQUIRED["pretrain"], "--image-size", "20"], "--image-size 20 .*: use 32"),
+        ("pretrain", [*REQUIRED["pretrain"], "--short-side", "800"], "--short-side"),
+        ("pretrain", [*REQUIRED["pretrain"], "--init", "none"], "--init"),
+        ("pretrain", [*REQUIRED["pretrain"], "--batch", "8"], "--batch"),
+        ("pretrain", [*REQUIRED["pretrain"], "stray"], "stray"),
+        ("pretrain", [*REQUIRED["pretrain"], "--lr"], "--lr.*expected one argument"),
+        ("pretrain", [*REQUIRED["pretrain"], "--epochs", "1", "--max-steps", "1"], "not allowed with"),
+        ("finetune", ["--output-dir", "run"], "--init is missing"),
+        ("finetune", ["--output-dir", "run", "--init", "none"], "--model is missing"),
+        ("finetune", [*REQUIRED["finetune"], "--short-side", "90", "--long-side", "80"], "--short-side 90 is above"),
+        ("finetune", [*REQUIRED["finetune"], "--image-size", "64"], "--image-size"),
+        ("finetune", [*REQUIRED["finetune"], "--model", "yolo"], "--model yolo: .*faster_rcnn_r50_fpn"),
+    ],
+)  # fmt: skip
+def test_refused_command_lines(stage: str, argv: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        parse_training(stage, "", argv)
+    assert_one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ((None,) * 5, "no data given: use --data DIR"),
+        ((Path("absent"), None, None, None, None), "--data absent: no such folder"),
+        ((Path(), Path("a"), None, None, None), "not both"),
+        ((None, Path("a"), None, None, None), "--train-annotations is missing"),
+        ((None, Path("a"), Path("b"), None, Path("c")), "--val-images is missing"),
+    ],
+)
+def test_incomplete_data_paths(paths: tuple[Path | None, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        split_paths(*paths)
+    assert_one_line(error.value)
+
+
+def test_explicit_data_paths() -> None:
+    splits = split_paths(None, Path("a"), Path("b"), None, None)
+    assert list(splits) == ["train"] and (splits["train"].images, splits["train"].annotations) == (Path("a"), Path("b"))
