@@ -237,7 +237,7 @@ def test_resume_with_other_settings(demo: Path, pretrained: Path, tmp_path: Path
     for content in ("{", "[]", "{}"):
         (run / "config.json").write_text(content)
         message = refused("pretrain", *flags)
-        assert message.startswith(f"{run / 'config.json'}: cannot be read as a run's configuration")
+        assert message.startswith(f"{run / 'config.json'}: cannot be read as a run's config.json")
 
 
 def test_damaged_checkpoint(demo: Path, pretrained: Path, tmp_path: Path) -> None:

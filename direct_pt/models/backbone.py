@@ -47,7 +47,7 @@ class Backbone(nn.Module):
 
     def stem_and_first_stage(self) -> list[nn.Module]:
         """What fine-tuning freezes: everything up to the end of the first stage, as timm names it."""
-        first_stage = self.network.feature_info.module_name(0).replace(".", "_")
+        first_stage = self.network.feature_info.module_name()[0].replace(".", "_")
         children = dict(self.network.named_children())
         if first_stage not in children:
             return []
