@@ -1,0 +1,64 @@
+"""Small real data sets, where they lie beside the project: some COCO 2017 images, and two sets in the plain layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs as runs
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from direct_pt.checkpoint import from_pretrained, save_model
+from direct_pt.data.loader import SampleOrder, training_loader
+from direct_pt.data.sources import find_splits, load_split
+from direct_pt.data.transforms import PretrainPreset
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not lie beside the project")
+
+
+def test_coco_images_train_and_evaluate(tmp_path: Path) -> None:
+    """A few steps on COCO images with crowd regions; predictions carry COCO's ids, figures are pycocotools'."""
+    data, run = DATA / "coco_permissive", tmp_path / "run"
+    flags = (*runs.PRETRAIN, "--global-batch-size", 8, "--micro-batch-size", 4, "--max-steps", 3, *runs.NO_EVALUATION)
+    runs.train("pretrain", "--data", data, *flags, "--output-dir", run)
+    losses = [record["loss"] for record in runs.records(run) if "loss" in record]
+    assert np.isfinite(losses).all()
+    found, eager = tmp_path / "found", tmp_path / "eager"
+    detector = from_pretrained(runs.make_eager(run, eager))
+    detector.roi_head.box_head.class_logits.weight.data[:-1] *= 1000  # of 80 classes, some are to stand out
+    detector.roi_head.box_head.class_logits.weight.data[-1] = 0
+    save_model(eager, detector, [])
+    runs.call_script("evaluate", "--checkpoint", eager, "--data", data, *runs.MACHINE, "--output-dir", found)
+
+    truth = COCO(str(data / "annotations/instances_val2017.json"))
+    rows = runs.read_json(found / "predictions.json")
+    assert {row["image_id"] for row in rows} <= set(truth.getImgIds()) and len(rows) > 100
+    assert {row["category_id"] for row in rows} <= set(truth.getCatIds())
+    scorer = COCOeval(truth, truth.loadRes(str(found / "predictions.json")), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    figures = list(runs.read_json(found / "metrics.json")["bbox"].values())
+    assert figures == pytest.approx(scorer.stats.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "objects", "classes"),
+    [("cbc", 288, 3861, 3), ("rice_leaf", 91, 563, 3), ("coco_permissive", 33, 246, 80)],
+)
+def test_every_image_becomes_a_sample(name: str, images: int, objects: int, classes: int) -> None:
+    table = load_split(find_splits(DATA / name)["train"])
+    assert (len(table), len(table.boxes), len(table.class_names)) == (images, objects, classes)
+    with_masks = bool(table.segmentations.present().all())
+    order = SampleOrder(images, seed=0, micro_batch_size=8)
+    seen = []
+    for batch in training_loader(table, PretrainPreset(96), order, (0, -(-images // 8), 0, 1), with_masks, 0):
+        assert batch.images.shape[1:] == (3, 96, 96) and not batch.unreadable
+        sides = batch.boxes[batch.valid][:, 2:] - batch.boxes[batch.valid][:, :2]
+        assert (sides > 0).all() and batch.boxes.min() >= 0 and batch.boxes.max() <= 96
+        if with_masks:
+            assert batch.masks is not None
+            assert len(batch.masks) == int((batch.valid | batch.crowd).sum())
+        seen += batch.indices.tolist()
+    assert set(seen) == set(range(images))
