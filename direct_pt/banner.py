@@ -10,8 +10,9 @@ from direct_pt.checkpoint import Progress
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.models.backbone import batchnorms
 from direct_pt.models.detector import Detector
+from direct_pt.plan import Plan
 from direct_pt.recipes import LEAST_BATCHNORM_IMAGES
-from direct_pt.settings import Plan, Settings
+from direct_pt.settings import Settings
 
 
 def banner(

@@ -26,7 +26,8 @@ from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
 from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
-from direct_pt.settings import FREE_ON_RESUME, Plan, Settings, make_plan, read_settings
+from direct_pt.plan import Plan, make_plan
+from direct_pt.settings import FREE_ON_RESUME, Settings, read_settings
 from direct_pt.training import Trainer, TrainingData
 
 

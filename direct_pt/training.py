@@ -30,7 +30,8 @@ from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.models.backbone import running_statistics
 from direct_pt.models.detector import Detector
-from direct_pt.settings import Plan, Settings
+from direct_pt.plan import Plan
+from direct_pt.settings import Settings
 from direct_pt.visualize import plot_curves
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops

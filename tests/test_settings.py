@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from direct_pt.errors import InputError
-from direct_pt.settings import STAGES, Plan, Settings, make_plan, parse_training, split_paths
+from direct_pt.plan import Plan, make_plan
+from direct_pt.settings import STAGES, Settings, parse_training, split_paths
 
 COCO_IMAGES = 118_287
 REQUIRED = {

@@ -24,7 +24,8 @@ from pycocotools.cocoeval import COCOeval
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
 from direct_pt.evaluation import METRICS
-from direct_pt.settings import make_plan, parse_training
+from direct_pt.plan import make_plan
+from direct_pt.settings import parse_training
 
 ALIKE = 1e-6  # between weights that differ by the order of sums only
 STEPS = 12  # of the run that is interrupted: 24 images are 3 steps an epoch
