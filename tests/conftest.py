@@ -1,18 +1,27 @@
-"""What several test files share: a small COCO set in a folder of its own."""
+"""What several test files share: one core, and a small COCO set in a folder of its own."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import SplitPaths, load_split
 
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
+
+
+def pytest_configure() -> None:
+    """One core for this process and those it starts: sums in another order round differently, and some tests compare
+    one process with several to the last digits."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
 
 
 class CocoFolder:
