@@ -43,7 +43,10 @@ def run_stage(settings: Settings) -> None:
     _check_output(settings)
     splits = settings.splits()
     if "train" not in splits:
-        raise InputError("no training split: --data has no instances_train file; give --train-images as well")
+        raise InputError(
+            "no training split: the data have no instances_train file; add it, or give --train-images and "
+            "--train-annotations in place of --data"
+        )
     train_table = load_split(splits["train"])
     val_table = load_split(splits["val"], like=train_table) if "val" in splits else None
     if settings.drop_empty:

@@ -1,4 +1,4 @@
-"""What several test files share: one core, and a small COCO set in a folder of its own."""
+"""What several test files share: one core, small runs, and a small COCO set in a folder of its own."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_runs
 import torch
 from PIL import Image
 
@@ -22,6 +23,18 @@ def pytest_configure() -> None:
     one process with several to the last digits."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo set in small."""
+    return small_runs.demo_data(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pre-trained run on it, which tests must leave as it is."""
+    return small_runs.pretrained_run(tmp_path_factory)
 
 
 class CocoFolder:

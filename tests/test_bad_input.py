@@ -19,16 +19,6 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.demo_data(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.pretrained_run(tmp_path_factory)
-
-
 @pytest.fixture
 def output(tmp_path: Path) -> Iterator[Path]:
     """Where the run would go. Whatever is refused leaves nothing there."""

@@ -50,11 +50,6 @@ def small_detector(norm: str = "batch", proposals: int = 64) -> Detector:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.demo_data(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
 def images(demo: Path) -> TrainingImages:
     return TrainingImages(load_split(find_splits(demo)["train"]), PretrainPreset(SIDE), seed=0, with_masks=False)
 

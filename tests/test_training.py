@@ -32,16 +32,6 @@ STEPS = 12  # of the run that is interrupted: 24 images are 3 steps an epoch
 PERIOD = ("--max-steps", str(STEPS), *runs.NO_EVALUATION, "--log-every", "1")
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.demo_data(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.pretrained_run(tmp_path_factory)
-
-
 # From files to metrics and pictures
 
 
