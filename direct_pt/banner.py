@@ -8,15 +8,16 @@ from accelerate import Accelerator
 
 from direct_pt.checkpoint import Progress
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.models.backbone import batchnorms
 from direct_pt.models.detector import Detector
+from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
-from direct_pt.recipes import LEAST_BATCHNORM_IMAGES
+from direct_pt.recipes import LEAST_BATCHNORM_IMAGES, Recipe
 from direct_pt.settings import Settings
 
 
 def banner(
     settings: Settings,
+    recipe: Recipe,
     plan: Plan,
     detector: Detector,
     train_table: AnnotationTable,
@@ -46,6 +47,7 @@ def banner(
         f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in detector.parameters()):,} parameters",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
+        f"  optimizer  {_optimizer(recipe)}",
         f"  schedule   {plan.total_steps} steps = {plan.epochs:.1f} epochs, from step {progress.step}; lr {plan.lr:g}, "
         f"warm-up {plan.warmup_steps}, x0.1 after {list(plan.decay_steps) or 'no step'}; "
         f"evaluation every {plan.eval_steps}",
@@ -62,6 +64,11 @@ def banner(
     lines += [f"             {i} {name}: {n}" for i, name, n in rows[:20]]
     lines += [f"             and {len(rows) - 20} more"] if len(rows) > 20 else []
     return "\n".join(lines)
+
+
+def _optimizer(recipe: Recipe) -> str:
+    name = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}[recipe.optimizer]
+    return f"{name}, weight decay {recipe.weight_decay:g} but on norms and position tables"
 
 
 def _describe(table: AnnotationTable) -> str:

@@ -4,6 +4,7 @@ Boxes are (x1, y1, x2, y2) in pixels, continuous coordinates, origin at the imag
 the whole image is (0, 0, width, height). Sizes are (height, width).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,35 +18,42 @@ class PackedMasks:
     """Binary masks of objects, each kept only inside its own window, all in one flat array.
 
     A window is what lies inside the mask's bounding box; outside it the mask is zero. Memory follows the objects'
-    areas, not their number times the image size.
+    areas, not their number times the image size. Small objects may be drawn larger than life: then windows and frame
+    count finer pixels, `zooms` of them to one of the image.
 
     Attributes:
         windows: [N, 4] int64, whole pixels (x1, y1, x2, y2), end exclusive.
+        frames: [N, 2] int64 (height, width) of the image that each mask lies in.
+        zooms: [N] int64, from 1.
         offsets: [N + 1] int64; mask n is `bits[offsets[n]:offsets[n + 1]]`, row by row.
         bits: [total] uint8, 0 or 1.
     """
 
     windows: Tensor
+    frames: Tensor
+    zooms: Tensor
     offsets: Tensor
     bits: Tensor
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def dense(self, index: int, height: int, width: int) -> Tensor:
-        """Mask `index` as [height, width] uint8."""
+    def dense(self, index: int) -> Tensor:
+        """Mask `index` as uint8 in its whole frame [height, width]."""
         x1, y1, x2, y2 = self.windows[index].tolist()
-        mask = torch.zeros(height, width, dtype=torch.uint8)
+        mask = torch.zeros(self.frames[index].tolist(), dtype=torch.uint8)
         mask[y1:y2, x1:x2] = self.bits[self.offsets[index] : self.offsets[index + 1]].view(y2 - y1, x2 - x1)
         return mask
 
     @classmethod
-    def pack(cls, crops: list[np.ndarray], windows: np.ndarray) -> "PackedMasks":
-        """From one [h, w] uint8 array an object and its window."""
+    def pack(cls, crops: list[np.ndarray], windows: np.ndarray, frames: np.ndarray, zooms: np.ndarray) -> "PackedMasks":
+        """From one [h, w] uint8 array an object, its window, frame and zoom."""
         lengths = np.array([0] + [crop.size for crop in crops], dtype=np.int64)
         bits = np.concatenate([crop.ravel() for crop in crops]) if crops else np.zeros(0, np.uint8)
         return cls(
             torch.from_numpy(np.ascontiguousarray(windows, np.int64).reshape(-1, 4)),
+            torch.from_numpy(np.ascontiguousarray(frames, np.int64).reshape(-1, 2)),
+            torch.from_numpy(np.ascontiguousarray(zooms, np.int64)),
             torch.from_numpy(np.cumsum(lengths)),
             torch.from_numpy(np.ascontiguousarray(bits, np.uint8)),
         )
@@ -57,6 +65,8 @@ class PackedMasks:
         offsets = [part.offsets[:-1] + int(start) for part, start in zip(parts, starts[:-1], strict=True)]
         return cls(
             torch.cat([part.windows for part in parts]),
+            torch.cat([part.frames for part in parts]),
+            torch.cat([part.zooms for part in parts]),
             torch.cat([*offsets, torch.tensor([int(starts[-1])])]),
             torch.cat([part.bits for part in parts]),
         )
@@ -171,10 +181,12 @@ class Batch:
         """Called by the data loader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, move: Any) -> "Batch":
-        moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        moved: dict[str, Any] = {
+            f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         if self.masks is not None:
-            moved["masks"] = PackedMasks(move(self.masks.windows), move(self.masks.offsets), move(self.masks.bits))
+            moved["masks"] = PackedMasks(*(move(getattr(self.masks, f.name)) for f in fields(PackedMasks)))
         return replace(self, **moved)
 
 
@@ -227,23 +239,25 @@ class Detections:
         boxes: [D, 4] float32.
         scores: [D] float32.
         labels: [D] int64.
+        masks: [D, m, m] float32 probabilities inside each box, of the object's own class; None of box detectors.
     """
 
     image: Tensor
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def to(self, device: torch.device | str) -> "Detections":
         """The detections on `device`."""
-        return Detections(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return self._map(lambda tensor: tensor.to(device))
 
     def keep(self, rows: Tensor) -> "Detections":
         """Only some rows: a mask, or indices."""
-        return Detections(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return self._map(lambda tensor: tensor[rows])
 
     def of_image(self, position: int) -> "Detections":
         """Only those of one image of the batch."""
@@ -252,3 +266,7 @@ class Detections:
     def above(self, score: float) -> "Detections":
         """Only those that score more."""
         return self.keep(self.scores > score)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
+        changed = {f.name: change(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(self, **changed)

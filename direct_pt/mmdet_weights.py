@@ -1,38 +1,234 @@
-"""Names of weights: MMDetection's and ours. Shapes and the order of values inside each weight are the same in both."""
+"""MMDetection's state dicts and our detectors. Values are the same in both but for one order of channels in Swin."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from direct_pt.errors import InputError
+from direct_pt.models.detector import BOX_HEADS, RATIOS, Detector, DetectorConfig, build_detector
 
 # (MMDetection's, ours), the first that fits counts. A line stands for every name that begins so; `#` is an index.
 RENAMES = (
+    # Swin merges patches at the end of a stage there, at the beginning of the next one here.
+    *((f"backbone.layers.{i}.downsample.", f"backbone.network.layers_{i + 1}.downsample.") for i in range(3)),
+    ("backbone.layers.#.", "backbone.network.layers_#."),
+    ("backbone.norm#.", "backbone.norms.#."),
     ("backbone.", "backbone.network."),
     ("neck.lateral_convs.#.conv.", "fpn.lateral.#."),
     ("neck.fpn_convs.#.conv.", "fpn.output.#."),
     ("rpn_head.rpn_conv.", "rpn.conv."),
     ("rpn_head.rpn_cls.", "rpn.objectness."),
     ("rpn_head.rpn_reg.", "rpn.deltas."),
-    ("roi_head.bbox_head.shared_convs.#.conv.", "roi_head.box_head.convs.#."),
-    ("roi_head.bbox_head.shared_fcs.#.", "roi_head.box_head.fcs.#."),
-    ("roi_head.bbox_head.fc_cls.", "roi_head.box_head.class_logits."),
-    ("roi_head.bbox_head.fc_reg.", "roi_head.box_head.deltas."),
+    ("bbox_head.cls_convs.#.conv.", "head.class_convs.#."),
+    ("bbox_head.reg_convs.#.conv.", "head.box_convs.#."),
+    ("bbox_head.retina_cls.", "head.logits."),
+    ("bbox_head.retina_reg.", "head.deltas."),
+    ("roi_head.mask_head.convs.#.conv.", "roi_head.mask_head.convs.#."),
+    ("roi_head.mask_head.upsample.", "roi_head.mask_head.upsample."),
+    ("roi_head.mask_head.conv_logits.", "roi_head.mask_head.logits."),
 )
+BOX_HEAD = (
+    ("shared_convs.#.conv.", "convs.#."),
+    ("shared_fcs.#.", "fcs.#."),
+    ("fc_cls.", "class_logits."),
+    ("fc_reg.", "deltas."),
+)
+# Above are the names of Swin's authors, which the paper's files have; MMDetection's own Swin came later with these.
+LATER_SWIN = (
+    *((f"backbone.stages.{i}.downsample.", f"backbone.network.layers_{i + 1}.downsample.") for i in range(3)),
+    ("backbone.stages.#.blocks.#.attn.w_msa.", "backbone.network.layers_#.blocks.#.attn."),
+    ("backbone.stages.#.blocks.#.ffn.layers.0.0.", "backbone.network.layers_#.blocks.#.mlp.fc1."),
+    ("backbone.stages.#.blocks.#.ffn.layers.1.", "backbone.network.layers_#.blocks.#.mlp.fc2."),
+    ("backbone.stages.#.", "backbone.network.layers_#."),
+    ("backbone.patch_embed.projection.", "backbone.network.patch_embed.proj."),
+)
+LATER_MERGE = "backbone.stages.#.downsample."  # where the order of channels differs
+POSITION_TABLE, POSITION_INDEX = "relative_position_bias_table", "relative_position_index"
+NO_WEIGHTS = (POSITION_INDEX, "attn_mask")  # ends of names: computed here
+# timm's networks that compute what MMDetection's do, with weights of the same names.
+BACKBONES = re.compile(
+    r"(resnet(18|34|50|101|152)|resnext(50_32x4d|101_(32|64)x4d)|swin_(tiny|small|base)_patch4_window7_224)(\..+)?"
+)
+SHOWN = 3  # names of a kind that a message lists
 
 
-def to_mmdet(name: str) -> str:
+def renames(model: str) -> list[tuple[str, str]]:
+    """The table of one of `detector.MODELS`: only Cascade R-CNN's box heads are numbered in MMDetection."""
+    cascade = model.startswith("cascade")
+    heads = ("roi_head.bbox_head.#.", "roi_head.box_heads.#.")
+    head = ("roi_head.bbox_head.", "roi_head.box_heads.0.")
+    theirs, ours = heads if cascade else head
+    return [*RENAMES, *((theirs + one, ours + other) for one, other in BOX_HEAD)]
+
+
+def to_mmdet(name: str, model: str) -> str:
     """MMDetection's name of the weight that our state dict calls `name`. Raises KeyError where there is none."""
-    return _rename(name, ((ours, theirs) for theirs, ours in RENAMES))
+    return _rename(name, ((ours, theirs) for theirs, ours in renames(model)))
 
 
-def from_mmdet(name: str) -> str:
+def from_mmdet(name: str, model: str) -> str:
     """Our name of the weight that MMDetection's state dict calls `name`. Raises KeyError where there is none."""
-    return _rename(name, RENAMES)
+    return _rename(name, [*LATER_SWIN, *renames(model)])
+
+
+def detector_from_mmdet(
+    state: Mapping[str, Tensor],
+    model: str,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    backbone: str | None = None,
+    source: str = "the state dict",
+) -> Detector:
+    """A detector with the weights of MMDetection's, all of them. Which box head, how many classes and how wide the
+    pyramid is, is found from names and shapes.
+
+    Args:
+        state: MMDetection's state dict, 2.x or 3.x.
+        model: one of `detector.MODELS`.
+        class_names: in the order of the class indices; "class 0" and so on where left out.
+        category_ids: of the classes; from 1 where left out.
+        backbone: a timm name in place of the paper's.
+        source: what messages call the state dict.
+
+    Returns:
+        The detector, in training mode.
+
+    Raises:
+        InputError: the number of names contradicts the shapes, or a tensor is missing, left over or misshapen.
+    """
+    config = _config(state, model, class_names, category_ids, backbone, source)
+    detector = build_detector(model, config=config)
+    weights, indices = detector.state_dict(), _position_indices(detector)
+    wanted = {**weights, **indices}
+    found: dict[str, Tensor] = {}
+    left_over, misshapen = [], []
+    for name, tensor in state.items():
+        try:
+            ours = from_mmdet(name, model)
+        except KeyError:
+            ours = ""
+        if ours not in wanted or ours in found:
+            if not name.endswith("attn_mask"):
+                left_over.append(name)
+            continue
+        found[ours], expected = tensor, wanted[ours]
+        if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
+            misshapen.append(f"{name}: expected {_kind(expected)}, found {_kind(tensor)}")
+        elif ours in indices and not torch.equal(tensor.to(expected.dtype), expected):
+            misshapen.append(f"{name}: another order of the positions in a window")
+        elif _pattern(LATER_MERGE).match(name):
+            found[ours] = merge_order(tensor)
+    # Early versions of torch did not count batches.
+    absent = [name for name in weights if name not in found and not name.endswith("num_batches_tracked")]
+    missing = [to_mmdet(name, model) for name in absent]
+    if missing or left_over or misshapen:
+        kinds = ((missing, "missing"), (left_over, "left over"), (misshapen, "misshapen"))
+        wrong = "; ".join(f"{len(names)} {kind} ({few(names)})" for names, kind in kinds if names)
+        remedy = "give the --model and --backbone that it is of; other variants have no counterpart here"
+        if any(name.startswith("ema_") for name in left_over):
+            remedy = "names with ema_ are a second copy of the weights: save the state dict without them"
+        raise InputError(f"{source}: its tensors are not those of {model} with {config.backbone}: {wrong}; {remedy}")
+    detector.load_state_dict({**weights, **{name: found[name] for name in weights if name in found}})
+    return detector
+
+
+def mmdet_state_dict(detector: Detector) -> dict[str, Tensor]:
+    """A detector's weights, no copies, as MMDetection's state dict: with the names of the paper's files, and with the
+    buffers that it expects. Raises InputError where MMDetection has no such detector."""
+    config = detector.config
+    _check_backbone(config.backbone)
+    if config.norm != "batch":
+        raise InputError(f"the detector has norm {config.norm!r}; MMDetection has counterparts of norm 'batch' only")
+    indices, state = _position_indices(detector), {}
+    for name, tensor in detector.state_dict().items():
+        state[to_mmdet(name, config.name)] = tensor.cpu().contiguous()
+        if name.endswith(POSITION_TABLE):
+            index = name.replace(POSITION_TABLE, POSITION_INDEX)
+            state[to_mmdet(index, config.name)] = indices[index].cpu().contiguous()
+    return state
+
+
+def merge_order(weight: Tensor) -> Tensor:
+    """A weight [..., 4 C] of patch merging, from the order of MMDetection's later Swin to that of Swin's authors.
+
+    Both lay the 4 pixels of a 2x2 patch side by side. There a channel's pixels follow each other, as in `nn.Unfold`:
+    (C, row, column). Here a pixel's channels do, and the pixels column by column: (column, row, C).
+    """
+    return weight.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
+
+
+def _config(
+    state: Mapping[str, Tensor],
+    model: str,
+    class_names: Sequence[str] | None,
+    category_ids: Sequence[int] | None,
+    backbone: str | None,
+    source: str,
+) -> DetectorConfig:
+    """What a state dict says of its detector. Where it does not, the paper's: the tensors will be found missing."""
+    config = DetectorConfig.of_paper(model, (), ())
+    _check_backbone(backbone or config.backbone)
+    if model.startswith("retinanet"):
+        anchors = 3 * len(RATIOS)  # three scales
+        num_classes = _rows(state, to_mmdet("head.logits.weight", model)) // anchors
+    else:
+        num_classes = _rows(state, to_mmdet("roi_head.box_heads.0.class_logits.weight", model)) - 1
+    names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(max(1, num_classes)))
+    if num_classes > 0 and len(names) != num_classes:
+        raise InputError(
+            f"{source}: has weights for {num_classes} classes, but there are {len(names)} names: {few(names)}; give "
+            "the names of these classes, in its meta or, where it has none, with --categories"
+        )
+    convs, fcs = (
+        len({found[1] for name in state if (found := re.search(rf"\.{layers}\.(\d+)\.", name))})
+        for layers in ("shared_convs", "shared_fcs")
+    )
+    return replace(
+        config,
+        class_names=names,
+        category_ids=tuple(category_ids) if category_ids is not None else tuple(range(1, len(names) + 1)),
+        backbone=backbone or config.backbone,
+        box_head=next((head for head, layers in BOX_HEADS.items() if layers == (convs, fcs)), config.box_head),
+        channels=_rows(state, to_mmdet("fpn.lateral.0.weight", model)) or config.channels,
+    )
+
+
+def _rows(state: Mapping[str, Tensor], name: str) -> int:
+    """The first dimension of a tensor, 0 where it has none or is not there."""
+    return state[name].shape[0] if name in state and state[name].ndim else 0
+
+
+def _check_backbone(name: str) -> None:
+    if not BACKBONES.fullmatch(name):
+        known = "resnet18 to resnet152, resnext50_32x4d, resnext101_32x4d, swin_tiny_patch4_window7_224 and the like"
+        raise InputError(f"backbone {name}: no counterpart in MMDetection is known; there is one of {known}")
+
+
+def _position_indices(detector: Detector) -> dict[str, Tensor]:
+    """The row of its table for each pair of positions in a window, which MMDetection saves with the weights."""
+    return {name: buffer for name, buffer in detector.named_buffers() if name.endswith(POSITION_INDEX)}
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     for old, new in pairs:
-        found = re.match(re.escape(old).replace(r"\#", r"(\d+)"), name)
-        if found:
+        if found := _pattern(old).match(name):
             for index in found.groups():
                 new = new.replace("#", index, 1)
             return new + name[found.end() :]
     raise KeyError(f"no counterpart is known of the weight {name}")
+
+
+def _pattern(beginning: str) -> re.Pattern[str]:
+    return re.compile(re.escape(beginning).replace(r"\#", r"(\d+)"))

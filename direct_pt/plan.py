@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from direct_pt.errors import InputError
-from direct_pt.recipes import SCHEDULES
+from direct_pt.recipes import SCHEDULES, Recipe
 from direct_pt.settings import Settings
 
 
@@ -52,13 +52,12 @@ class Plan:
         return lr
 
 
-def make_plan(settings: Settings, images: int, processes: int) -> Plan:
-    """Resolve the batch, the schedule and the learning rate.
+def make_plan(settings: Settings, recipe: Recipe, images: int, processes: int) -> Plan:
+    """Resolve the batch, the schedule and the learning rate: what the settings say, and the recipe where they do not.
 
     Raises:
         InputError: the batch does not divide; the message gives the nearest ones that do.
     """
-    recipe = settings.recipe
     micro = settings.micro_batch_size or recipe.micro_batch_size
     batch = settings.global_batch_size or recipe.global_batch_size
     unit = micro * processes

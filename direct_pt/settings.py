@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 from direct_pt.data.sources import SplitPaths, find_splits
 from direct_pt.device import PRECISIONS
 from direct_pt.errors import InputError
-from direct_pt.models.detector import MODELS
-from direct_pt.recipes import FINETUNE, IMAGE_SIZE, LONG_SIDE, PRETRAIN, SCHEDULES, SHORT_SIDE, Recipe
+from direct_pt.models.detector import BOX_HEADS, MODELS
+from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SCHEDULES, SHORT_SIDE, STAGES, Recipe
 
-STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 # What may differ between a run and its resumption: where and how it runs, not what it computes.
 FREE_ON_RESUME = {"resume", "num_workers", "report_to", "log_every", "save_every", "keep_checkpoints", "output_dir"}
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
@@ -33,6 +32,7 @@ class Settings:
     model: str | None = None
     backbone: str | None = None
     norm: str | None = None
+    box_head: str | None = None
     channels: int | None = None
     rois_per_image: int | None = None
     proposals: int | None = None
@@ -58,9 +58,11 @@ class Settings:
     report_to: str = "none"
 
     @property
-    def recipe(self) -> Recipe:
-        """The stage's numbers."""
-        return STAGES[self.stage]
+    def init_kind(self) -> str:
+        """What `init` means: "none", "imagenet", "file" (weights of a backbone) or "run" (a whole detector)."""
+        if self.init in ("none", "imagenet"):
+            return self.init
+        return "file" if Path(self.init).is_file() else "run"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -152,11 +154,14 @@ def _add_detector_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
     """None of them has a default here: the paper's stand in DetectorConfig, and --init brings its own."""
     names = f"one of {', '.join(MODELS)}"
     if stage == "finetune":
-        group.add_argument("--init", metavar="RUN|none", help="the pre-trained run; none: random, nothing frozen")
-        names += "; with --init none"
+        text = "a pre-trained run; random weights, nothing frozen; timm's for the backbone; a file of such weights"
+        group.add_argument("--init", metavar="RUN|none|imagenet|FILE", help=text)
+        names += "; where --init is no run"
     group.add_argument("--model", metavar="NAME", help=names)
-    group.add_argument("--backbone", metavar="NAME", help="any timm ResNet (paper: resnet50)")
+    text = "any timm network with maps at strides 4 to 32 (paper: by --model)"
+    group.add_argument("--backbone", metavar="NAME", help=text)
     group.add_argument("--norm", choices=["batch", "group"], help="(paper: batch)")
+    group.add_argument("--box-head", choices=list(BOX_HEADS), help="(paper: 4conv1fc; Cascade R-CNN 2fc)")
     group.add_argument("--channels", **_count(None, "N", "width of the pyramid and heads (paper: 256)"))
     group.add_argument("--rois-per-image", **_count(None, "N", "that the second stage learns from (paper: 512)"))
     group.add_argument("--proposals", **_count(None, "N", "an image, that leave the RPN (paper: 1000)"))
@@ -246,9 +251,11 @@ def _checked(settings: Settings) -> Settings:
     if settings.short_side > settings.long_side:
         raise InputError(f"--short-side {settings.short_side} is above --long-side {settings.long_side}: swap them")
     if settings.stage == "finetune" and settings.init is None:
-        raise InputError("--init is missing: the pre-trained run to start from, or none for random weights")
-    if settings.model is None and settings.init in (None, "none"):
+        raise InputError("--init is missing: the pre-trained run to start from, or none, imagenet or a file of weights")
+    if settings.model is None and settings.init_kind != "run":
         raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
+    if settings.norm == "group" and settings.init_kind in ("imagenet", "file"):
+        raise InputError(f"--norm group with --init {settings.init}: such weights are trained with their own norms")
     if settings.model is not None and settings.model not in MODELS:
         raise InputError(f"--model {settings.model}: no such detector; choose one of {', '.join(MODELS)}")
     return settings

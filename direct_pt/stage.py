@@ -8,6 +8,7 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import nn
 
+from direct_pt.backbone_weights import load_backbone
 from direct_pt.banner import banner, git_revision
 from direct_pt.checkpoint import (
     CONFIG,
@@ -27,8 +28,11 @@ from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.plan import Plan, make_plan
+from direct_pt.recipes import recipe_for
 from direct_pt.settings import FREE_ON_RESUME, Settings, read_settings
 from direct_pt.training import Trainer, TrainingData
+
+POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
 
 
 def run_stage(settings: Settings) -> None:
@@ -54,9 +58,13 @@ def run_stage(settings: Settings) -> None:
     if not len(train_table):
         raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
 
-    plan = make_plan(settings, len(train_table), count_processes())
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train_table)
+    if detector.has_masks:
+        for table in filter(None, (train_table, val_table)):
+            table.require_masks()
+    recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
+    plan = make_plan(settings, recipe, len(train_table), count_processes())
     accelerator = make_accelerator(
         settings.mixed_precision,
         gradient_accumulation_steps=plan.accumulation,
@@ -67,9 +75,11 @@ def run_stage(settings: Settings) -> None:
     )
     set_seed(settings.seed, device_specific=True)
     history = [*history, _history_entry(settings, plan)]
-    optimizer = torch.optim.SGD(
-        parameter_groups(detector, settings.recipe.weight_decay), lr=plan.lr, momentum=settings.recipe.momentum
-    )
+    groups = parameter_groups(detector, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.999))
+    else:
+        optimizer = torch.optim.SGD(groups, lr=plan.lr, momentum=0.9)
     progress = Progress()
     detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
     model, optimizer = accelerator.prepare(detector, optimizer)
@@ -79,7 +89,8 @@ def run_stage(settings: Settings) -> None:
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / CONFIG, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
-        print(banner(settings, plan, detector, train_table, val_table, accelerator, origin, progress), flush=True)
+        tables = train_table, val_table
+        print(banner(settings, recipe, plan, detector, *tables, accelerator, origin, progress), flush=True)
     accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
@@ -97,11 +108,12 @@ def presets(settings: Settings) -> tuple[Preset, TestPreset]:
 
 
 def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that train: with weight decay, and without it those of norm layers."""
+    """The parameters that train: with weight decay, and without it those of norm layers and position tables."""
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     exempt = {
         id(p) for layer in detector.modules() if isinstance(layer, norms) for p in layer.parameters(recurse=False)
     }
+    exempt |= {id(p) for name, p in detector.named_parameters() if name.endswith(POSITION_TABLES)}
     trained = [p for p in detector.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
@@ -111,18 +123,27 @@ def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str,
 
 def _initial_detector(settings: Settings, table: AnnotationTable) -> tuple[Detector, History, str]:
     """The detector that training starts from, the stages behind it, and where its weights come from, in words."""
-    if settings.init in (None, "none"):
-        assert settings.model is not None
-        config = _with_flags(DetectorConfig(settings.model, table.class_names, table.category_ids), settings)
-        detector = build_detector(settings.model, config=config)
-        _assert_everything_trains(detector)
+    kind = settings.init_kind
+    if kind == "run":
+        detector = from_pretrained(settings.init, lambda config: _matched(config, settings, table))
         tensors = len(detector.state_dict())
-        return detector, [], f"random: 0 of {tensors} tensors loaded, nothing frozen (seed {settings.seed})"
-    detector = from_pretrained(settings.init, lambda config: _matched(config, settings, table))
-    detector.train().freeze_for_finetuning()
-    tensors = len(detector.state_dict())
-    origin = f"{tensors} of {tensors} tensors loaded from {settings.init}; BatchNorm, stem and first stage frozen"
-    return detector, read_history(settings.init), origin
+        origin, history = f"{tensors} of {tensors} tensors loaded from {settings.init}", read_history(settings.init)
+    else:
+        assert settings.model is not None
+        config = DetectorConfig.of_paper(settings.model, table.class_names, table.category_ids)
+        detector = build_detector(settings.model, config=_with_flags(config, settings))
+        tensors, history = len(detector.state_dict()), []
+        origin = f"random: 0 of {tensors} tensors loaded (seed {settings.seed})"
+        if kind != "none":
+            loaded = load_backbone(detector.backbone, detector.config.backbone, settings.init)
+            origin = f"{loaded}; the other {tensors - loaded.tensors} of {tensors} random (seed {settings.seed})"
+    detector.train()
+    if kind != "none":
+        detector.freeze_for_finetuning()
+    frozen = sum(not parameter.requires_grad for parameter in detector.parameters())
+    assert not frozen or kind != "none", "from random weights anything frozen would cost most of the AP"
+    what = "BatchNorm, stem and first stage frozen" if frozen else "nothing frozen"
+    return detector, history, f"{origin}; {what}"
 
 
 def _matched(config: DetectorConfig, settings: Settings, table: AnnotationTable) -> DetectorConfig:
@@ -133,25 +154,25 @@ def _matched(config: DetectorConfig, settings: Settings, table: AnnotationTable)
             f"--init {settings.init}: was trained for the {len(classes)} classes {_few(config.class_names)}, but "
             f"{table.source} has {len(table.class_names)}: {_few(table.class_names)}; pre-train on this data set"
         )
-    for flag, field in (("model", "name"), ("backbone", "backbone"), ("norm", "norm"), ("channels", "channels")):
-        given, found = getattr(settings, flag), getattr(config, field)
+    if config.category_ids != table.category_ids:
+        raise InputError(
+            f"--init {settings.init}: its classes stand in another order than their ids ({_few(config.class_names)}); "
+            f"number the categories of {table.source} in that order"
+        )
+    for flag in ("model", "backbone", "norm", "box_head", "channels"):
+        given, found = getattr(settings, flag), getattr(config, "name" if flag == "model" else flag)
         if given is not None and given != found:
+            flag = flag.replace("_", "-")
             raise InputError(f"--{flag} {given}: --init {settings.init} has {found}; leave the flag out")
     return _with_flags(config, settings)
 
 
 def _with_flags(config: DetectorConfig, settings: Settings) -> DetectorConfig:
     """The configuration with what the flags say about the detector, and the size that the stage tests at."""
-    names = ("backbone", "norm", "channels", "rois_per_image", "proposals")
+    names = ("backbone", "norm", "box_head", "channels", "rois_per_image", "proposals")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     test = presets(settings)[1]
     return replace(config, **given, short_side=test.short_side, long_side=test.long_side)
-
-
-def _assert_everything_trains(detector: Detector) -> None:
-    """From random weights anything frozen would cost most of the AP."""
-    assert all(parameter.requires_grad for parameter in detector.parameters())
-    assert not detector.batchnorm_frozen
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -28,14 +28,13 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Preset, SampleOrder, aspect_groups, training_loader, unreadable_reason
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
-from direct_pt.models.backbone import running_statistics
 from direct_pt.models.detector import Detector
+from direct_pt.models.norms import running_statistics
 from direct_pt.plan import Plan
 from direct_pt.settings import Settings
 from direct_pt.visualize import plot_curves
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops
-WITH_MASKS = False  # no detector learns from masks yet
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,24 @@ class Trainer:
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: forward and backward of each micro-batch, then the update."""
-        for _ in range(self.plan.accumulation):
-            batch = next(batches).to(self.accelerator.device)
+        micro_batches = [next(batches).to(self.accelerator.device) for _ in range(self.plan.accumulation)]
+        for batch, share in zip(micro_batches, self._shares(micro_batches), strict=True):
             with self.accelerator.accumulate(self.model):
-                losses = self.model(batch)
+                losses = {name: loss * share for name, loss in self.model(batch).items()}
                 self.accelerator.backward(torch.stack(list(losses.values())).sum())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, loss in losses.items():
                 self.losses[name] = self.losses.get(name, 0) + loss.detach()
             self.unreadable.update(batch.unreadable)
+
+    def _shares(self, micro_batches: list[Batch]) -> list[Tensor | float]:
+        """What each micro-batch's losses are multiplied by to make the step's the same as of one large batch."""
+        weights = [weight for batch in micro_batches if (weight := self.detector.loss_weight(batch)) is not None]
+        if not weights:
+            return [1.0] * len(micro_batches)
+        mean = self.accelerator.reduce(torch.stack(weights).float().mean(), reduction="mean")
+        return [weight / mean for weight in weights]
 
     def _batches(self) -> Iterator[Batch]:
         plan, settings = self.plan, self.settings
@@ -133,7 +140,8 @@ class Trainer:
             self.accelerator.process_index,
             plan.processes,
         )
-        return iter(training_loader(self.data.train, self.data.preset, order, part, WITH_MASKS, settings.num_workers))
+        masks = self.detector.has_masks
+        return iter(training_loader(self.data.train, self.data.preset, order, part, masks, settings.num_workers))
 
     def _log(self) -> None:
         """Average the losses since the last time over the processes, write them down, and check what must hold."""
@@ -223,7 +231,8 @@ class Trainer:
             with (self.settings.output_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if self.settings.report_to != "none":
-            figures = {**record, **record.get("losses", {}), **record.get("bbox", {})}
+            masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
+            figures = {**record, **record.get("losses", {}), **record.get("bbox", {}), **masks}
             self.accelerator.log(
                 {name: value for name, value in figures.items() if isinstance(value, int | float)}, record["step"]
             )

@@ -3,7 +3,8 @@
   accelerate launch scripts/evaluate.py --checkpoint RUN --data DIR [--split val] [--output-dir DIR]
 
 Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
-Writes metrics.json and predictions.json (COCO results format, with the data set's own ids).
+Writes metrics.json and predictions.json (COCO results format, with the data set's own ids), for boxes and, where the
+detector finds them, masks.
 """
 
 from pathlib import Path
@@ -42,7 +43,8 @@ def main() -> None:
         raise InputError(f"--split {args.split}: the data have no such split, only {', '.join(splits)}")
     table = load_split(splits[args.split])
     config = detector.config
-    if (config.class_names, config.category_ids) != (table.class_names, table.category_ids):
+    classes = [dict(zip(of.category_ids, of.class_names, strict=True)) for of in (config, table)]
+    if classes[0] != classes[1]:
         raise InputError(
             f"{table.source}: its categories are not the {len(config.class_names)} classes that {args.checkpoint} was "
             "trained for; evaluate on the data set that it was trained on"

@@ -3,10 +3,12 @@
   python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold 0.3]
 
 Folders are searched recursively. Writes each picture with its detections drawn, and predictions.json: COCO results with
-the data set's own category ids; images are numbered from 1 in the order of their names, and named in each row.
+the data set's own category ids, masks as run lengths; images are numbered from 1 in the order of their names, and named
+in each row.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from direct_pt.data.images import FORMATS, UnreadableImage, read_image
 from direct_pt.data.transforms import TestPreset
 from direct_pt.device import make_accelerator
 from direct_pt.errors import InputError, run_program
+from direct_pt.evaluation import mask_run_lengths
 from direct_pt.models.detector import DetectorConfig
+from direct_pt.models.masks import paste_masks
 from direct_pt.settings import add_device_arguments, parser, positive_integer
 from direct_pt.visualize import draw_detections
 
@@ -69,12 +73,14 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
     return [(path, picture) for picture, path in found.items()]
 
 
-def results(found: Detections, image_id: int, path: Path, config: DetectorConfig) -> list[dict[str, object]]:
-    """The rows of one image in COCO's results format."""
+def results(
+    found: Detections, image_id: int, path: Path, size: tuple[int, int], config: DetectorConfig
+) -> list[dict[str, object]]:
+    """The rows of one image of `size` (height, width) in COCO's results format."""
     boxes = found.boxes.double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    return [
+    values = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    rows: list[dict[str, object]] = [
         {
             "image_id": image_id,
             "file_name": str(path),
@@ -83,8 +89,20 @@ def results(found: Detections, image_id: int, path: Path, config: DetectorConfig
             "bbox": box,
             "score": score,
         }
-        for box, score, label in rows
+        for box, score, label in values
     ]
+    if found.masks is not None:
+        for row, probabilities, box in zip(rows, found.masks.numpy(), found.boxes.numpy(), strict=True):
+            row["segmentation"] = mask_run_lengths(probabilities, box, size)
+    return rows
+
+
+def whole_masks(found: Detections, size: tuple[int, int]) -> Iterator[np.ndarray] | None:
+    """One image's masks, [height, width] bool each, made one after another; None of box detectors."""
+    if found.masks is None:
+        return None
+    pairs = zip(found.masks.numpy(), found.boxes.numpy(), strict=True)
+    return (paste_masks(probabilities[None], box[None], size)[0] for probabilities, box in pairs)
 
 
 def main() -> None:
@@ -123,14 +141,18 @@ def main() -> None:
                     bar.write(f"unreadable, skipped: {path}")
                     continue
                 mine = found.of_image(position).above(args.score_threshold)
-                for row in results(mine, index + 1, path, config):
+                height, width = batch.original_sizes[position].tolist()
+                for row in results(mine, index + 1, path, (height, width), config):
                     file.write((",\n" if rows else "[\n") + json.dumps(row))
                     rows += 1
                 captions = [
                     f"{config.class_names[label]} {score:.2f}"
                     for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
                 ]
-                drawn = draw_detections(read_image(path), mine.boxes.numpy(), mine.labels.numpy(), captions)
+                drawn = draw_detections(
+                    read_image(path), mine.boxes.numpy(), mine.labels.numpy(), captions,
+                    whole_masks(mine, (height, width)),
+                )  # fmt: skip
                 target = args.output_dir / picture
                 target.parent.mkdir(parents=True, exist_ok=True)
                 drawn.save(target, quality=92)

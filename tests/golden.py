@@ -6,6 +6,7 @@ ground truths must be equal to the last digit of float32, so the order in which 
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from direct_pt.batch import Batch
+from direct_pt.batch import Batch, PackedMasks
 
 FOLDER = Path(os.environ.get("DIRECT_PT_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "reference")
 SIZES = ((224, 320), (200, 264))  # of the two images, (height, width)
@@ -67,6 +68,26 @@ def weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
+def relative_positions(window: int) -> Tensor:
+    """[n, n] int64, n = window ** 2: the row of Swin's bias table for each pair of a window's cells, row by row."""
+    cells = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+    down, across = (cells[:, None] - cells + window - 1).unbind(dim=-1)
+    return down * (2 * window - 1) + across
+
+
+def state_dict(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """MMDetection's state dict with entries of these names and shapes."""
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros(tuple(shape), dtype=torch.int64)
+        elif name.endswith("relative_position_index"):
+            state[name] = relative_positions(math.isqrt(shape[0]))
+        else:
+            state[name] = weight(name, tuple(shape), seed)
+    return state
+
+
 def image(index: int) -> Tensor:
     """Image `index` [3, h, w], float32, as if normalised: 24 plane waves and 8 flat patches, deviation 1.1."""
     height, width = SIZES[index]
@@ -93,6 +114,18 @@ def objects(index: int, count: int = 5) -> tuple[Tensor, Tensor]:
     bottom = np.minimum(top + draw.uniform(16, 0.4 * height, count), height)
     boxes = np.stack([left, top, right, bottom], axis=1).astype(np.float32)
     return torch.from_numpy(boxes), torch.from_numpy(draw.randint(0, NUM_CLASSES, count).astype(np.int64))
+
+
+def masks(index: int) -> PackedMasks:
+    """The masks of those objects: every pixel whose centre lies in the ellipse that the box encloses."""
+    boxes = objects(index)[0].double().numpy()
+    windows = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1).astype(np.int64)
+    crops = []
+    for (x1, y1, x2, y2), (left, top, right, bottom) in zip(boxes, windows, strict=True):
+        across = (np.arange(left, right) + 0.5 - (x1 + x2) / 2) / ((x2 - x1) / 2)
+        down = (np.arange(top, bottom) + 0.5 - (y1 + y2) / 2) / ((y2 - y1) / 2)
+        crops.append((across**2 + down[:, None] ** 2 <= 1).astype(np.uint8))
+    return PackedMasks.pack(crops, windows, np.tile(SIZES[index], (len(boxes), 1)), np.ones(len(boxes), np.int64))
 
 
 def batch(*indices: int, scale: float = 1.0, original_size: tuple[int, int] | None = None) -> Batch:
@@ -123,6 +156,8 @@ def batch(*indices: int, scale: float = 1.0, original_size: tuple[int, int] | No
         labels=labels,
         valid=torch.ones_like(labels, dtype=torch.bool),
         crowd=torch.zeros_like(labels, dtype=torch.bool),
+        masks=PackedMasks.concatenate([masks(index) for index in indices]),
+        mask_rows=torch.arange(labels.numel()).view_as(labels),
     )
 
 

@@ -117,7 +117,7 @@ def make_eager(run: Path, folder: Path) -> Path:
     """A copy of a run's model that takes nearly nothing for background, so that it finds a lot: for comparisons."""
     detector = from_pretrained(run)
     with torch.no_grad():
-        detector.roi_head.box_head.class_logits.bias[-1] -= 10
+        detector.roi_head.box_heads[0].class_logits.bias[-1] -= 10
     save_model(folder, detector, [])
     return folder
 

@@ -34,14 +34,16 @@ NOTHING = Predictions(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.z
 
 
 def pycocotools_figures(
-    truth: dict[str, Any], results: list[dict[str, Any]], category_id: int | None = None
+    truth: dict[str, Any], results: list[dict[str, Any]], category_id: int | None = None, kind: str = "bbox"
 ) -> list[float]:
-    """The twelve figures, of one category or of all."""
+    """The twelve figures of boxes or masks ("segm"), of one category or of all."""
+    if kind == "segm":  # as the results of a mask challenge are handed in
+        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = json.loads(json.dumps(truth))
         coco.createIndex()
-        scorer = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "bbox")
+        scorer = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), kind)
         if category_id is not None:
             scorer.params.catIds = [category_id]
         scorer.evaluate()
@@ -59,6 +61,7 @@ def predictions_of(table: AnnotationTable, results: list[dict[str, Any]]) -> Pre
         np.array([result["bbox"] for result in results], np.float64),
         np.array([result["score"] for result in results], np.float64),
         np.array([table.category_ids.index(result["category_id"]) for result in results]),
+        masks=[result["segmentation"] for result in results] if "segmentation" in results[0] else None,
     )
 
 

@@ -310,7 +310,8 @@ def sample(height: int, width: int, padded: tuple[int, int], count: int, with_ma
     crops = [np.full((3, 2 + row), 1, np.uint8) for row in range(count)]
     windows = np.array([[row, 1, 2 + 2 * row, 4] for row in range(count)]).reshape(-1, 4)
     image = torch.full((3, height, width), 255, dtype=torch.uint8)
-    masks = PackedMasks.pack(crops, windows) if with_masks else None
+    frames = np.full((count, 2), (height, width))
+    masks = PackedMasks.pack(crops, windows, frames, np.ones(count)) if with_masks else None
     return Sample(image, padded, (10 * height, 10 * width), (0.1, 0.1), objects, masks, index=height, seed=width)
 
 
@@ -349,8 +350,8 @@ def test_mask_rows_name_the_right_masks() -> None:
     for row, one in enumerate(samples):
         assert one.masks is not None
         for slot in range(len(one.objects)):
-            found = batch.masks.dense(int(batch.mask_rows[row, slot]), 32, 32)
-            assert torch.equal(found, one.masks.dense(slot, 32, 32)) and found.any()
+            found = batch.masks.dense(int(batch.mask_rows[row, slot]))
+            assert torch.equal(found, one.masks.dense(slot)) and found.any()
         assert (batch.mask_rows[row, len(one.objects) :] == -1).all()
 
 

@@ -26,8 +26,8 @@ def test_coco_images_train_and_evaluate(tmp_path: Path) -> None:
     assert np.isfinite(losses).all()
     found, eager = tmp_path / "found", tmp_path / "eager"
     detector = from_pretrained(runs.make_eager(run, eager))
-    detector.roi_head.box_head.class_logits.weight.data[:-1] *= 1000  # of 80 classes, some are to stand out
-    detector.roi_head.box_head.class_logits.weight.data[-1] = 0
+    detector.roi_head.box_heads[0].class_logits.weight.data[:-1] *= 1000  # of 80 classes, some are to stand out
+    detector.roi_head.box_heads[0].class_logits.weight.data[-1] = 0
     save_model(eager, detector, [])
     runs.call_script("evaluate", "--checkpoint", eager, "--data", data, *runs.MACHINE, "--output-dir", found)
 

@@ -171,6 +171,14 @@ def bright(sample: Sample) -> np.ndarray:
     return sample.image[0].numpy() > 127
 
 
+def in_pixels(masks: PackedMasks | None, row: int) -> np.ndarray:
+    """Mask `row` as uint8 at the sample's own resolution, also where it was drawn at a finer one."""
+    assert masks is not None
+    zoom, (height, width) = int(masks.zooms[row]), masks.frames[row].tolist()
+    fine = masks.dense(row).numpy().reshape(height // zoom, zoom, width // zoom, zoom)
+    return (fine.mean(axis=(1, 3)) >= 0.5).astype(np.uint8)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_boxes_follow_the_pixels(preset: str) -> None:
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -196,7 +204,8 @@ def test_masks_follow_the_pixels(preset: str, masks: str) -> None:
     image, objects = scene(masks)
     for sample in samples_of(PRESETS[preset], image, objects, 16):
         assert sample.masks is not None and len(sample.masks) == len(sample.objects) == 1
-        mask = sample.masks.dense(0, *sample.image.shape[1:]).numpy().astype(bool)
+        mask = in_pixels(sample.masks, 0).astype(bool)
+        assert mask.shape == sample.image.shape[1:]
         if bright(sample).sum() > 200:  # cropped to less, an edge's pixel counts for too much
             assert (mask & bright(sample)).sum() / (mask | bright(sample)).sum() > 0.9
 
@@ -235,8 +244,8 @@ def test_everything_of_an_object_is_filtered_together() -> None:
             assert found.crowd[row] == (label in (2, 5))
             x1, y1, x2, y2 = found.boxes[row]
             assert y2 - y1 == pytest.approx(sides[label]) and 0 < x2 - x1 <= sides[label] + 1e-9
-            assert sample.masks is not None
-            mask = sample.masks.dense(row, height, width).numpy()
+            mask = in_pixels(sample.masks, row)
+            assert mask.shape == (height, width)
             if found.crowd[row]:
                 assert not mask.any()
             elif x2 - x1 > 4:
@@ -270,10 +279,10 @@ def test_polygon_cut_by_the_crop(corner: tuple[int, int], flip: bool) -> None:
     top, left = corner
     expected = rasterized(triangle(), 40, 60)[top : top + 20, left : left + 24]
     expected = expected[:, ::-1] if flip else expected
-    assert sample.masks is not None
-    mask = sample.masks.dense(0, *size).numpy()
+    mask = in_pixels(sample.masks, 0)
     assert (mask & expected).sum() / (mask | expected).sum() > 0.9
-    x1, y1, x2, y2 = sample.masks.windows[0].tolist()
+    assert sample.masks is not None
+    x1, y1, x2, y2 = (sample.masks.windows[0] / sample.masks.zooms[0]).tolist()
     assert 0 <= x1 < x2 <= 24 and 0 <= y1 < y2 <= 20
 
 
@@ -282,17 +291,16 @@ def test_polygon_outside_the_crop() -> None:
     objects = objects_of([[5, 4, 60, 37], [46, 2, 58, 12]], [[triangle()], [triangle() / 4 + [46, 1]]])
     sample = render(blank(40, 60), objects, Geometry((40, 60), (40, 60), (0, 46), (16, 14), False), (16, 14))
     assert sample.masks is not None and len(sample.masks) == len(sample.objects) == 2
-    assert not sample.masks.dense(0, 16, 14).any()
+    assert not sample.masks.dense(0).any()
     expected = rasterized(triangle() / 4 + [0, 1], 16, 14)
-    assert (sample.masks.dense(1, 16, 14).numpy() != expected).sum() <= 0.15 * expected.sum()
+    assert (in_pixels(sample.masks, 1) != expected).sum() <= 0.15 * expected.sum()
 
 
 def test_overlapping_polygons_are_united() -> None:
     parts = [np.array(part, np.float64) for part in PARTS]
     parts[1] = parts[1] - [20, 0]  # now they overlap
     sample = TestPreset(HEIGHT, WIDTH)(blank(HEIGHT, WIDTH), objects_of([BOX], [parts]), np.random.default_rng(0))
-    assert sample.masks is not None
-    area = int(sample.masks.dense(0, HEIGHT, WIDTH).sum())
+    area = int(in_pixels(sample.masks, 0).sum())
     assert area == pytest.approx(40 * 60 + 15 * 30, rel=0.05)
 
 
@@ -300,39 +308,45 @@ def test_overlapping_polygons_are_united() -> None:
 
 
 def random_masks(count: int, seed: int) -> tuple[PackedMasks, list[np.ndarray]]:
-    """Masks of a 20x30 image, the second one empty."""
+    """Masks of frames of several sizes, the second one empty."""
     rng = np.random.default_rng(seed)
     masks, crops, windows = [], [], []
-    for row in range(count):
-        x1, x2 = np.sort(rng.choice(31, 2, replace=False))
-        y1, y2 = np.sort(rng.choice(21, 2, replace=False))
+    frames, zooms = rng.integers(15, 40, (count, 2)), rng.integers(1, 9, count)
+    for row, (height, width) in enumerate(frames):
+        x1, x2 = np.sort(rng.choice(width + 1, 2, replace=False))
+        y1, y2 = np.sort(rng.choice(height + 1, 2, replace=False))
         if row == 1:
             x1 = x2 = y1 = y2 = 0
         crop = rng.integers(2, size=(y2 - y1, x2 - x1), dtype=np.uint8)
-        mask = np.zeros((20, 30), np.uint8)
+        mask = np.zeros((height, width), np.uint8)
         mask[y1:y2, x1:x2] = crop
         masks.append(mask)
         crops.append(crop)
         windows.append([x1, y1, x2, y2])
-    return PackedMasks.pack(crops, np.array(windows).reshape(-1, 4)), masks
+    packed = PackedMasks.pack(crops, np.array(windows).reshape(-1, 4), frames, zooms)
+    assert packed.zooms.tolist() == zooms.tolist()
+    return packed, masks
+
+
+def assert_unpacks(packed: PackedMasks, masks: list[np.ndarray]) -> None:
+    count = len(masks)
+    assert len(packed) == count and packed.windows.shape == (count, 4)
+    assert packed.frames.shape == (count, 2) and packed.zooms.shape == (count,) and len(packed.offsets) == count + 1
+    assert packed.bits.dtype == torch.uint8 and len(packed.bits) == int(packed.offsets[-1])
+    for row, mask in enumerate(masks):
+        np.testing.assert_array_equal(packed.dense(row), mask, strict=True)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_pack_and_unpack(count: int) -> None:
-    packed, masks = random_masks(count, seed=count)
-    assert len(packed) == count and packed.windows.shape == (count, 4)
-    for row, mask in enumerate(masks):
-        np.testing.assert_array_equal(packed.dense(row, 20, 30), mask)
+    assert_unpacks(*random_masks(count, seed=count))
 
 
 def test_concatenate() -> None:
     parts = [random_masks(count, seed=count) for count in (3, 0, 1, 5, 0)]
     packed = PackedMasks.concatenate([part for part, _ in parts])
-    masks = [mask for _, part in parts for mask in part]
-    assert len(packed) == len(masks) == 9
-    for row, mask in enumerate(masks):
-        np.testing.assert_array_equal(packed.dense(row, 20, 30), mask)
-    assert len(packed.bits) == int(packed.offsets[-1])
+    assert_unpacks(packed, [mask for _, part in parts for mask in part])
+    assert packed.zooms.tolist() == [zoom for part, _ in parts for zoom in part.zooms.tolist()]
 
 
 # What the detector sees

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from direct_pt import stage
 from direct_pt.batch import Batch
 from direct_pt.errors import StopSignal
-from direct_pt.models.backbone import batchnorms
+from direct_pt.models.norms import batchnorms
 from direct_pt.models.detector import build_detector
 from direct_pt.settings import parse_training
 from direct_pt.training import Trainer, average_running_statistics

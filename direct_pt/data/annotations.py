@@ -130,7 +130,7 @@ class AnnotationTable:
         if len(missing):
             raise InputError(
                 f"{self.source}: annotation {self.annotation_ids[missing[0]]} and {len(missing) - 1} more have no "
-                "'segmentation', which a mask detector learns from; use a box detector such as faster_rcnn_r50_fpn"
+                "'segmentation', which a mask detector needs; use a box detector such as faster_rcnn_r50_fpn"
             )
 
     def without_empty_images(self) -> "AnnotationTable":

@@ -3,7 +3,7 @@
 To try another augmentation, edit the preset that it belongs to. Source: the paper's released configuration.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from direct_pt.batch import Objects, PackedMasks, Sample
 
 SIZE_DIVISOR = 32  # the coarsest stride that the backbone's maps are read at
 CROP_TRIES = 50
+MASK_DETAIL, MOST_ZOOM = 112, 16  # a mask is drawn this wide and high, roughly, or so many times larger than life
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Geometry:
     corner: tuple[int, int]
     size: tuple[int, int]
     flip: bool
+
+    def zoomed(self, zoom: int) -> "Geometry":
+        """The same crop in finer pixels."""
+        resized, corner, size = ((pair[0] * zoom, pair[1] * zoom) for pair in (self.resized, self.corner, self.size))
+        return replace(self, resized=resized, corner=corner, size=size)
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -62,12 +68,25 @@ class Geometry:
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=window)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
-    def mask(self, mask: np.ndarray) -> np.ndarray:
-        """A binary mask of the original image, nearest neighbour."""
-        whole = Image.fromarray(mask).resize(self.resized[::-1], Image.Resampling.NEAREST)
-        (top, left), (height, width) = self.corner, self.size
-        crop = np.asarray(whole)[top : top + height, left : left + width]
-        return crop[:, ::-1] if self.flip else crop
+    def mask(self, mask: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """A binary mask [h, w] of the original image, nearest neighbour: its window in the sample, what is there."""
+        window, places = [], []
+        for axis in (1, 0):  # x, then y
+            content = np.flatnonzero(mask.any(axis=1 - axis))
+            if not len(content):
+                return _nothing()
+            factor, shift = self.resized[axis] / self.original[axis], self.corner[axis]
+            ends = np.array([np.floor(content[0] * factor), np.ceil((content[-1] + 1) * factor)]) - shift
+            low, high = np.clip(ends, 0, self.size[axis]).astype(int).tolist()
+            source = (2 * (np.arange(low, high) + shift) + 1) * self.original[axis] // (2 * self.resized[axis])
+            if axis == 1 and self.flip:
+                low, high, source = self.size[1] - high, self.size[1] - low, source[::-1]
+            window.append((low, high))
+            places.append(source)
+        (left, right), (top, bottom) = window
+        if right <= left or bottom <= top:
+            return _nothing()
+        return [left, top, right, bottom], mask[np.ix_(places[1], places[0])]
 
 
 @dataclass(frozen=True)
@@ -161,37 +180,50 @@ def render(image: Image.Image, objects: Objects, geometry: Geometry, padded_size
 
 
 def rasterize(objects: Objects, geometry: Geometry) -> PackedMasks:
-    """The objects' masks in the sample's frame, drawn at its resolution. Crowd regions get an empty mask."""
-    height, width = geometry.size
-    crops, windows = [], np.zeros((len(objects), 4), np.int64)
+    """The objects' masks, drawn at the sample's resolution, small ones at a finer one. Crowd regions get an empty mask.
+
+    A small object's outline would be lost in whole pixels, while its mask target has 28 cells a side whatever its size.
+    """
+    crops, windows, zooms = [], np.zeros((len(objects), 4), np.int64), np.ones(len(objects), np.int64)
     for row, segmentation in enumerate(objects.segmentations or []):
-        window, crop = (0, 0, 0, 0), np.zeros((0, 0), np.uint8)
+        window, crop = _nothing()
         if not objects.crowd[row] and segmentation:
+            zooms[row] = _zoom(segmentation, geometry)
+            finer = geometry.zoomed(int(zooms[row]))
             if isinstance(segmentation, dict):
-                window, crop = _crop_to_content(geometry.mask(coco_mask.decode(segmentation)))
+                window, crop = finer.mask(coco_mask.decode(segmentation))
             else:
-                window, crop = _fill([geometry.points(polygon) for polygon in segmentation], height, width)
+                window, crop = _fill([finer.points(polygon) for polygon in segmentation], *finer.size)
         windows[row] = window
         crops.append(crop)
-    return PackedMasks.pack(crops, windows)
+    return PackedMasks.pack(crops, windows, zooms[:, None] * geometry.size, zooms)
 
 
-def _fill(polygons: list[np.ndarray], height: int, width: int) -> tuple[Any, np.ndarray]:
+def _zoom(segmentation: Any, geometry: Geometry) -> int:
+    """How many times larger than life an outline is drawn. It follows what is seen of it, not the annotated box."""
+    if isinstance(segmentation, dict):
+        x, y, width, height = coco_mask.toBbox(segmentation)
+        corners = np.array([[x, y], [x + width, y + height]])
+    else:
+        corners = np.concatenate(segmentation)
+    ((x1, y1, x2, y2),) = geometry.boxes(np.concatenate([corners.min(axis=0), corners.max(axis=0)])[None])
+    width, height = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
+    finest = 4 * MASK_DETAIL / max(width, height)  # lest a long thin one becomes huge
+    return int(np.clip(min(np.ceil(MASK_DETAIL / np.sqrt(width * height)), finest), 1, MOST_ZOOM))
+
+
+def _fill(polygons: list[np.ndarray], height: int, width: int) -> tuple[list[int], np.ndarray]:
     """The union of polygons [P, 2] inside a (height, width) frame: its window and the mask there."""
     corners = np.concatenate(polygons)
     x1, y1 = np.clip(np.floor(corners.min(axis=0)), 0, [width, height]).astype(int)
     x2, y2 = np.clip(np.ceil(corners.max(axis=0)), 0, [width, height]).astype(int)
     if x2 <= x1 or y2 <= y1:
-        return (0, 0, 0, 0), np.zeros((0, 0), np.uint8)
+        return _nothing()
     shifted = [(polygon - [x1, y1]).ravel().tolist() for polygon in polygons]
     merged = coco_mask.merge(coco_mask.frPyObjects(shifted, int(y2 - y1), int(x2 - x1)))
-    return (x1, y1, x2, y2), coco_mask.decode(merged)
+    return [int(x1), int(y1), int(x2), int(y2)], coco_mask.decode(merged)
 
 
-def _crop_to_content(mask: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The window of a [h, w] mask's nonzero pixels, and the mask there."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return (0, 0, 0, 0), np.zeros((0, 0), np.uint8)
-    x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return (x1, y1, x2, y2), mask[y1:y2, x1:x2]
+def _nothing() -> tuple[list[int], np.ndarray]:
+    """The window and the mask of an object of which nothing is seen."""
+    return [0, 0, 0, 0], np.zeros((0, 0), np.uint8)

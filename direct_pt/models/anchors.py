@@ -36,7 +36,7 @@ class Anchors(nn.Module):
             levels.append((shifts + self.cell_anchors * stride).view(-1, 4))
         return levels
 
-    def inside(self, features: list[Tensor], padded_sizes: Tensor) -> Tensor:
+    def on_padded_images(self, features: list[Tensor], padded_sizes: Tensor) -> Tensor:
         """Whether each anchor's cell lies within its own image's padded size.
 
         Args:
@@ -55,3 +55,15 @@ class Anchors(nn.Module):
             valid = rows[:, :, None, None] & columns[:, None, :, None]
             levels.append(valid.expand(-1, -1, -1, self.per_cell).flatten(1))
         return torch.cat(levels, dim=1)
+
+
+def inside(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """[B, N] bool, which of `anchors` [N, 4] lie inside images of `sizes` [B, 2] (h, w), short of the far borders."""
+    limits = sizes[:, None, [1, 0]]
+    return (anchors[:, :2] >= 0).all(dim=-1) & (anchors[:, 2:] < limits).all(dim=-1)
+
+
+def per_anchor(level: Tensor, values: int) -> Tensor:
+    """[B, A * values, h, w] as [B, h * w * A, values], the anchors' order."""
+    batch, _, height, width = level.shape
+    return level.view(batch, -1, values, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, values)

@@ -1,25 +1,34 @@
 """Backbones: any timm network with a feature hierarchy, from random weights, and what may be frozen in it."""
 
-import math
 from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from direct_pt.errors import InputError
 
 STRIDES = (4, 8, 16, 32)
+DROP_PATH = 0.2  # of networks with LayerNorm (paper: Swin-T)
+# Window attention is built for one image size unless told that any may come.
+ANY_SIZE = {"strict_img_size": False, "always_partition": True}
 
 
 class Backbone(nn.Module):
     """C2..C5 of a timm network, randomly initialised. Its parameters keep timm's names.
 
+    Networks that normalise with LayerNorm (Swin, ConvNeXt) leave the sums of their stages as they are: here a LayerNorm
+    follows each output, as in the detection version of Swin.
+
     Attributes:
         channels: of C2..C5.
+        has_layernorm: whether it is such a network.
 
     Raises:
-        InputError: timm does not know `name`, or it gives no maps at strides 4, 8, 16 and 32.
+        InputError: timm does not know `name`, it gives no maps at strides 4, 8, 16 and 32, or it takes one size only.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,31 +36,74 @@ class Backbone(nn.Module):
         if not timm.is_model(name):
             close = ", ".join(get_close_matches(name, timm.list_models(), n=3)) or "resnet18, resnet50"
             raise InputError(f"--backbone {name}: timm has no model of this name; try {close}")
+        options: dict[str, Any] = dict(ANY_SIZE) if name.startswith(("swin_", "swinv2_")) else {}
         try:
-            network = timm.create_model(name, pretrained=False, features_only=True)
+            network = timm.create_model(name, pretrained=False, features_only=True, **options)
+            self.has_layernorm = any(isinstance(layer, nn.LayerNorm) for layer in network.modules())
             reductions = network.feature_info.reduction()
-            levels = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
-            network = timm.create_model(name, pretrained=False, features_only=True, out_indices=levels)
+            options["out_indices"] = [len(reductions) - 1 - reductions[::-1].index(stride) for stride in STRIDES]
+            if self.has_layernorm:
+                options["drop_path_rate"] = DROP_PATH
+            network = timm.create_model(name, pretrained=False, features_only=True, **options)
         except (RuntimeError, ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 f"--backbone {name}: has no feature maps at strides 4, 8, 16 and 32; use a hierarchical network "
-                "such as resnet18 or resnet50"
+                "such as resnet18, resnet50, convnext_tiny or swin_tiny_patch4_window7_224"
             ) from error
         self.network = network
         self.channels: list[int] = network.feature_info.channels()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels if self.has_layernorm)
+        self.channels_last = getattr(network, "output_fmt", None) == "NHWC"
         _undo_zero_init(network)
+        for module in network.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.__class__ = DetectionSwinBlock
+        self._try(name)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps at strides 4, 8, 16, 32 of normalised images [B, 3, H, W]."""
-        return self.network(images)
+        """Maps [B, C, h, w] at strides 4, 8, 16, 32 of normalised images [B, 3, H, W]."""
+        maps = self.network(images)
+        if not self.channels_last and self.norms:
+            maps = [feature.permute(0, 2, 3, 1) for feature in maps]
+        if self.norms:
+            maps = [norm(feature) for norm, feature in zip(self.norms, maps, strict=True)]
+        return [feature.permute(0, 3, 1, 2) for feature in maps] if self.channels_last or self.norms else maps
 
-    def stem_and_first_stage(self) -> list[nn.Module]:
-        """What fine-tuning freezes: everything up to the end of the first stage, as timm names it."""
-        first_stage = self.network.feature_info.module_name()[0].replace(".", "_")
-        children = dict(self.network.named_children())
-        if first_stage not in children:
+    def stem_and_first_stage(self) -> list[nn.Parameter]:
+        """What fine-tuning freezes: all up to the end of the first stage, as timm names it; of networks with LayerNorm
+        nothing."""
+        first_stage = self.network.feature_info.module_name()[0]
+        names = [name for name, _ in self.network.named_parameters()]
+        prefixes = (f"{first_stage}.", f"{first_stage.replace('.', '_')}.")
+        inside = [place for place, name in enumerate(names) if name.startswith(prefixes)]
+        if not inside or self.has_layernorm:
             return []
-        return list(children.values())[: list(children).index(first_stage) + 1]
+        return list(self.network.parameters())[: inside[-1] + 1]
+
+    @torch.no_grad()
+    def _try(self, name: str) -> None:
+        """Some networks take one image size only, or start from another stride than they state."""
+        self.eval()
+        try:
+            for height, width in ((96, 160), (224, 128)):
+                sizes = [tuple(feature.shape[1:]) for feature in self(torch.zeros(1, 3, height, width))]
+                assert sizes == [(c, height // s, width // s) for c, s in zip(self.channels, STRIDES, strict=True)]
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"--backbone {name}: gives no maps at strides 4, 8, 16 and 32 of images of any size; use a network "
+                "such as resnet18, resnet50, convnext_tiny or swin_tiny_patch4_window7_224"
+            ) from error
+        self.train()
+
+
+class DetectionSwinBlock(SwinTransformerBlock):
+    """timm's block, with windows padded before they are shifted, as in the detection version of Swin: the mask then
+    covers the padding, and every odd block shifts at every size."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        below, right = (-side % window for side, window in zip((height, width), self.window_size, strict=True))
+        return super()._attn(F.pad(x, (0, 0, 0, right, 0, below)))[:, :height, :width]
 
 
 def _undo_zero_init(network: nn.Module) -> None:
@@ -60,34 +112,3 @@ def _undo_zero_init(network: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and weight is not None and not weight.any():
             nn.init.ones_(weight)
-
-
-def replace_batchnorm(module: nn.Module, groups: int = 32) -> None:
-    """GroupNorm in place of every BatchNorm2d of `module`, in place; for batches too small for BatchNorm.
-
-    Args:
-        module: searched to its leaves.
-        groups: of a norm; fewer where the channels do not divide into so many.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            norm: nn.Module = nn.GroupNorm(math.gcd(groups, child.num_features), child.num_features)
-            # timm's BatchNormAct2d carries the activation that follows it.
-            after = [
-                layer for layer in (getattr(child, "drop", None), getattr(child, "act", None)) if layer is not None
-            ]
-            setattr(module, name, nn.Sequential(norm, *after) if after else norm)
-        else:
-            replace_batchnorm(child, groups)
-
-
-def batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """All BatchNorm layers inside `module`."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-
-
-@torch.no_grad()
-def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The running means and variances of the BatchNorm layers that train."""
-    training = [layer for layer in batchnorms(module) if layer.training and layer.track_running_stats]
-    return [stat for layer in training for stat in (layer.running_mean, layer.running_var) if stat is not None]

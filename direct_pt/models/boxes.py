@@ -9,6 +9,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from direct_pt.batch import Detections
+
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded side is at most 62.5 times the reference's
 
 
@@ -89,6 +91,20 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
         return order
     rows = torch.cat(kept)
     return rows[torch.argsort(scores[rows], descending=True, stable=True)]
+
+
+def best_detections(
+    candidates: Detections, num_images: int, num_classes: int, nms_threshold: float, max_detections: int
+) -> Detections:
+    """Class-wise NMS, then the best `max_detections` of each image, ordered by image and falling score."""
+    groups = candidates.image * num_classes + candidates.labels
+    kept = grouped_nms(candidates.boxes, candidates.scores, groups, nms_threshold)
+    kept = kept[torch.argsort(candidates.image[kept], stable=True)]
+    image = candidates.image[kept]
+    first = torch.searchsorted(image, torch.arange(num_images, device=image.device))
+    rank = torch.arange(len(image), device=image.device) - first[image]
+    kept = kept[rank < max_detections]
+    return candidates.keep(kept)
 
 
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

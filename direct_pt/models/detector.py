@@ -1,6 +1,6 @@
 """The detectors, by name: what each is made of stands in `build_detector`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,28 @@ from direct_pt.batch import Batch, Detections, Objects, collate
 from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError
 from direct_pt.models.anchors import Anchors
-from direct_pt.models.backbone import Backbone, batchnorms, replace_batchnorm
+from direct_pt.models.backbone import Backbone
 from direct_pt.models.fpn import FPN
+from direct_pt.models.masks import MaskHead, paste_masks
 from direct_pt.models.matching import Matching, Sampling
-from direct_pt.models.roi_heads import BoxHead, RoIHead
+from direct_pt.models.norms import batchnorms, use_groupnorm
+from direct_pt.models.retinanet import RetinaHead
+from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
 
-MODELS = ("faster_rcnn_r50_fpn",)
+# The paper's five, and the backbone of each.
+MODELS = {
+    "retinanet_r50_fpn": "resnet50",
+    "faster_rcnn_r50_fpn": "resnet50",
+    "cascade_rcnn_r50_fpn": "resnet50",
+    "mask_rcnn_r50_fpn": "resnet50",
+    "mask_rcnn_swin_t_fpn": "swin_tiny_patch4_window7_224",
+}
+BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}  # convolutions and fully connected layers
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB
 PIXEL_STD = (58.395, 57.12, 57.375)
-STRIDES = (4, 8, 16, 32, 64)
+STRIDES = (4, 8, 16, 32, 64, 128)  # P2..P7
+RATIOS = (0.5, 1.0, 2.0)  # of anchors
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,9 @@ class DetectorConfig:
         class_names: in the order of the class indices.
         category_ids: the data set's own id of each class; predictions carry these.
         backbone: a timm name.
-        norm: "batch", or "group" where batches are too small for BatchNorm.
+        norm: "batch" for the backbone's own, or "group" where batches are too small for BatchNorm: then also after the
+            convolutions of pyramid and heads.
+        box_head: one of `BOX_HEADS`.
         channels: of the pyramid and the heads.
         proposals: an image, that leave the RPN; in training twice as many a level enter its NMS, in testing as many.
         rois_per_image: sampled for the second stage's loss.
@@ -44,13 +58,22 @@ class DetectorConfig:
     name: str
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    backbone: str = "resnet50"
+    backbone: str
     norm: str = "batch"
+    box_head: str = "4conv1fc"
     channels: int = 256
     proposals: int = 1000
     rois_per_image: int = 512
     short_side: int = 800
     long_side: int = 1333
+
+    @classmethod
+    def of_paper(cls, name: str, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> "DetectorConfig":
+        """The paper's own. Raises InputError where there is none of that name."""
+        if name not in MODELS:
+            raise InputError(f"--model {name}: no such detector; choose one of {', '.join(MODELS)}")
+        box_head = "2fc" if name == "cascade_rcnn_r50_fpn" else "4conv1fc"
+        return cls(name, class_names, category_ids, MODELS[name], box_head=box_head)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DetectorConfig":
@@ -64,19 +87,21 @@ class DetectorConfig:
 
 
 class Detector(nn.Module):
-    """Images to losses (`forward`) or detections (`detect`, `predict`). Two stages: proposals, then RoIs.
+    """Images to losses (`forward`) or detections (`detect`, `predict`). Of its two kinds, `TwoStage` and `RetinaNet`,
+    each adds what follows the pyramid.
 
     Attributes:
         config: what it was built from.
+        has_masks: whether it learns and finds masks.
     """
 
-    def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN, rpn: RPN, roi_head: RoIHead) -> None:
+    has_masks = False
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.fpn = fpn
-        self.rpn = rpn
-        self.roi_head = roi_head
         self.batchnorm_frozen = False
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -85,20 +110,24 @@ class Detector(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch, one scalar each, to be summed."""
-        features = self.features(batch)
-        logits, deltas = self.rpn(features)
-        proposals = self.rpn.proposals(features, logits, deltas, batch)
-        return {
-            **self.rpn.losses(features, logits, deltas, batch),
-            **self.roi_head.losses(features, proposals, batch),
-        }
+        return self.losses(self.features(batch), batch)
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
         """What the detector finds, in the original images' frames. Call it in eval mode."""
-        features = self.features(batch)
-        logits, deltas = self.rpn(features)
-        return self.roi_head.detect(features, self.rpn.proposals(features, logits, deltas, batch), batch)
+        return self.find(self.features(batch), batch)
+
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The losses out of a batch's pyramid."""
+        raise NotImplementedError
+
+    def find(self, features: list[Tensor], batch: Batch) -> Detections:
+        """The detections out of a batch's pyramid."""
+        raise NotImplementedError
+
+    def loss_weight(self, batch: Batch) -> Tensor | None:
+        """How much a micro-batch's losses weigh among those of a step, or None where all weigh the same."""
+        return None
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The pyramid, [B, C, h, w] a level."""
@@ -123,7 +152,7 @@ class Detector(nn.Module):
 
         Returns:
             For each image a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class names) and
-            "category_ids" (the data set's own), best first.
+            "category_ids" (the data set's own), best first, and of mask detectors "masks" [n, h, w] bool.
         """
         preset = TestPreset(self.config.short_side, self.config.long_side)
         device = self.pixel_mean.device
@@ -131,29 +160,31 @@ class Detector(nn.Module):
         self.eval()
         results = []
         for image in images:
-            found = self.detect(
-                collate([preset(Image.fromarray(image), Objects.none(), np.random.default_rng(0))]).to(device)
-            ).to("cpu")
-            found = found.above(score_threshold)
+            sample = preset(Image.fromarray(image), Objects.none(), np.random.default_rng(0))
+            found = self.detect(collate([sample]).to(device)).to("cpu").above(score_threshold)
             labels = found.labels.tolist()
-            results.append(
-                {
-                    "boxes": found.boxes.numpy(),
-                    "scores": found.scores.numpy(),
-                    "labels": [self.config.class_names[label] for label in labels],
-                    "category_ids": [self.config.category_ids[label] for label in labels],
-                }
-            )
+            result = {
+                "boxes": found.boxes.numpy(),
+                "scores": found.scores.numpy(),
+                "labels": [self.config.class_names[label] for label in labels],
+                "category_ids": [self.config.category_ids[label] for label in labels],
+            }
+            if found.masks is not None:
+                result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), image.shape[:2])
+            results.append(result)
         self.train(was_training)
         return results
 
     def freeze_for_finetuning(self) -> None:
-        """BatchNorm everywhere with fixed statistics and affine, stem and first stage fixed (the recipe's stage 2)."""
+        """The recipe's stage 2: BatchNorm everywhere with fixed statistics and affine, stem and first stage fixed.
+
+        Networks that normalise otherwise, as Swin does, train whole.
+        """
         self.batchnorm_frozen = True
         for layer in batchnorms(self):
             layer.requires_grad_(False)
-        for module in self.backbone.stem_and_first_stage():
-            module.requires_grad_(False)
+        for parameter in self.backbone.stem_and_first_stage():
+            parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Detector":
@@ -165,6 +196,50 @@ class Detector(nn.Module):
         return self
 
 
+class TwoStage(Detector):
+    """Faster, Cascade and Mask R-CNN: proposals, then RoIs."""
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN, rpn: RPN, roi_head: RoIHead) -> None:
+        super().__init__(config, backbone, fpn)
+        self.rpn = rpn
+        self.roi_head = roi_head
+        self.has_masks = roi_head.mask_head is not None
+
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Of the RPN and the RoI head."""
+        logits, deltas = self.rpn(features)
+        proposals = self.rpn.proposals(features, logits, deltas, batch)
+        return {
+            **self.rpn.losses(features, logits, deltas, batch),
+            **self.roi_head.losses(features, proposals, batch),
+        }
+
+    def find(self, features: list[Tensor], batch: Batch) -> Detections:
+        """The RoI head's detections in the RPN's proposals."""
+        logits, deltas = self.rpn(features)
+        return self.roi_head.detect(features, self.rpn.proposals(features, logits, deltas, batch), batch)
+
+
+class RetinaNet(Detector):
+    """One stage: anchors to detections."""
+
+    def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN, head: RetinaHead) -> None:
+        super().__init__(config, backbone, fpn)
+        self.head = head
+
+    def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Of the head."""
+        return self.head.losses(features, batch)
+
+    def find(self, features: list[Tensor], batch: Batch) -> Detections:
+        """Of the head."""
+        return self.head.detect(features, batch)
+
+    def loss_weight(self, batch: Batch) -> Tensor:
+        """The number of positive anchors, which the losses are divided by."""
+        return self.head.loss_weight(batch)
+
+
 def build_detector(
     name: str, num_classes: int | None = None, backbone: str | None = None, config: DetectorConfig | None = None
 ) -> Detector:
@@ -173,37 +248,94 @@ def build_detector(
     Args:
         name: one of `MODELS`.
         num_classes: without a background class; or give `config`.
-        backbone: a timm name in place of ResNet-50.
+        backbone: a timm name in place of the paper's.
         config: everything at once; the other arguments are not needed then.
 
     Raises:
         InputError: the name, or the backbone's, is unknown.
     """
-    if name not in MODELS:
-        raise InputError(f"--model {name}: no such detector; choose one of {', '.join(MODELS)}")
     if config is None:
         if num_classes is None:
             raise InputError("build_detector needs num_classes or config")
         names = tuple(f"class {index}" for index in range(num_classes))
-        config = DetectorConfig(name, names, tuple(range(1, num_classes + 1)), backbone or "resnet50")
+        config = DetectorConfig.of_paper(name, names, tuple(range(1, num_classes + 1)))
+        config = replace(config, backbone=backbone or config.backbone)
+    body, channels, num_classes = Backbone(config.backbone), config.channels, len(config.class_names)
 
-    body = Backbone(config.backbone)
-    fpn = FPN(body.channels, config.channels)
-    rpn = RPN(
+    detector: Detector
+    match name:
+        case "retinanet_r50_fpn":
+            detector = RetinaNet(
+                config,
+                body,
+                FPN(body.channels[1:], channels, convolved_levels=2),
+                RetinaHead(
+                    channels,
+                    num_classes,
+                    Anchors(STRIDES[1:], scales=(4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3)), ratios=RATIOS),
+                    Matching(positive=0.5, negative=0.4, low_quality=0.0),
+                ),
+            )
+        case "cascade_rcnn_r50_fpn":
+            detector = TwoStage(
+                config,
+                body,
+                FPN(body.channels, channels),
+                _rpn(config, train_proposals=2 * config.proposals, beta=1 / 9, inside_only=True),
+                _roi_head(
+                    config,
+                    [
+                        Refinement(Matching(0.5, 0.5), stds=(0.1, 0.1, 0.2, 0.2), weight=1.0),
+                        Refinement(Matching(0.6, 0.6), stds=(0.05, 0.05, 0.1, 0.1), weight=0.5),
+                        Refinement(Matching(0.7, 0.7), stds=(0.033, 0.033, 0.067, 0.067), weight=0.25),
+                    ],
+                    class_agnostic=True,
+                    beta=1.0,
+                ),
+            )
+        case "faster_rcnn_r50_fpn":
+            roi_head = _roi_head(config, [Refinement(Matching(0.5, 0.5))])
+            detector = TwoStage(config, body, FPN(body.channels, channels), _rpn(config), roi_head)
+        case "mask_rcnn_r50_fpn" | "mask_rcnn_swin_t_fpn":
+            refinement = Refinement(Matching(0.5, 0.5, low_quality=0.5))
+            roi_head = _roi_head(config, [refinement], mask_head=MaskHead(channels, num_classes))
+            detector = TwoStage(config, body, FPN(body.channels, channels), _rpn(config), roi_head)
+        case _:
+            raise InputError(f"{name}: no such detector; choose one of {', '.join(MODELS)}")
+    if config.norm == "group":
+        use_groupnorm(detector)
+    return detector
+
+
+def _rpn(
+    config: DetectorConfig, train_proposals: int | None = None, beta: float = 0.0, inside_only: bool = False
+) -> RPN:
+    return RPN(
         config.channels,
-        Anchors(STRIDES, scales=(8.0,), ratios=(0.5, 1.0, 2.0)),
+        Anchors(STRIDES[:5], scales=(8.0,), ratios=RATIOS),
         Matching(positive=0.7, negative=0.3, low_quality=0.3),
         Sampling(per_image=256, positive_share=0.5),
-        train_counts=ProposalCounts(before_nms=2 * config.proposals, after_nms=config.proposals),
-        test_counts=ProposalCounts(before_nms=config.proposals, after_nms=config.proposals),
+        train_counts=ProposalCounts(2 * config.proposals, train_proposals or config.proposals),
+        test_counts=ProposalCounts(config.proposals, config.proposals),
+        beta=beta,
+        inside_only=inside_only,
     )
-    roi_head = RoIHead(
-        BoxHead(config.channels, len(config.class_names), num_convs=4, num_fcs=1),
+
+
+def _roi_head(
+    config: DetectorConfig,
+    refinements: list[Refinement],
+    class_agnostic: bool = False,
+    beta: float = 0.0,
+    mask_head: MaskHead | None = None,
+) -> RoIHead:
+    convs, fcs = BOX_HEADS[config.box_head]
+    num_classes = len(config.class_names)
+    return RoIHead(
+        [BoxHead(config.channels, num_classes, convs, fcs, class_agnostic) for _ in refinements],
+        refinements,
         strides=list(STRIDES[:4]),
-        matching=Matching(positive=0.5, negative=0.5),
         sampling=Sampling(per_image=config.rois_per_image, positive_share=0.25),
+        mask_head=mask_head,
+        beta=beta,
     )
-    detector = Detector(config, body, fpn, rpn, roi_head)
-    if config.norm == "group":
-        replace_batchnorm(detector)
-    return detector

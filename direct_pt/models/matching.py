@@ -30,15 +30,17 @@ class Sampling:
     per_image: int | None
     positive_share: float
 
-    def normalizer(self, sampled: Tensor) -> Tensor | float:
-        """What a loss summed over the `sampled` [B, S] references of a batch is divided by.
+    def weights(self, counted: Tensor) -> Tensor:
+        """[B, S] that make the sum of weighted losses a mean over the references that are `counted` [B, S].
 
-        It is the count when every image fills its samples, as it does at the recipe's sizes. Being proportional to
-        the number of images, it makes the gradient of accumulated micro-batches that of one large batch.
+        It is the mean of the images' means: the mean over all of them when every image fills its samples, as it does
+        at the recipe's sizes. No image's weight depends on its neighbours, so that accumulated micro-batches have the
+        gradient of one large batch. Where all candidates are taken it is MMDetection's one mean over the batch.
         """
+        numbers = counted.sum(dim=1, keepdim=True)
         if self.per_image is None:
-            return sampled.sum() + torch.finfo(torch.float32).eps
-        return float(len(sampled) * self.per_image)
+            return counted / (numbers.sum() + torch.finfo(torch.float32).eps)
+        return counted / (numbers.clamp(min=1) * len(counted))
 
 
 @dataclass

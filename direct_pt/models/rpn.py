@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.batch import Batch
-from direct_pt.models.anchors import Anchors
+from direct_pt.models.anchors import Anchors, inside, per_anchor
 from direct_pt.models.boxes import decode, encode, grouped_nms
 from direct_pt.models.matching import Matching, Sampling, match, sample
 
@@ -42,6 +42,8 @@ class RPN(nn.Module):
         train_counts: of proposals in training.
         test_counts: of proposals in inference.
         nms_threshold: IoU above which the lesser proposal of a level goes.
+        beta: of the smooth L1 box loss, 0 for L1.
+        inside_only: only anchors that lie inside the image learn.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class RPN(nn.Module):
         train_counts: ProposalCounts,
         test_counts: ProposalCounts,
         nms_threshold: float = 0.7,
+        beta: float = 0.0,
+        inside_only: bool = False,
     ) -> None:
         super().__init__()
         self.anchors = anchors
@@ -61,6 +65,8 @@ class RPN(nn.Module):
         self.train_counts = train_counts
         self.test_counts = test_counts
         self.nms_threshold = nms_threshold
+        self.beta = beta
+        self.inside_only = inside_only
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, anchors.per_cell, 1)
         self.deltas = nn.Conv2d(channels, anchors.per_cell * 4, 1)
@@ -75,24 +81,27 @@ class RPN(nn.Module):
     def losses(
         self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """Objectness (binary cross-entropy) and box (L1) loss, both over the number of sampled anchors."""
+        """Objectness (binary cross-entropy) and box (smooth L1) loss, both over the number of sampled anchors."""
         anchors = torch.cat(self.anchors(features))
-        usable = self.anchors.inside(features, batch.padded_sizes)
+        usable = self.anchors.on_padded_images(features, batch.padded_sizes)
+        if self.inside_only:
+            usable = usable & inside(anchors, batch.sizes)
         matches = match(self.matching, anchors[None], usable, batch.boxes, batch.valid, batch.crowd)
         rows, positive, sampled = sample(self.sampling, matches, batch.seeds, salt=0)
-        flat_logits = torch.cat([_per_anchor(level, 1) for level in logits], dim=1).squeeze(-1)
-        flat_deltas = torch.cat([_per_anchor(level, 4) for level in deltas], dim=1)
+        flat_logits = torch.cat([per_anchor(level, 1) for level in logits], dim=1).squeeze(-1)
+        flat_deltas = torch.cat([per_anchor(level, 4) for level in deltas], dim=1)
         logit = flat_logits.gather(1, rows).float()
         delta = flat_deltas.gather(1, rows[..., None].expand(-1, -1, 4)).float()
 
         anchor = anchors[rows]
         objects = batch.boxes.gather(1, matches.target.gather(1, rows)[..., None].expand(-1, -1, 4))
         target = encode(anchor, torch.where(positive[..., None], objects, anchor), STDS)
-        normalizer = self.sampling.normalizer(sampled)
+        weights = self.sampling.weights(sampled)
         objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
+        distance = F.smooth_l1_loss(delta, target, reduction="none", beta=self.beta).sum(dim=-1)
         return {
-            "rpn_objectness": (objectness * sampled).sum() / normalizer,
-            "rpn_box": ((delta - target).abs() * positive[..., None]).sum() / normalizer,
+            "rpn_objectness": (objectness * weights).sum(),
+            "rpn_box": (distance * weights * positive).sum(),
         }
 
     @torch.no_grad()
@@ -101,9 +110,9 @@ class RPN(nn.Module):
         counts = self.train_counts if self.training else self.test_counts
         boxes, scores, levels = [], [], []
         for level, anchors in enumerate(self.anchors(features)):
-            score = _per_anchor(logits[level], 1).squeeze(-1).float().sigmoid()
+            score = per_anchor(logits[level], 1).squeeze(-1).float().sigmoid()
             best, rows = score.topk(min(counts.before_nms, len(anchors)), dim=1)
-            delta = _per_anchor(deltas[level], 4).gather(1, rows[..., None].expand(-1, -1, 4))
+            delta = per_anchor(deltas[level], 4).gather(1, rows[..., None].expand(-1, -1, 4))
             boxes.append(decode(anchors[rows], delta, STDS, batch.sizes))
             scores.append(best)
             levels.append(torch.full_like(rows, level))
@@ -120,9 +129,3 @@ class RPN(nn.Module):
         survives = torch.zeros_like(usable).flatten().index_fill(0, kept, True).view_as(usable) & usable
         score, rows = torch.where(survives, score, -1.0).topk(min(counts.after_nms, score.shape[1]), dim=1)
         return Proposals(box.gather(1, rows[..., None].expand(-1, -1, 4)), score, score >= 0)
-
-
-def _per_anchor(level: Tensor, values: int) -> Tensor:
-    """[B, A * values, h, w] as [B, h * w * A, values], the anchors' order."""
-    batch, _, height, width = level.shape
-    return level.view(batch, -1, values, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
