@@ -4,7 +4,8 @@
   python scripts/import_mmdet.py RUN --export FILE.pth
 
 Takes the paper's files, the model zoo's of 'pytorch' style, and your own of these detectors. Every tensor finds its
-place, or the file is refused. Files are read as plain weights: code in them is not run.
+place, or the file is refused. Files are read as plain weights: code in them is not run. What they do not hold is the
+paper's after an import: size of test images, number of proposals; and ids of the classes, but for COCO's, count from 1.
 """
 
 import json

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from torch import Tensor
 
 from direct_pt.checkpoint import from_pretrained, save_model
+from direct_pt.models.detector import RetinaNet
 from direct_pt.settings import parse_training
 from direct_pt.stage import run_stage
 
@@ -33,6 +36,9 @@ PRETRAIN = (*DETECTOR, *COUNTS, *MACHINE, "--image-size", str(SIZE), "--lr", "0.
 FINETUNE = (*COUNTS, *MACHINE, "--short-side", str(SIZE), "--long-side", "128", "--lr", "0.002")
 EIGHT = ("--global-batch-size", "8", "--micro-batch-size", "8")
 NO_EVALUATION = ("--eval-every", "1000")  # but for the one at the end
+# Three steps whose weights are compared: without BatchNorm, which sees micro-batches.
+THREE_STEPS = ("--norm", "group", "--global-batch-size", "8", "--max-steps", "3", "--log-every", "1")
+COMPARED = (MODEL, "mask_rcnn_r50_fpn", "retinanet_r50_fpn")  # between micro-batch sizes, and numbers of processes
 TIMINGS = ("images_per_second", "memory_gib")  # what differs between two equal runs
 # Subprocesses are not to look for models on the net, nor to use a GPU.
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -107,17 +113,44 @@ def call_script(name: str, *flags: object) -> None:
         sys.argv = arguments
 
 
-def start_script(name: str, *flags: object) -> subprocess.Popen[str]:
-    """A script in a process of its own."""
+def start_script(name: str, *flags: object, **environment: object) -> subprocess.Popen[str]:
+    """A script in a process of its own, with more variables in its environment."""
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, flags)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    variables = {**ENVIRONMENT, **{key: str(value) for key, value in environment.items()}}
+    return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """What is float32 otherwise is float64, for runs that are to differ by the order of sums alone.
+
+    Another order changes float32's last digits, and ReLU and NMS make more of that within a step or two: a unit at its
+    kink and a pair at the threshold fall on either side. In float64 none comes so near.
+    """
+    to_float32, default = Tensor.float, torch.get_default_dtype()
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        Tensor.float = to_float32  # type: ignore[method-assign]
+        torch.set_default_dtype(default)
+
+
+def train_part(data: Path) -> tuple[object, ...]:
+    """The flags for a data folder's training split alone, so that nothing is evaluated."""
+    return ("--train-images", data / "images", "--train-annotations", data / "annotations/instances_train.json")
 
 
 def make_eager(run: Path, folder: Path) -> Path:
     """A copy of a run's model that takes nearly nothing for background, so that it finds a lot: for comparisons."""
     detector = from_pretrained(run)
     with torch.no_grad():
-        detector.roi_head.box_heads[0].class_logits.bias[-1] -= 10
+        if isinstance(detector, RetinaNet):
+            detector.head.logits.bias += 4
+        else:
+            for head in detector.roi_head.box_heads:
+                head.class_logits.bias[-1] -= 10
     save_model(folder, detector, [])
     return folder
 
@@ -127,13 +160,30 @@ def make_truth(data: Path, predictions: Path, folder: Path) -> Path:
     (folder / "annotations").mkdir(parents=True)
     (folder / "images").symlink_to(data / "images")
     content = read_json(data / "annotations/instances_val.json")
-    fields = ("image_id", "category_id", "bbox")
+    fields = ("image_id", "category_id", "bbox", "segmentation")
     content["annotations"] = [
-        {"id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0, **{name: row[name] for name in fields}}
+        {
+            "id": number,
+            "area": row["bbox"][2] * row["bbox"][3],
+            "iscrowd": 0,
+            **{name: row[name] for name in fields if name in row},
+        }
         for number, row in enumerate(read_json(predictions)[::7], start=1)
     ]
     (folder / "annotations/instances_val.json").write_text(json.dumps(content))
     return folder
+
+
+def pycocotools_figures(annotations: Path, predictions: Path, kind: str = "bbox") -> list[float]:
+    """The twelve figures of two files, for boxes or masks ("segm")."""
+    truth, rows = COCO(str(annotations)), read_json(predictions)
+    if kind == "segm":  # beside a box, a mask's area would be the box's
+        rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+    scorer = COCOeval(truth, truth.loadRes(rows), kind)
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    return scorer.stats.tolist()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

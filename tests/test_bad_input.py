@@ -5,13 +5,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_runs as runs
 
+from direct_pt.checkpoint import save_model
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
+from direct_pt.models.detector import DetectorConfig, build_detector
 
 FLAGS = {
     "pretrain": (*runs.PRETRAIN, *runs.EIGHT, "--max-steps", "4", *runs.NO_EVALUATION),
@@ -140,6 +143,49 @@ def change(data: Path, split: str = "train", **values: Any) -> None:
     path.write_text(json.dumps({**runs.read_json(path), **values}))
 
 
+@pytest.fixture
+def mask_model(tmp_path: Path) -> Path:
+    """A mask detector of the demo's classes, untrained."""
+    config = DetectorConfig.of_paper("mask_rcnn_r50_fpn", tuple(map(str, range(10))), tuple(range(10, 101, 10)))
+    config = replace(config, backbone="resnet18", channels=32, short_side=runs.SIZE, long_side=runs.SIZE)
+    save_model(tmp_path / "mask_model", build_detector(config.name, config=config), [])
+    return tmp_path / "mask_model"
+
+
+@pytest.mark.parametrize("outline", [None, [], [[1, 1, 9, 9]]])
+def test_masks_to_learn_without_outlines(
+    copy: Path, output: Path, mask_model: Path, outline: Any, pretrained: Path
+) -> None:
+    """An object whose outline is missing, empty or a line: refused before anything starts, but by box detectors."""
+
+    def without_outlines(split: str, *numbers: int) -> None:
+        records = runs.read_json(annotations(copy, split))["annotations"]
+        for record in records:
+            if record["id"] in numbers:
+                record["segmentation"] = outline
+                if outline is None:
+                    del record["segmentation"]
+        change(copy, split, annotations=records)
+
+    model = ("--model", "mask_rcnn_r50_fpn")
+    scripts = {
+        "pretrain": model,
+        "finetune": ("--init", mask_model),
+        "evaluate": ("--checkpoint", mask_model),
+    }
+    without_outlines("val", 8)
+    for script, flags in scripts.items():
+        message = refused(script, "--data", copy, *flags, "--output-dir", output)
+        assert message.startswith(f"{annotations(copy, 'val')}: annotation 8 ") and "no 'segmentation'" in message
+        assert "box detector" in message and not output.exists()
+    without_outlines("train", 5, 6, 30)
+    message = refused("pretrain", "--data", copy, *model, "--output-dir", output)
+    assert message.startswith(f"{annotations(copy)}: annotation 5 and 2 more have no 'segmentation'")
+    elsewhere = output.with_name("boxes")
+    runs.call_script("evaluate", "--checkpoint", pretrained, "--data", copy, *runs.MACHINE, "--output-dir", elsewhere)
+    assert set(runs.read_json(elsewhere / "metrics.json")) == {"bbox", "per_class"}
+
+
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate"])
 def test_unreadable_annotations(script: str, copy: Path, output: Path, pretrained: Path) -> None:
     annotations(copy, "train").write_text('{"images": [')
@@ -254,7 +300,13 @@ def test_init_of_other_classes(copy: Path, pretrained: Path, output: Path) -> No
 
 def test_flags_that_contradict_init(demo: Path, pretrained: Path, output: Path) -> None:
     flags = ("--data", demo, "--init", pretrained, "--output-dir", output)
-    for flag, value in (("--backbone", "resnet50"), ("--norm", "group"), ("--channels", 64)):
+    for flag, value in (
+        ("--model", "mask_rcnn_r50_fpn"),
+        ("--backbone", "resnet50"),
+        ("--norm", "group"),
+        ("--box-head", "2fc"),
+        ("--channels", 64),
+    ):
         message = refused("finetune", *flags, flag, value)
         assert message.startswith(f"{flag} {value}: --init {pretrained} has ") and "leave the flag out" in message
 

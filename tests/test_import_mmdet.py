@@ -396,6 +396,15 @@ def test_class_names(write: Callable[..., Path], tmp_path: Path) -> None:
         assert (config.class_names, config.category_ids) == (NAMES, IDS)
 
 
+def test_coco_as_the_reference_lists_it() -> None:
+    path = golden.FOLDER / "coco_eval/instances_20.json"
+    if not path.is_file():
+        pytest.skip(f"no coco_eval/{path.name} in {golden.FOLDER} (DIRECT_PT_GOLDEN names another folder)")
+    script, categories = runs.load_script("import_mmdet"), runs.read_json(path)["categories"]
+    assert list(script.COCO_NAMES) == [category["name"] for category in categories]
+    assert list(script.COCO_IDS) == [category["id"] for category in categories]
+
+
 def test_coco(write: Callable[..., Path], tmp_path: Path) -> None:
     script = runs.load_script("import_mmdet")
     names, state = script.COCO_NAMES, small_state(num_classes=80)
@@ -443,8 +452,8 @@ def test_categories(write: Callable[..., Path], tmp_path: Path, run: Path, capsy
     assert "its 2 classes are not the 3 of the checkpoint, they differ in traffic light;" in line
     line = not_taken(path, run, *categories(("dog", 1), ("cat", 2), ("traffic light", 3)))
     assert "in another order, so which is which is uncertain" in line and "take the names out" in line
-    for wrong in (("dog", 1), ("cow", 1), ("cow", "2"), ("cow", True)):
-        line = not_taken(path, run, *categories(("cat", 3), ("dog", 1), wrong))
+    for wrong in (("dog", 5), ("cow", 2), ("cow", "4"), ("cow", True)):
+        line = not_taken(path, run, *categories(("cat", 3), ("dog", 2), wrong))
         assert line == f"--categories {file}: names and ids must be unique, and ids whole numbers"
     for content in ("{", "[]", '{"categories": [1]}', "{}"):
         file.write_text(content)
@@ -465,7 +474,9 @@ class Evil:
         return exec, (f"open({str(self.path)!r}, 'w').write('code was run')",)
 
 
-def test_code_in_a_file_is_not_run(write: Callable[..., Path], tmp_path: Path, run: Path) -> None:
+def test_code_in_a_file_is_not_run(
+    write: Callable[..., Path], tmp_path: Path, run: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     """As a user sees it, and in files of all kinds."""
     trace = tmp_path / "trace"
     path = write(meta=Evil(trace))
@@ -482,6 +493,7 @@ def test_code_in_a_file_is_not_run(write: Callable[..., Path], tmp_path: Path, r
         path.write_bytes(pickle.dumps(Evil(trace), protocol))
         assert not_taken(path, run).startswith(f"{path}: ")
     assert not trace.exists()
+    assert not recwarn, "more than the one line"
     pickle.loads(path.read_bytes())
     assert trace.exists(), "the file was harmless"
 
@@ -541,7 +553,7 @@ def test_tensors_that_do_not_fit(write: Callable[..., Path], state: dict[str, Te
     for name in ("backbone.conv1.weight", "bbox_head.retina_reg.bias"):
         del changed[name]
     changed |= {f"backbone.layer5.{i}.weight": torch.zeros(1) for i in range(4)}
-    changed["fpn.lateral.0.weight"] = changed.pop("neck.lateral_convs.1.conv.bias")  # a name of ours is none of theirs
+    changed["fpn.lateral.1.bias"] = changed.pop("neck.lateral_convs.1.conv.bias")  # a name of ours is none of theirs
     changed["backbone.bn1.weight"] = torch.zeros(65)
     changed["backbone.bn1.bias"] = torch.zeros(64, dtype=torch.int64)
     line = not_taken(write(state_dict=changed), run)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from direct_pt.errors import InputError
+from direct_pt.models.detector import MODELS
 from direct_pt.plan import Plan, make_plan
-from direct_pt.settings import STAGES, Settings, parse_training, split_paths
+from direct_pt.recipes import STAGES, Recipe, recipe_for
+from direct_pt.settings import Settings, parse_training, split_paths
 
 COCO_IMAGES = 118_287
+WITH_LAYERNORM = {"mask_rcnn_swin_t_fpn"}  # detectors whose own backbone normalises so
 REQUIRED = {
     "pretrain": ["--model", "faster_rcnn_r50_fpn", "--output-dir", "run"],
     "finetune": ["--init", "pretrained", "--output-dir", "run"],
@@ -21,31 +24,62 @@ def parse(stage: str, *flags: object) -> Settings:
     return parse_training(stage, "", [*REQUIRED[stage], *map(str, flags)])
 
 
-def plan(stage: str, *flags: object, images: int = COCO_IMAGES, processes: int = 1) -> Plan:
-    return make_plan(parse(stage, *flags), images, processes)
+def paper_recipe(stage: str, model: str) -> Recipe:
+    """Of a detector with its own backbone."""
+    return recipe_for(stage, model, model in WITH_LAYERNORM)
+
+
+def plan(
+    stage: str, *flags: object, images: int = COCO_IMAGES, processes: int = 1, model: str = "faster_rcnn_r50_fpn"
+) -> Plan:
+    return make_plan(parse(stage, *flags), paper_recipe(stage, model), images, processes)
 
 
 # The plan
 
 
-@pytest.mark.parametrize(
-    ("stage", "processes", "expected"),
-    [
-        ("pretrain", 1, (64, 8, 8, 88715, 0.08, 500, ())),
-        ("pretrain", 8, (64, 8, 1, 88715, 0.08, 500, ())),
-        ("finetune", 1, (16, 2, 8, 88715, 0.02, 500, (59143, 81322))),
-        ("finetune", 4, (16, 2, 2, 88715, 0.02, 500, (59143, 81322))),
-    ],
-)
-def test_the_papers_numbers_on_coco(stage: str, processes: int, expected: tuple[object, ...]) -> None:
+@pytest.mark.parametrize("processes", [1, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_papers_numbers_on_coco(model: str, processes: int) -> None:
     """The step counts are epochs x images / batch: 48 x 118287 / 64, and 12 x 118287 / 16."""
-    p = plan(stage, processes=processes)
-    found = (
-        p.global_batch_size, p.micro_batch_size, p.accumulation, p.total_steps, p.lr, p.warmup_steps, p.decay_steps,
-    )  # fmt: skip
-    assert found == expected
-    assert p.notes == () and p.processes == processes and p.images == COCO_IMAGES
-    assert p.epochs == pytest.approx(STAGES[stage].epochs, rel=1e-4)
+    lr = {"retinanet_r50_fpn": (0.04, 0.02), "mask_rcnn_swin_t_fpn": (4e-4, 1e-4)}.get(model, (0.08, 0.02))
+    warmup = 1000 if model == "retinanet_r50_fpn" else 500
+    expected = {
+        "pretrain": (64, 8, 8 // processes, 88715, lr[0], warmup, 0.01, ()),
+        "finetune": (16, 2, 8 // processes, 88715, lr[1], 500, 0.001, (59143, 81322)),
+    }
+    for stage, numbers in expected.items():
+        p = plan(stage, model=model, processes=processes)
+        found = (
+            p.global_batch_size, p.micro_batch_size, p.accumulation, p.total_steps, p.lr, p.warmup_steps,
+            p.warmup_factor, p.decay_steps,
+        )  # fmt: skip
+        assert found == numbers
+        assert p.notes == () and p.processes == processes and p.images == COCO_IMAGES
+        assert p.epochs == pytest.approx({"pretrain": 48, "finetune": 12}[stage], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_optimizers(stage: str) -> None:
+    """AdamW wherever the backbone normalises with LayerNorm, whatever the detector; else SGD."""
+    for model in MODELS:
+        recipe = recipe_for(stage, model, has_layernorm=True)
+        assert (recipe.optimizer, recipe.weight_decay) == ("adamw", 0.05)
+        assert recipe.lr == {"pretrain": 4e-4, "finetune": 1e-4}[stage]
+        assert (recipe.warmup_steps, recipe.epochs) == (500, STAGES[stage].epochs)
+        recipe = recipe_for(stage, model, has_layernorm=False)
+        assert (recipe.optimizer, recipe.weight_decay) == ("sgd", 1e-4)
+
+
+@pytest.mark.parametrize(("schedule", "times"), [("1x", 1), ("3x", 3), ("6x", 6)])
+def test_longer_schedules(schedule: str, times: int) -> None:
+    """More epochs; in stage 2 the learning rate falls at the same shares of the run (3x: after 24 and 33 of 36)."""
+    steps = {"pretrain": 48 * times * COCO_IMAGES / 64, "finetune": 12 * times * COCO_IMAGES / 16}
+    for stage, expected in steps.items():
+        p = plan(stage, "--schedule", schedule)
+        assert p.total_steps == round(expected) and p.epochs == pytest.approx(STAGES[stage].epochs * times, rel=1e-4)
+    decays = [8 * times * COCO_IMAGES / 16, 11 * times * COCO_IMAGES / 16]
+    assert plan("finetune", "--schedule", schedule).decay_steps == pytest.approx(decays, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +129,8 @@ def test_lr_follows_the_batch() -> None:
     assert "lr 0.02 = 0.08 x 16 / 64" in p.notes
     assert plan("finetune", "--global-batch-size", 32).lr == pytest.approx(0.04)
     assert plan("pretrain", processes=2).lr == 0.08  # not the processes
+    assert plan("pretrain", "--global-batch-size", 16, model="retinanet_r50_fpn").lr == pytest.approx(0.01)
+    assert plan("finetune", "--global-batch-size", 4, model="mask_rcnn_swin_t_fpn").lr == pytest.approx(2.5e-5)
     p = plan("pretrain", "--global-batch-size", 16, "--lr", 0.5)
     assert p.lr == 0.5 and not any("lr" in note for note in p.notes)
 
@@ -106,6 +142,7 @@ def test_floor_of_steps() -> None:
     assert p.total_steps == 2000
     assert any("900 steps: raised to the floor of 2000" in note for note in p.notes)
     assert plan("pretrain", "--schedule", "3x", images=300).total_steps == 1500
+    assert plan("pretrain", "--schedule", "6x", images=300).total_steps == 3000
     assert plan("finetune", images=300).total_steps == 250
     assert plan("finetune", images=300).decay_steps == (167, 229)
     assert plan("finetune", "--schedule", "3x", images=20_000).total_steps == 45_000  # 36 x 20000 / 16: above it
@@ -117,6 +154,7 @@ def test_floor_of_steps() -> None:
 
 def test_warmup() -> None:
     assert plan("pretrain", "--max-steps", 5000).warmup_steps == 500
+    assert plan("pretrain", "--max-steps", 5000, model="retinanet_r50_fpn").warmup_steps == 500  # a tenth
     p = plan("pretrain", "--max-steps", 1000)
     assert p.warmup_steps == 100 and any("warm-up 100 steps" in note for note in p.notes)
     assert plan("pretrain", "--max-steps", 3).warmup_steps == 1
@@ -155,16 +193,32 @@ def test_defaults_are_complete() -> None:
         assert settings.stage == stage and settings.output_dir == Path("run") and not settings.resume
     assert parse("pretrain").image_size == 448
     assert (parse("finetune").short_side, parse("finetune").long_side) == (800, 1333)
+    assert (parse("pretrain").init, parse("finetune").init) == ("none", "pretrained")
+
+
+def test_what_init_means(tmp_path: Path) -> None:
+    """A word, a file, or else a run: one that is not there is looked for on the hub."""
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    model = ("--model", "mask_rcnn_r50_fpn")
+    for given, kind in (
+        ("none", "none"), ("imagenet", "imagenet"), (weights, "file"), (tmp_path, "run"), (tmp_path / "absent", "run"),
+    ):  # fmt: skip
+        settings = parse("finetune", "--init", given, *model)
+        assert (settings.init, settings.init_kind) == (str(given), kind)
+        assert settings.to_dict()["init"] == str(given)
+    assert parse("pretrain").init_kind == "none"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_config_gives_the_same_settings_again(stage: str, tmp_path: Path) -> None:
     sizes = ("--image-size", 96) if stage == "pretrain" else ("--short-side", 96, "--long-side", 128)
     settings = parse(
-        stage, "--data", "data/demo", "--drop-empty", "--norm", "group", "--channels", 32, "--rois-per-image", 16,
-        "--proposals", 64, *sizes, "--max-steps", 7, "--global-batch-size", 8, "--micro-batch-size", 4, "--lr", 0.003,
-        "--warmup-steps", 2, "--mixed-precision", "no", "--seed", 5, "--num-workers", 0, "--eval-every", 1.5,
-        "--save-every", 3, "--keep-checkpoints", 4, "--log-every", 6, "--report-to", "tensorboard",
+        stage, "--data", "data/demo", "--drop-empty", "--norm", "group", "--box-head", "2fc", "--channels", 32,
+        "--rois-per-image", 16, "--proposals", 64, *sizes, "--max-steps", 7, "--global-batch-size", 8,
+        "--micro-batch-size", 4, "--lr", 0.003, "--warmup-steps", 2, "--mixed-precision", "no", "--seed", 5,
+        "--num-workers", 0, "--eval-every", 1.5, "--save-every", 3, "--keep-checkpoints", 4, "--log-every", 6,
+        "--report-to", "tensorboard",
     )  # fmt: skip
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"settings": settings.to_dict(), "plan": {}, "git": "x"}))
@@ -227,7 +281,8 @@ COUNTS = ("channels", "rois-per-image", "proposals", "max-steps", "global-batch-
         *((f"--{name}", ("-1", "x", "0.5")) for name in ("seed", "num-workers", "warmup-steps")),
         *((f"--{name}", ("0", "-0.1", "nan", "inf", "x")) for name in ("lr", "epochs", "eval-every")),
         ("--norm", ("layer",)),
-        ("--schedule", ("2x",)),
+        ("--box-head", ("4conv", "")),
+        ("--schedule", ("2x", "12x")),
         ("--mixed-precision", ("fp64",)),
         ("--report-to", ("wandb",)),
     ],
@@ -244,8 +299,9 @@ def test_bad_values(stage: str, flag: str, values: tuple[str, ...]) -> None:
     ("stage", "argv", "message"),
     [
         ("pretrain", ["--model", "faster_rcnn_r50_fpn"], "--output-dir is missing"),
-        ("pretrain", ["--output-dir", "run"], "--model is missing: one of faster_rcnn_r50_fpn"),
-        ("pretrain", ["--output-dir", "run", "--model", "yolo"], "--model yolo: .*faster_rcnn_r50_fpn"),
+        ("pretrain", ["--output-dir", "run"], f"--model is missing: one of {', '.join(MODELS)}"),
+        ("pretrain", ["--output-dir", "run", "--model", "yolo"],
+         f"--model yolo: no such detector; choose one of {', '.join(MODELS)}"),
         ("pretrain", [*REQUIRED["pretrain"], "--image-size", "100"], "100 is no multiple of 32: use 96 or 128"),
         ("pretrain", [*REQUIRED["pretrain"], "--image-size", "20"], "--image-size 20 .*: use 32"),
         ("pretrain", [*REQUIRED["pretrain"], "--short-side", "800"], "--short-side"),
@@ -254,8 +310,14 @@ def test_bad_values(stage: str, flag: str, values: tuple[str, ...]) -> None:
         ("pretrain", [*REQUIRED["pretrain"], "stray"], "stray"),
         ("pretrain", [*REQUIRED["pretrain"], "--lr"], "--lr.*expected one argument"),
         ("pretrain", [*REQUIRED["pretrain"], "--epochs", "1", "--max-steps", "1"], "not allowed with"),
-        ("finetune", ["--output-dir", "run"], "--init is missing"),
+        ("finetune", ["--output-dir", "run"], "--init is missing: the pre-trained run .* none, imagenet or a file"),
         ("finetune", ["--output-dir", "run", "--init", "none"], "--model is missing"),
+        ("finetune", ["--output-dir", "run", "--init", "imagenet"], "--model is missing"),
+        ("finetune", ["--output-dir", "run", "--init", __file__], "--model is missing"),
+        ("finetune", ["--output-dir", "run", "--init", "imagenet", "--norm", "group", "--model", "faster_rcnn_r50_fpn"],
+         "--norm group with --init imagenet: such weights are trained with their own norms"),
+        ("finetune", ["--output-dir", "run", "--init", __file__, "--norm", "group", "--model", "retinanet_r50_fpn"],
+         "--norm group with --init .*test_settings.py: such weights"),
         ("finetune", [*REQUIRED["finetune"], "--short-side", "90", "--long-side", "80"], "--short-side 90 is above"),
         ("finetune", [*REQUIRED["finetune"], "--image-size", "64"], "--image-size"),
         ("finetune", [*REQUIRED["finetune"], "--model", "yolo"], "--model yolo: .*faster_rcnn_r50_fpn"),

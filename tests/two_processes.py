@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from direct_pt import stage
 from direct_pt.batch import Batch
 from direct_pt.errors import StopSignal
-from direct_pt.models.norms import batchnorms
 from direct_pt.models.detector import build_detector
+from direct_pt.models.norms import batchnorms
 from direct_pt.settings import parse_training
 from direct_pt.training import Trainer, average_running_statistics
 
@@ -94,7 +94,9 @@ if __name__ == "__main__":
     output, data, truth, checkpoint = map(Path, sys.argv[1:])
     leave_group = Accelerator.end_training
     Accelerator.end_training = lambda self: None  # the processes stay together until the last run is over
-    run_stage("--data", data, "--norm", "group", "--output-dir", output / "group")
+    with runs.float64():
+        for model in runs.COMPARED:
+            run_stage(*runs.train_part(data), *runs.THREE_STEPS, "--model", model, "--output-dir", output / model)
     evaluate(truth, checkpoint, output)
     statistics(output)
     stop_signal(data, output)
