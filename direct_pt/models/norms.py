@@ -38,4 +38,5 @@ def use_groupnorm(detector: nn.Module) -> None:
 
 
 def _groupnorm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    groups = math.gcd(GROUPS, max(1, channels // 2), channels)  # one value alone has no deviation
+    return nn.GroupNorm(groups, channels)
