@@ -73,8 +73,11 @@ def test_pytorch_files(wrap: Callable[[State], Any], resnet18: State, file: Path
     assert str(loaded) == f"120 tensors of the backbone loaded from {file}"
 
 
-def test_safetensors_without_a_classifier(resnet18: State, tmp_path: Path) -> None:
-    save_file({key: value for key, value in resnet18.items() if not key.startswith("fc.")}, tmp_path / "w.safetensors")
+@pytest.mark.parametrize("head", [(), ("fc.0.weight", "fc.2.weight", "queue")])
+def test_safetensors_without_a_classifier(head: tuple[str, ...], resnet18: State, tmp_path: Path) -> None:
+    """Or with something else in its place."""
+    state = {key: value for key, value in resnet18.items() if not key.startswith("fc.")}
+    save_file(state | {key: torch.zeros(3, 3) for key in head}, tmp_path / "w.safetensors")
     backbone = Backbone("resnet18")
     assert load_backbone(backbone, "resnet18", str(tmp_path / "w.safetensors")).tensors == 120
     assert_arrived(backbone, resnet18)
