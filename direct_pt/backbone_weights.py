@@ -4,11 +4,9 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import timm
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor
 
@@ -58,6 +56,15 @@ def load_backbone(backbone: Backbone, name: str, source: str) -> Loaded:
             f"misshapen, first {wrong[0]}: expected {list(wanted[wrong[0]].shape)}, {have}; give weights of "
             f"{name}, or the backbone that these are of"
         )
+    # A deeper network has every name and shape of a shallower one, and more blocks in the same parts.
+    parts = {re.sub(r"_\d+$", "", key.split(".")[0]) for key in wanted}
+    known = timm.create_model(name, pretrained=False).state_dict()
+    deeper = [key for key in state if key.split(".")[0] in parts and key not in known]
+    if deeper:
+        raise InputError(
+            f"--init {source}: has {len(deeper)} tensors that --backbone {name} has not, first {deeper[0]}; give "
+            f"weights of {name}, or the backbone that these are of"
+        )
     backbone.network.load_state_dict({**wanted, **found})
     return Loaded(len(found), source)
 
@@ -79,13 +86,14 @@ def _from_file(path: Path, name: str) -> dict[str, Tensor]:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
         # timm's own rules for names that the networks' authors chose, where there are any.
         rules = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
-        return rules(state, timm.create_model(name, pretrained=False)) if rules else state
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
-        raise InputError(f"--init {path}: cannot be read as weights of {name} ({error})") from error
-    except (UnpicklingError, SafetensorError) as error:
+        state = rules(state, timm.create_model(name, pretrained=False)) if rules else state
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # what is no pickle, or of another network, may raise any
+        reason = f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
         raise InputError(
-            f"--init {path}: holds no plain weights or is damaged, and code in it is not run ({error}); save its state "
-            "dict alone, best as safetensors"
+            f"--init {path}: cannot be read as weights of {name} ({reason}); the file is "
+            "damaged, or holds more than plain weights, and code in it is not run: save its state dict alone, best as "
+            "safetensors"
         ) from error
 
 

@@ -14,6 +14,7 @@ from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SCHEDULES, SHORT_SIDE, STAG
 
 # What may differ between a run and its resumption: where and how it runs, not what it computes.
 FREE_ON_RESUME = {"resume", "num_workers", "report_to", "log_every", "save_every", "keep_checkpoints", "output_dir"}
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
 
@@ -254,6 +255,8 @@ def _checked(settings: Settings) -> Settings:
         raise InputError("--init is missing: the pre-trained run to start from, or none, imagenet or a file of weights")
     if settings.model is None and settings.init_kind != "run":
         raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
+    if settings.init_kind == "run" and Path(settings.init).suffix in WEIGHT_FILES:
+        raise InputError(f"--init {settings.init}: no such file of weights")
     if settings.norm == "group" and settings.init_kind in ("imagenet", "file"):
         raise InputError(f"--norm group with --init {settings.init}: such weights are trained with their own norms")
     if settings.model is not None and settings.model not in MODELS:

@@ -129,7 +129,7 @@ class AnnotationTable:
         missing = np.flatnonzero(~self.segmentations.present() & ~self.crowd & self.usable())
         if len(missing):
             raise InputError(
-                f"{self.source}: annotation {self.annotation_ids[missing[0]]} and {len(missing) - 1} more have no "
+                f"{self.source}: {len(missing)} annotation(s), first {self.annotation_ids[missing[0]]}, have no "
                 "'segmentation', which a mask detector needs; use a box detector such as faster_rcnn_r50_fpn"
             )
 
