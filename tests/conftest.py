@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import small_runs
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.device import make_accelerator
 
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 
@@ -35,6 +37,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pre-trained run on it, which tests must leave as it is."""
     return small_runs.pretrained_run(tmp_path_factory)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """One of its own: accelerate keeps its first one's settings for the whole process."""
+    with small_runs.fresh_process():
+        yield make_accelerator("no")
 
 
 class CocoFolder:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import CocoFolder, MakeCocoFolder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,7 +19,6 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import SplitPaths, load_split
 from direct_pt.data.transforms import TestPreset
-from direct_pt.device import make_accelerator
 from direct_pt.evaluation import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 
@@ -193,16 +190,6 @@ def test_reference_figures(tmp_path: Path) -> None:
 
 
 # From a detector
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    """One of its own: accelerate keeps its first one's settings for the whole process."""
-    threads = torch.get_num_threads()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield make_accelerator("no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

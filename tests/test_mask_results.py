@@ -1,7 +1,6 @@
 """Masks on the way out: metrics against pycocotools, run lengths of what a detector finds, pictures, real scripts."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import pytest
 import small_runs as runs
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import MakeCocoFolder
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -25,7 +23,6 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import SplitPaths, find_splits, load_split
 from direct_pt.data.transforms import TestPreset
-from direct_pt.device import make_accelerator
 from direct_pt.errors import InputError
 from direct_pt.evaluation import (
     METRICS,
@@ -223,16 +220,6 @@ def test_run_lengths_are_the_pasted_mask() -> None:
         encoded = mask_run_lengths(*detection, (40, 60))
         assert json.loads(json.dumps(encoded)) == encoded and encoded["size"] == [40, 60]
         np.testing.assert_array_equal(coco_mask.decode(encoded), mask)
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    """One of its own: accelerate keeps its first one's settings for the whole process."""
-    threads = torch.get_num_threads()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield make_accelerator("no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 def random_detector(names: dict[int, str], **sizes: int) -> TwoStage:
