@@ -1,5 +1,6 @@
 """The detectors, by name: what each is made of stands in `build_detector`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,7 +87,7 @@ class DetectorConfig:
         return asdict(self)
 
 
-class Detector(nn.Module):
+class Detector(nn.Module, ABC):
     """Images to losses (`forward`) or detections (`detect`, `predict`). Of its two kinds, `TwoStage` and `RetinaNet`,
     each adds what follows the pyramid.
 
@@ -117,13 +118,13 @@ class Detector(nn.Module):
         """What the detector finds, in the original images' frames. Call it in eval mode."""
         return self.find(self.features(batch), batch)
 
+    @abstractmethod
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """The losses out of a batch's pyramid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, features: list[Tensor], batch: Batch) -> Detections:
         """The detections out of a batch's pyramid."""
-        raise NotImplementedError
 
     def loss_weight(self, batch: Batch) -> Tensor | None:
         """How much a micro-batch's losses weigh among those of a step, or None where all weigh the same."""
