@@ -27,6 +27,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches of this process and those it starts lie with the tests' other files, not in the home folder."""
+    os.environ["DIRECT_PT_CACHE"] = small_runs.ENVIRONMENT["DIRECT_PT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo set in small."""

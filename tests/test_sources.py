@@ -1,6 +1,8 @@
 """From COCO files to the annotation table and back: what is read, what is mended, and what is refused."""
 
+import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from conftest import CocoFolder, MakeCocoFolder
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from direct_pt.data import json_stream
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import SplitPaths, find_splits, load_split
 from direct_pt.errors import InputError
 from direct_pt.settings import split_paths
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES = ((20, 30), (40, 25), (16, 16))  # of the images 10, 20, 30, (height, width)
 SQUARE = [[2.0, 3.0, 12.5, 3.0, 12.5, 9.0, 2.0, 9.0]]
 TWO_PARTS = [[0.0, 0.0, 4.0, 0.0, 4.0, 4.0], [10.0, 10.0, 15.0, 10.0, 15.0, 15.0, 10.0, 15.0]]
@@ -243,6 +247,111 @@ def test_file_names_in_other_scripts_and_subfolders(folder: CocoFolder) -> None:
     assert folder.load().path(1) == target
 
 
+def assert_what_json_says(table: AnnotationTable, content: dict[str, Any]) -> None:
+    """The table's every value beside those of the whole file at once."""
+    classes = sorted(content["categories"], key=lambda category: category["id"])
+    assert table.category_ids == tuple(category["id"] for category in classes)
+    assert table.class_names == tuple(category["name"] for category in classes)
+    assert table.image_ids.tolist() == [image["id"] for image in content["images"]]
+    assert table.sizes.tolist() == [[image["height"], image["width"]] for image in content["images"]]
+    names = [str(table.path(row).relative_to(table.folder)) for row in range(len(table))]
+    assert names == [image["file_name"] for image in content["images"]]
+    rows = {image["id"]: row for row, image in enumerate(content["images"])}
+    records = sorted(content["annotations"], key=lambda record: rows[record["image_id"]])
+    assert table.annotation_ids.tolist() == [record["id"] for record in records]
+    assert table.boxes.tolist() == [record["bbox"] for record in records]
+    assert [table.category_ids[label] for label in table.labels] == [record["category_id"] for record in records]
+    box_areas = [record["bbox"][2] * record["bbox"][3] for record in records]
+    assert table.areas.tolist() == [record.get("area", area) for record, area in zip(records, box_areas, strict=True)]
+    assert table.crowd.tolist() == [bool(record.get("iscrowd", 0)) for record in records]
+    of_each = table.starts[[[rows[record["image_id"]], rows[record["image_id"]] + 1] for record in records]]
+    assert all(start <= row < stop for row, (start, stop) in enumerate(of_each.reshape(-1, 2)))
+    outlines = outlines_of(table)
+    for record in records:
+        outline = record.get("segmentation") or []
+        if isinstance(outline, dict):
+            packed = outline
+            if isinstance(outline["counts"], list):
+                packed = coco_mask.frPyObjects(outline, *outline["size"])
+            np.testing.assert_array_equal(outlines[record["id"]], coco_mask.decode(packed))
+        else:
+            assert outlines[record["id"]] == outline
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets do not lie beside the project")
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", ["cbc", "coco_permissive", "rice_leaf"])
+def test_real_data_in_small_pieces(name: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = find_splits(REAL / name)[split]
+    content = json.loads(paths.annotations.read_bytes())
+    assert_what_json_says(load_split(paths), content)
+    monkeypatch.setattr(json_stream, "CHUNK", 7)
+    monkeypatch.setattr(json_stream, "BLOCK", 1000)
+    assert_what_json_says(load_split(paths), content)
+
+
+def test_several_chunks(coco_folder: MakeCocoFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of outline on both sides of a chunk's end."""
+    kinds = [SQUARE, TWO_PARTS, run_lengths(some_mask(20, 20)), [], None, {"size": [20, 20], "counts": [30, 20, 350]}]
+    boxes = np.random.default_rng(0).uniform(1, 9, (50, 4)).tolist()
+    annotations = [
+        box_of(10 * (13 * row % 9) + 10, box, segmentation=kinds[row * 5 % 6], iscrowd=row % 2, area=box[2])
+        for row, box in enumerate(boxes)
+    ]
+    folder = coco_folder([(20, 20)] * 9, annotations)
+    for chunk in (1, 2, 3, 49, 50, 51):
+        monkeypatch.setattr(json_stream, "CHUNK", chunk)
+        assert_what_json_says(folder.load(), folder.content)
+
+
+def test_keys_in_any_order(folder: CocoFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", 2)
+    content = {**folder.content, "info": {"images": [3]}, "licenses": [[], 1, None], "type": "instances"}
+    for order in itertools.permutations(content):
+        folder.content = {key: content[key] for key in order}
+        assert folder.load().annotation_ids.tolist() == [101, 103, 100, 102]
+
+
+def test_of_a_key_that_stands_there_twice_the_last_one_counts(folder: CocoFolder) -> None:
+    paths = folder.write()
+    text = paths.annotations.read_text()
+    other = {**folder.content["annotations"][0], "id": 7}
+    paths.annotations.write_text(f'{text[:-1]}, "annotations": [{json.dumps(other)}]}}')
+    assert load_split(paths).annotation_ids.tolist() == [7]
+    paths.annotations.write_text(f'{text[:-1]}, "annotations": []}}')
+    assert load_split(paths).annotation_ids.tolist() == []
+    paths.annotations.write_text(f'{text[:-1]}, "images": null}}')
+    with pytest.raises(InputError, match="needs the key 'images' with a list"):
+        load_split(paths)
+
+
+def test_records_are_named_by_their_place_in_the_file(folder: CocoFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in their chunk."""
+    monkeypatch.setattr(json_stream, "CHUNK", 2)
+    for annotation in folder.content["annotations"]:
+        del annotation["id"]
+    assert folder.load().annotation_ids.tolist() == [1, 3, 0, 2]
+    folder.content["annotations"][3]["bbox"] = None
+    assert "annotation 3 has bbox None" in refused(folder)
+    folder.content["annotations"][3]["category_id"] = "2"
+    assert "annotations[3] has category_id '2'" in refused(folder)
+    del folder.content["annotations"][3]["bbox"]
+    assert "annotations[3] lacks 'bbox'" in refused(folder)
+
+
+def test_file_names_that_are_no_text(folder: CocoFolder) -> None:
+    """Bytes of a file system that are not UTF-8, as Python writes them into JSON."""
+    name = os.fsdecode(b"\xff1.png")
+    try:
+        (folder.paths.images / "1.png").rename(folder.paths.images / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    folder.content["images"][1]["file_name"] = name
+    assert folder.load().path(1) == folder.paths.images / name
+    folder.content["images"][1]["file_name"] = "\ud800.png"  # half a character: no file can have this name
+    assert "1 of 3 images are missing" in refused(folder)
+
+
 # Outlines
 
 
@@ -413,7 +522,12 @@ SEGMENTATIONS = {
     "odd polygon": [[1, 1, 5, 1, 5, 5, 9]],
     "polygon nan": [[1, 1, 5, 1, 5, float("nan")]],
     "polygon text": [["a", "b", "c", "d", "e", "f"]],
+    "polygon digits": ["123456"],
+    "polygon null": [[1, 1, 5, 1, 5, None]],
+    "polygon of points": [[[1, 1], [5, 1], [5, 5], [4, 4], [3, 3], [2, 2]]],
     "number": 5,
+    "size not positive": {"size": [-40, -25], "counts": [1000]},
+    "size of three": {"size": [40, 25, 1], "counts": [1000]},
     "run lengths transposed": {"size": [25, 40], "counts": [0, 1000]},
     "run lengths without size": {"counts": [1000]},
     "run lengths without counts": {"size": [40, 25]},

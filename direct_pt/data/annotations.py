@@ -14,6 +14,7 @@ from direct_pt.batch import Objects
 from direct_pt.errors import InputError
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
+SIZES_FROM_FILES = "image sizes read from the image files"  # among `repairs`
 
 
 @dataclass
@@ -45,6 +46,17 @@ class Segmentations:
             return {"size": list(size), "counts": self.run_lengths[start:end].tobytes()}
         polygons = range(self.object_polygons[row], self.object_polygons[row + 1])
         return [self.coordinates[self.polygon_starts[p] : self.polygon_starts[p + 1]] for p in polygons]
+
+    def select(self, rows: np.ndarray) -> "Segmentations":
+        """Only the objects `rows` [m] int64, in that order."""
+        polygons = _ranges(self.object_polygons, rows)
+        return Segmentations(
+            coordinates=self.coordinates[_ranges(self.polygon_starts, polygons)],
+            polygon_starts=starts_of(np.diff(self.polygon_starts)[polygons]),
+            object_polygons=starts_of(np.diff(self.object_polygons)[rows]),
+            run_lengths=self.run_lengths[_ranges(self.run_length_starts, rows)],
+            run_length_starts=starts_of(np.diff(self.run_length_starts)[rows]),
+        )
 
 
 @dataclass
@@ -93,7 +105,7 @@ class AnnotationTable:
 
     def path(self, image: int) -> Path:
         """The image file."""
-        return self.folder / self.file_names[image].decode()
+        return self.folder / decode_name(self.file_names[image])
 
     def corner_boxes(self) -> np.ndarray:
         """[M, 4] float64 (x1, y1, x2, y2), clipped to the images."""
@@ -114,10 +126,10 @@ class AnnotationTable:
     def objects(self, image: int, with_masks: bool) -> Objects:
         """The usable objects of one image, boxes clipped to it."""
         rows = slice(self.starts[image], self.starts[image + 1])
-        height, width = (int(side) for side in self.sizes[image])
+        height, width = self.sizes[image].tolist()
         boxes = self.boxes[rows]
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        corners = np.clip(corners, 0, [width, height, width, height])
+        corners = np.minimum(np.maximum(corners, 0), (width, height, width, height))
         outlines = None
         if with_masks:
             outlines = [self.segmentations.of_object(row, (height, width)) for row in range(rows.start, rows.stop)]
@@ -141,23 +153,24 @@ class AnnotationTable:
         chosen = {name: getattr(self, name)[keep] for name in ("file_names", "image_ids", "sizes")} | {
             name: getattr(self, name)[object_rows] for name in ("boxes", "labels", "areas", "crowd", "annotation_ids")
         }
-        chosen["starts"] = np.concatenate([[0], np.cumsum(counts)])
-        chosen["segmentations"] = _select(self.segmentations, np.flatnonzero(object_rows))
+        chosen["starts"] = starts_of(counts)
+        chosen["segmentations"] = self.segmentations.select(np.flatnonzero(object_rows))
         return replace(self, **chosen)
 
     def coco(self, with_masks: bool = False) -> dict[str, Any]:
         """The annotations as a COCO dictionary, values as the source gave them, for the metrics."""
         images = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        annotations = [
-            {
-                "id": row + 1,
-                "image_id": int(self.image_ids[images[row]]),
-                "category_id": self.category_ids[self.labels[row]],
-                "bbox": self.boxes[row].tolist(),
-                "area": float(self.areas[row]),
-                "iscrowd": int(self.crowd[row]),
-            }
-            for row in range(len(self.boxes))
+        values = zip(
+            self.image_ids[images].tolist(),
+            np.array(self.category_ids)[self.labels].tolist(),
+            self.boxes.tolist(),
+            self.areas.tolist(),
+            self.crowd.astype(int).tolist(),
+            strict=True,
+        )
+        annotations: list[dict[str, Any]] = [
+            {"id": row, "image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+            for row, (image, category, box, area, crowd) in enumerate(values, start=1)
         ]
         if with_masks:
             for row, annotation in enumerate(annotations):
@@ -175,26 +188,24 @@ class AnnotationTable:
         }
 
 
-def _select(segmentations: Segmentations, rows: np.ndarray) -> Segmentations:
-    """Only the objects `rows`."""
-    polygons = _ranges(segmentations.object_polygons, rows)
-    corners = _ranges(segmentations.polygon_starts, polygons)
-    run_lengths = _ranges(segmentations.run_length_starts, rows)
-    return Segmentations(
-        coordinates=segmentations.coordinates[corners],
-        polygon_starts=_starts(np.diff(segmentations.polygon_starts)[polygons]),
-        object_polygons=_starts(np.diff(segmentations.object_polygons)[rows]),
-        run_lengths=segmentations.run_lengths[run_lengths],
-        run_length_starts=_starts(np.diff(segmentations.run_length_starts)[rows]),
-    )
+def encode_name(name: str) -> bytes:
+    """A file name as the table holds it; whatever JSON can say survives."""
+    return name.encode(errors="surrogatepass")
+
+
+def decode_name(name: bytes) -> str:
+    """The file name again."""
+    return name.decode(errors="surrogatepass")
+
+
+def starts_of(counts: np.ndarray) -> np.ndarray:
+    """[n + 1] int64: where stretches of `counts` [n] things begin, one after another, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _ranges(starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """All positions of the stretches `starts[row]:starts[row + 1]`, one after another."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
-    return np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    begins = starts[rows]
+    counts = starts[rows + 1] - begins
+    behind = np.cumsum(counts)
+    return np.repeat(begins - (behind - counts), counts) + np.arange(behind[-1] if len(behind) else 0)
