@@ -102,6 +102,8 @@ class Objects:
 
     def keep(self, mask: np.ndarray) -> "Objects":
         """Only the objects where the bool `mask` [G] holds: boxes, labels, areas, crowd and segmentations together."""
+        if mask.all():
+            return self
         kept = {f.name: getattr(self, f.name)[mask] for f in fields(self) if f.name != "segmentations"}
         if self.segmentations is not None:
             kept["segmentations"] = [s for s, keep in zip(self.segmentations, mask, strict=True) if keep]
@@ -195,37 +197,36 @@ def collate(samples: list[Sample]) -> Batch:
     height = max(sample.padded_size[0] for sample in samples)
     width = max(sample.padded_size[1] for sample in samples)
     count, slots = len(samples), max(1, *(len(sample.objects) for sample in samples))
-    images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
-    boxes = torch.zeros(count, slots, 4)
-    labels = torch.zeros(count, slots, dtype=torch.int64)
-    valid = torch.zeros(count, slots, dtype=torch.bool)
-    crowd = torch.zeros(count, slots, dtype=torch.bool)
-    rows = torch.full((count, slots), -1, dtype=torch.int64)
+    images = np.zeros((count, height, width, 3), np.uint8)  # as they are decoded: no transposition
+    boxes = np.zeros((count, slots, 4), np.float32)
+    labels = np.zeros((count, slots), np.int64)
+    valid, crowd = np.zeros((2, count, slots), bool)
+    rows = np.full((count, slots), -1)
     first_row = 0
     for b, sample in enumerate(samples):
         objects, n = sample.objects, len(sample.objects)
-        images[b, :, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
-        boxes[b, :n] = torch.from_numpy(objects.boxes.astype(np.float32))
-        labels[b, :n] = torch.from_numpy(objects.labels)
-        crowd[b, :n] = torch.from_numpy(objects.crowd)
-        valid[b, :n] = ~crowd[b, :n]
-        rows[b, :n] = torch.arange(first_row, first_row + n)
+        images[b, : sample.image.shape[1], : sample.image.shape[2]] = sample.image.permute(1, 2, 0).numpy()
+        boxes[b, :n] = objects.boxes
+        labels[b, :n] = objects.labels
+        crowd[b, :n] = objects.crowd
+        valid[b, :n] = ~objects.crowd
+        rows[b, :n] = range(first_row, first_row + n)
         first_row += n
     masks = [sample.masks for sample in samples if sample.masks is not None]
     return Batch(
-        images=images,
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
         sizes=torch.tensor([sample.image.shape[1:] for sample in samples]),
         padded_sizes=torch.tensor([sample.padded_size for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         scales=torch.tensor([sample.scale for sample in samples], dtype=torch.float32),
         indices=torch.tensor([sample.index for sample in samples]),
         seeds=torch.tensor([sample.seed for sample in samples]),
-        boxes=boxes,
-        labels=labels,
-        valid=valid,
-        crowd=crowd,
+        boxes=torch.from_numpy(boxes),
+        labels=torch.from_numpy(labels),
+        valid=torch.from_numpy(valid),
+        crowd=torch.from_numpy(crowd),
         masks=PackedMasks.concatenate(masks) if masks else None,
-        mask_rows=rows if masks else None,
+        mask_rows=torch.from_numpy(rows) if masks else None,
         unreadable=tuple(row for sample in samples for row in sample.unreadable),
     )
 

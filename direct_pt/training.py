@@ -25,7 +25,9 @@ from direct_pt.checkpoint import (
     save_training_state,
 )
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import Preset, SampleOrder, aspect_groups, training_loader, unreadable_reason
+from direct_pt.data.image_cache import ImageCache
+from direct_pt.data.loader import SampleOrder, aspect_groups, training_loader, unreadable_reason
+from direct_pt.data.transforms import Preset, TestPreset
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.models.detector import Detector
@@ -39,12 +41,13 @@ UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: th
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on and, if there is any, validated on, and the transforms of both."""
+    """What is trained on, out of a cache where there is one, what is validated on, and the transforms of both."""
 
     train: AnnotationTable
     val: AnnotationTable | None
     preset: Preset
-    test_preset: Preset
+    test_preset: TestPreset
+    cache: ImageCache | None = None
 
 
 class Trainer:
@@ -141,7 +144,10 @@ class Trainer:
             plan.processes,
         )
         masks = self.detector.has_masks
-        return iter(training_loader(self.data.train, self.data.preset, order, part, masks, settings.num_workers))
+        loader = training_loader(
+            self.data.train, self.data.preset, order, part, masks, settings.num_workers, self.data.cache
+        )
+        return iter(loader)
 
     def _log(self) -> None:
         """Average the losses since the last time over the processes, write them down, and check what must hold."""

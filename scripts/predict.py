@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from direct_pt.batch import Detections, Objects, Sample, collate
 from direct_pt.checkpoint import from_pretrained
-from direct_pt.data.images import FORMATS, UnreadableImage, read_image
-from direct_pt.data.transforms import TestPreset
+from direct_pt.data.images import FORMATS, UnreadableImage, image_size, read_image
+from direct_pt.data.transforms import TestPreset, render
 from direct_pt.device import make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.evaluation import mask_run_lengths
@@ -43,11 +43,13 @@ class ImageFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = read_image(self.paths[index])
-            sample = self.preset(image, Objects.none(), np.random.default_rng(0))
+            size = image_size(self.paths[index])
+            geometry = self.preset.geometry(size, Objects.none(), np.random.default_rng(0))
+            image = read_image(self.paths[index], size, geometry.resized)
+            sample = render(image, Objects.none(), geometry, self.preset.padded_size(geometry.size))
             return replace(sample, index=index)
         except UnreadableImage:
-            sample = self.preset(Image.new("RGB", (32, 32)), Objects.none(), np.random.default_rng(0))
+            sample = self.preset(np.zeros((32, 32, 3), np.uint8), Objects.none(), np.random.default_rng(0))
             return replace(sample, index=index, unreadable=(index,))
 
 
@@ -92,8 +94,9 @@ def results(
         for box, score, label in values
     ]
     if found.masks is not None:
-        for row, probabilities, box in zip(rows, found.masks.numpy(), found.boxes.numpy(), strict=True):
-            row["segmentation"] = mask_run_lengths(probabilities, box, size)
+        masks = mask_run_lengths(found.masks.numpy(), found.boxes.numpy(), np.tile(size, (len(rows), 1)))
+        for row, mask in zip(rows, masks, strict=True):
+            row["segmentation"] = mask
     return rows
 
 
@@ -150,7 +153,7 @@ def main() -> None:
                     for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
                 ]
                 drawn = draw_detections(
-                    read_image(path), mine.boxes.numpy(), mine.labels.numpy(), captions,
+                    Image.fromarray(read_image(path)), mine.boxes.numpy(), mine.labels.numpy(), captions,
                     whole_masks(mine, (height, width)),
                 )  # fmt: skip
                 target = args.output_dir / picture

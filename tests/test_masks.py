@@ -18,7 +18,7 @@ from direct_pt.batch import Objects, PackedMasks, Sample, collate
 from direct_pt.data import transforms
 from direct_pt.data.transforms import Geometry, render
 from direct_pt.models import masks
-from direct_pt.models.masks import MaskHead, encode_mask, mask_targets, paste_mask, paste_masks
+from direct_pt.models.masks import MaskHead, encode_masks, mask_targets, paste_mask, paste_masks
 
 HEIGHT, WIDTH = 480, 640  # of the original images
 SIDE = 448  # of the samples
@@ -184,7 +184,7 @@ def scenes(kind: Kind, count: int, seed: int = 0, objects: int = 7) -> Iterator[
             crowd=np.zeros(objects, bool),
             segmentations=[coco_mask.encode(np.asfortranarray(b)) for b in bitmaps] if kind.bitmap else polygons,
         )
-        sample = render(Image.new("RGB", (WIDTH, HEIGHT)), there, geometry, (SIDE, SIDE))
+        sample = render(np.zeros((HEIGHT, WIDTH, 3), np.uint8), there, geometry, (SIDE, SIDE))
         ideal = [[geometry.points(curve) for curve in shape] for shape in shapes]
         exact = [[geometry.points(curve) for curve in polygon] for polygon in polygons]
         yield Scene(sample, geometry, bitmaps if kind.bitmap else exact, ideal)
@@ -278,7 +278,7 @@ def drawn(outline: Outline | dict[str, object], box: list[float], geometry: Geom
     """The masks of one object."""
     corners = np.array([box])
     one = Objects(corners, np.zeros(1, np.int64), np.ones(1), np.zeros(1, bool), [outline])
-    mask = render(Image.new("RGB", (WIDTH, HEIGHT)), one, geometry, geometry.size).masks
+    mask = render(np.zeros((HEIGHT, WIDTH, 3), np.uint8), one, geometry, geometry.size).masks
     assert mask is not None and len(mask) == 1
     return mask
 
@@ -311,13 +311,17 @@ def test_zoom_follows_the_outline_not_a_wrong_box() -> None:
     assert drawn(outline, [0, 0, WIDTH, HEIGHT], seen).zooms.tolist() == [8]  # what the crop leaves of it is small
 
 
-def test_filling_neither_widens_nor_moves() -> None:
+LIFE_SIZE = Geometry((40, 40), (40, 40), (0, 0), (40, 40), flip=False)
+
+
+def test_filling_neither_widens_nor_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Area and centre of gravity of many small polygons."""
     rng = np.random.default_rng(0)
     excess, shifts = [], []
+    monkeypatch.setattr(transforms, "MOST_ZOOM", 1)
     for _ in range(100):
         outline = [polar(rng.uniform(0.5, 1, 12), ROUND[::20]) * rng.uniform(4, 18) + 20 + rng.uniform(0, 1, 2)]
-        window, mask = transforms._fill(outline, 40, 40)
+        (mask,), (window,), _ = transforms._fill([outline], LIFE_SIZE)
         fine = np.arange(0.05, 40, 0.1)
         truth = covered(outline, fine, fine)
         length = np.linalg.norm(outline[0] - np.roll(outline[0], 1, axis=0), axis=1).sum()
@@ -609,7 +613,9 @@ def test_run_lengths_are_cocos(height: int, width: int) -> None:
         else:
             windows += [(height, width, height, width), (0, 0, 0, 0), (0, 0, height, 0)]
         for top, left, bottom, right in windows:
-            found = encode_mask((int(top), int(left)), mask[top:bottom, left:right], (height, width))
+            found = encode_masks([(int(top), int(left))], [mask[top:bottom, left:right]], np.array([[height, width]]))[
+                0
+            ]
             assert found == expected
         np.testing.assert_array_equal(coco_mask.decode(found), mask)
 

@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
 from direct_pt.data.transforms import FinetunePreset, Geometry, PretrainPreset, TestPreset, fit, render
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, build_detector
 
-Preset = Callable[[Image.Image, Objects, np.random.Generator], Sample]
+Preset = Callable[[np.ndarray, Objects, np.random.Generator], Sample]
 
 
-def blank(height: int, width: int) -> Image.Image:
-    return Image.new("RGB", (width, height))
+def blank(height: int, width: int) -> np.ndarray:
+    return np.zeros((height, width, 3), np.uint8)
 
 
 def objects_of(boxes: list[list[float]], segmentations: list[Any] | None = None) -> Objects:
@@ -28,7 +27,7 @@ def objects_of(boxes: list[list[float]], segmentations: list[Any] | None = None)
     return Objects(corners, np.arange(len(corners)), areas, np.zeros(len(corners), bool), segmentations)
 
 
-def samples_of(preset: Preset, image: Image.Image, objects: Objects, count: int) -> list[Sample]:
+def samples_of(preset: Preset, image: np.ndarray, objects: Objects, count: int) -> list[Sample]:
     return [preset(image, objects, np.random.default_rng(seed)) for seed in range(count)]
 
 
@@ -57,7 +56,7 @@ def test_pretraining_crops_anywhere() -> None:
     ramp[..., 0] = np.arange(200)
     ramp[..., 1] = np.arange(200)[:, None]
     preset = PretrainPreset(image_size=60, scale_range=(2, 2))
-    samples = samples_of(preset, Image.fromarray(ramp), Objects.none(), 120)
+    samples = samples_of(preset, ramp, Objects.none(), 120)
     flips = [bool(sample.image[0, 0, 0] > sample.image[0, 0, -1]) for sample in samples]
     assert 40 <= sum(flips) <= 80  # half of them
     lefts = [int(sample.image[0].min()) for sample in samples]
@@ -65,7 +64,7 @@ def test_pretraining_crops_anywhere() -> None:
     for offsets in (lefts, tops):  # 0 to 100 in the image's pixels
         assert min(offsets) < 12 and max(offsets) > 88 and max(offsets) <= 101
     assert {tuple(sample.image.shape) for sample in samples} == {(3, 60, 60)}
-    unflipped = samples_of(replace(preset, flip=0.0), Image.fromarray(ramp), Objects.none(), 20)
+    unflipped = samples_of(replace(preset, flip=0.0), ramp, Objects.none(), 20)
     assert not any(sample.image[0, 0, 0] > sample.image[0, 0, -1] for sample in unflipped)
 
 
@@ -126,7 +125,7 @@ def test_finetuning_mirrors_half_and_testing_none() -> None:
     ramp = np.zeros((40, 60, 3), np.uint8)
     ramp[..., 0] = np.arange(60) * 4
     for preset, fewest, most in ((FinetunePreset(40, 60), 35, 65), (TestPreset(40, 60), 0, 0)):
-        samples = samples_of(preset, Image.fromarray(ramp), Objects.none(), 100)
+        samples = samples_of(preset, ramp, Objects.none(), 100)
         assert fewest <= sum(bool(sample.image[0, 0, 0] > 100) for sample in samples) <= most
 
 
@@ -145,7 +144,7 @@ PARTS = ([[20, 15], [60, 15], [60, 75], [20, 75]], [[60, 45], [95, 45], [95, 75]
 BOX = [20.0, 15.0, 95.0, 75.0]
 
 
-def scene(masks: str | None = None) -> tuple[Image.Image, Objects]:
+def scene(masks: str | None = None) -> tuple[np.ndarray, Objects]:
     """A bright L on black, and its annotation."""
     pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
     for (x1, y1), _, (x2, y2), _ in PARTS:
@@ -155,7 +154,7 @@ def scene(masks: str | None = None) -> tuple[Image.Image, Objects]:
         "polygons": [[np.array(part, np.float64) for part in PARTS]],
         "run lengths": [coco_mask.encode(np.asfortranarray(pixels // 255))],
     }[masks]
-    return Image.fromarray(pixels).convert("RGB"), objects_of([BOX], segmentation)
+    return np.repeat(pixels[:, :, None], 3, axis=2), objects_of([BOX], segmentation)
 
 
 PRESETS = {
@@ -185,7 +184,7 @@ def test_boxes_follow_the_pixels(preset: str) -> None:
     pixels[15:75, 20:95, 0] = 255
     pixels[..., 2] = np.arange(WIDTH)  # tells what is mirrored
     mirrored = []
-    for sample in samples_of(PRESETS[preset], Image.fromarray(pixels), objects_of([BOX]), 24):
+    for sample in samples_of(PRESETS[preset], pixels, objects_of([BOX]), 24):
         assert len(sample.objects) == 1
         height, width = sample.image.shape[1:]
         x1, y1, x2, y2 = sample.objects.boxes[0]
@@ -210,16 +209,29 @@ def test_masks_follow_the_pixels(preset: str, masks: str) -> None:
             assert (mask & bright(sample)).sum() / (mask | bright(sample)).sum() > 0.9
 
 
-def test_the_crop_is_that_of_the_resized_image() -> None:
-    """Resizing only what is inside the crop gives the same pixels as resizing all and cropping."""
-    noise = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
-    noise = Image.fromarray(noise).resize((100, 80), Image.Resampling.BICUBIC)
-    whole = noise.resize((131, 105), Image.Resampling.BILINEAR)
+def test_pixels_are_bilinear_between_centres() -> None:
+    """The definition in float64, within the rounding of OpenCV's fixed-point weights; then crop, then mirror."""
+    image = np.random.default_rng(0).integers(256, size=(80, 100, 3), dtype=np.uint8)
+    rows, columns = (interpolation(105, 80), interpolation(131, 100))
+    expected = np.einsum("yi,ijc,xj->yxc", rows, image.astype(np.float64), columns)[13:73, 24:94]
     geometry = Geometry((80, 100), (105, 131), (13, 24), (60, 70), flip=False)
-    expected = np.asarray(whole, int)[13:73, 24:94]
-    assert np.abs(np.asarray(geometry.image(noise), int) - expected).max() <= 2
-    mirrored = np.asarray(replace(geometry, flip=True).image(noise), int)
-    assert np.abs(mirrored - expected[:, ::-1]).max() <= 2
+    assert np.abs(geometry.image(image) - expected).max() <= 1
+    assert np.abs(replace(geometry, flip=True).image(image) - expected[:, ::-1]).max() <= 1
+
+
+def interpolation(count: int, cells: int) -> np.ndarray:
+    """[count, cells] weights."""
+    centres = ((np.arange(count) + 0.5) * cells / count - 0.5).clip(0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)))
+
+
+def test_a_smaller_copy_of_the_image_goes_to_the_same_place() -> None:
+    y, x = np.mgrid[:160, :200]
+    image = np.stack([x, y, 0.5 * (x + y)], axis=-1)
+    half = image.reshape(80, 2, 100, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    geometry = Geometry((160, 200), (60, 75), (10, 5), (40, 60), flip=True)
+    whole = geometry.image(image.round().astype(np.uint8)).astype(int)
+    assert np.abs(geometry.image(half) - whole).max() <= 1
 
 
 def test_everything_of_an_object_is_filtered_together() -> None:
@@ -355,7 +367,7 @@ def test_concatenate() -> None:
 def test_padding_is_zero_after_normalisation() -> None:
     torch.manual_seed(0)
     detector = build_detector("faster_rcnn_r50_fpn", num_classes=2, backbone="resnet18")
-    images = [Image.new("RGB", size, (250, 100, 3)) for size in ((60, 40), (30, 50))]
+    images = [np.full((*size, 3), (250, 100, 3), np.uint8) for size in ((40, 60), (50, 30))]
     batch = collate([TestPreset(40, 60)(image, Objects.none(), np.random.default_rng(0)) for image in images])
     assert batch.sizes.tolist() == [[40, 60], [60, 36]]
     normalized = detector.normalize(batch)

@@ -8,25 +8,19 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import UnreadableImage, read_image
+from direct_pt.data.image_cache import ImageCache
+from direct_pt.data.images import Size, UnreadableImage, read_image
+from direct_pt.data.transforms import Geometry, Preset, render
 
 Key = tuple[int, int]  # (epoch, image)
 READ_TRIES = 10  # images tried in place of an unreadable one
-
-
-class Preset(Protocol):
-    """Anything of transforms.py that makes a sample of an image."""
-
-    def __call__(self, image: Image.Image, objects: Objects, rng: np.random.Generator) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -100,28 +94,37 @@ class _MicroBatches:
 class TrainingImages(Dataset[Sample]):
     """Samples by (epoch, image). An unreadable image is replaced by another one and named in the sample."""
 
-    def __init__(self, table: AnnotationTable, preset: Preset, seed: int, with_masks: bool) -> None:
+    def __init__(
+        self, table: AnnotationTable, preset: Preset, seed: int, with_masks: bool, cache: ImageCache | None = None
+    ) -> None:
         self.table = table
         self.preset = preset
         self.seed = seed
         self.with_masks = with_masks
+        self.cache = cache
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, image = key
         rng = np.random.default_rng((self.seed, epoch, image))
         unreadable: tuple[int, ...] = ()
         for _ in range(READ_TRIES):
+            size, objects = _size(self.table, image), self.table.objects(image, self.with_masks)
+            geometry = self.preset.geometry(size, objects, rng)
             try:
-                pixels = read_image(self.table.path(image), _size(self.table, image))
+                pixels = self._read(image, size, geometry)
             except UnreadableImage:
                 unreadable = (*unreadable, image)
                 image = int(rng.integers(len(self.table)))
                 continue
-            sample = self.preset(pixels, self.table.objects(image, self.with_masks), rng)
+            sample = render(pixels, objects, geometry, self.preset.padded_size(geometry.size))
             return replace(sample, index=image, seed=int(rng.integers(2**62)), unreadable=unreadable)
         # Nearly nothing can be read: an empty sample carries the names to the training loop, which stops.
-        blank = Image.new("RGB", (64, 64))
+        blank = np.zeros((64, 64, 3), np.uint8)
         return replace(self.preset(blank, Objects.none(self.with_masks), rng), index=image, unreadable=unreadable)
+
+    def _read(self, image: int, size: Size, geometry: Geometry) -> np.ndarray:
+        cached = None if self.cache is None else self.cache.read(image, geometry.resized)
+        return read_image(self.table.path(image), size, geometry.resized) if cached is None else cached
 
 
 class EvaluationImages(Dataset[Sample]):
@@ -132,14 +135,15 @@ class EvaluationImages(Dataset[Sample]):
         self.preset = preset
 
     def __getitem__(self, key: Key) -> Sample:
-        image = key[1]
-        rng = np.random.default_rng(0)  # test presets draw nothing
+        image, size, objects = key[1], _size(self.table, key[1]), Objects.none()
+        geometry = self.preset.geometry(size, objects, np.random.default_rng(0))  # test presets draw nothing
         unreadable: tuple[int, ...] = ()
         try:
-            pixels = read_image(self.table.path(image), _size(self.table, image))
+            pixels = read_image(self.table.path(image), size, geometry.resized)
         except UnreadableImage:
-            pixels, unreadable = Image.new("RGB", _size(self.table, image)[::-1]), (image,)
-        return replace(self.preset(pixels, Objects.none(), rng), index=image, unreadable=unreadable)
+            pixels, unreadable = np.zeros((*size, 3), np.uint8), (image,)
+        sample = render(pixels, objects, geometry, self.preset.padded_size(geometry.size))
+        return replace(sample, index=image, unreadable=unreadable)
 
 
 def training_loader(
@@ -149,9 +153,10 @@ def training_loader(
     part: tuple[int, int, int, int],
     with_masks: bool,
     num_workers: int,
+    cache: ImageCache | None = None,
 ) -> DataLoader[Batch]:
     """Batches of this process's `part` (start, stop, rank, world: see SampleOrder.micro_batches) of the stream."""
-    images = TrainingImages(table, preset, order.seed, with_masks)
+    images = TrainingImages(table, preset, order.seed, with_masks, cache)
     return _loader(images, _MicroBatches(partial(order.micro_batches, *part)), num_workers)
 
 
@@ -204,6 +209,6 @@ def _leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _size(table: AnnotationTable, image: int) -> tuple[int, int]:
+def _size(table: AnnotationTable, image: int) -> Size:
     height, width = table.sizes[image].tolist()
     return height, width

@@ -1,0 +1,192 @@
+"""Stage-1 input: from JPEGs, or from the low-resolution cache, to a uint8 batch of 448x448, one core.
+
+Images a CPU second of one process, over batches of 8: reading the file (which is in the page cache), decoding,
+resizing, cropping, mirroring, boxes, masks, collating. 640x480 JPEGs of about 75 KB and 4000x3000 ones of about 2 MB,
+made up of noise at several scales; 7 objects an image, 15 to 300 pixels large, polygons of 25 corners. Each figure is
+the median of some passes over the images after one that does not count, ours and the peers' in turn.
+
+The peers do the same job. "MMDetection's steps" are the operations of its stage-1 pipeline with the libraries that it
+uses (OpenCV, pycocotools), normalising and padding on the CPU as it does; "torchvision" is its own decoder and
+transforms v2, without normalising.
+"""
+
+import argparse
+import io
+import json
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torchvision.transforms import v2
+
+from benchmarks.rows import Row, row, seconds
+from direct_pt.batch import collate
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.image_cache import KINDS, ImageCache, open_image_cache
+from direct_pt.data.loader import TrainingImages
+from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.transforms import PretrainPreset
+from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD
+from direct_pt.settings import positive_integer
+
+COCO_IMAGES = 118_287
+BATCH = 8
+SIDE = 448
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much is measured."""
+    parser.add_argument("--images", type=positive_integer, default=96, metavar="N", help="640x480 ones (96)")
+    parser.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="passes over them (5)")
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """JPEGs, cache, large photographs."""
+    torch.set_num_threads(1)
+    timed = partial(seconds, repeats=args.repeats, clock=time.process_time)
+    rows = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        table = made_up(folder / "small", args.images, (480, 640))
+        for masks, target in ((False, 400), (True, 300)):
+            setting = "640x480 JPEG, boxes" + (" and masks" if masks else "")
+            peers = {"MMDetection's steps": partial(mmdetection, table, masks)}
+            if not masks:
+                peers["torchvision"] = partial(torchvision_v2, table)
+            ours, *theirs = timed(partial(load, table, masks), *peers.values())
+            for peer, spent in zip(peers, theirs, strict=True):
+                rows.append(rate(setting, len(table), ours, peer, spent, f"{target} images/s"))
+        for kind in KINDS:
+            cache = open_image_cache(table, kind, SIDE, folder, 0)
+            assert cache is not None
+            for masks, target in ((False, 1800), (True, 700)):
+                setting = f"{kind} cache, boxes" + (" and masks" if masks else "")
+                from_cache, from_files = timed(partial(load, table, masks, cache), partial(load, table, masks))
+                goal = f"{target} images/s" if kind == "raw" else None
+                rows.append(rate(setting, len(table), from_cache, "from the files", from_files, goal))
+            space = cache.gigabytes / len(table) * COCO_IMAGES
+            goal = "at most 30 GB" if kind == "raw" else "at most 8 GB"
+            rows.append(row("input", f"{kind} cache, {COCO_IMAGES:,} such images", space, "GB", target=goal))
+        large = made_up(folder / "large", 8, (3000, 4000))
+        spent, theirs_spent = timed(partial(load, large, False), partial(mmdetection, large, False))
+        peer = "MMDetection's steps"
+        rows.append(rate("4000x3000 JPEG, boxes", len(large), spent, peer, theirs_spent, "45 images/s"))
+    return rows
+
+
+def rate(setting: str, images: int, ours: float, peer: str, theirs: float, target: str | None) -> Row:
+    """Images a second."""
+    return row("input", setting, images / ours, "images/s", peer, images / theirs, target)
+
+
+def load(table: AnnotationTable, masks: bool, cache: ImageCache | None = None) -> None:
+    """One pass, another one each time, as training would make it. A batch is let go of before the next, as all here."""
+    images = TrainingImages(table, PretrainPreset(SIDE), 0, masks, cache)
+    epoch = time.perf_counter_ns()
+    for start in range(0, len(table), BATCH):
+        collate([images[epoch, image] for image in range(start, min(start + BATCH, len(table)))])
+
+
+def mmdetection(table: AnnotationTable, masks: bool) -> None:
+    """One pass of LoadImage, LoadAnnotations, Resize, RandomCrop, RandomFlip, Normalize, Pad."""
+    rng = np.random.default_rng()
+    mean, std = (np.array(values, np.float64).reshape(1, 3) for values in (PIXEL_MEAN, PIXEL_STD))
+    for start in range(0, len(table), BATCH):
+        images = []
+        for index in range(start, min(start + BATCH, len(table))):
+            image: Any = cv2.imdecode(np.frombuffer(table.path(index).read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+            objects = table.objects(index, masks)
+            height, width = image.shape[:2]
+            bitmaps = [_bitmap(outline, height, width) for outline in objects.segmentations or []]
+            scale = SIDE * rng.uniform(0.8, 1.2) / max(height, width)
+            size = (int(width * scale + 0.5), int(height * scale + 0.5))
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+            bitmaps = [cv2.resize(bitmap, size, interpolation=cv2.INTER_NEAREST) for bitmap in bitmaps]
+            boxes = (objects.boxes * scale).astype(np.float32)
+            top, left = (int(rng.integers(max(side - SIDE, 0) + 1)) for side in image.shape[:2])
+            image = image[top : top + SIDE, left : left + SIDE]
+            bitmaps = [bitmap[top : top + SIDE, left : left + SIDE] for bitmap in bitmaps]
+            boxes = (boxes - np.array([left, top] * 2)).clip(0, [image.shape[1], image.shape[0]] * 2)
+            if rng.random() < 0.5:
+                image, bitmaps = cv2.flip(image, 1), [bitmap[:, ::-1] for bitmap in bitmaps]
+                boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
+            image = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_BGR2RGB)
+            cv2.subtract(image, mean, image)
+            cv2.multiply(image, 1 / std, image)
+            border = (0, SIDE - image.shape[0], 0, SIDE - image.shape[1], cv2.BORDER_CONSTANT)
+            image = cv2.copyMakeBorder(image, *border, value=0)
+            if bitmaps:
+                torch.from_numpy(np.stack([cv2.copyMakeBorder(np.ascontiguousarray(b), *border) for b in bitmaps]))
+            images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
+        torch.stack(images)
+
+
+def _bitmap(outline: Any, height: int, width: int) -> np.ndarray:
+    flat = [polygon.ravel().tolist() for polygon in outline]
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, height, width)))
+
+
+def torchvision_v2(table: AnnotationTable) -> None:
+    """One pass of its decoder and transforms, boxes with the images."""
+    flip, crop = v2.RandomHorizontalFlip(), v2.RandomCrop(SIDE, pad_if_needed=True)
+    for start in range(0, len(table), BATCH):
+        images = []
+        for index in range(start, min(start + BATCH, len(table))):
+            image = torchvision.io.decode_image(str(table.path(index)), torchvision.io.ImageReadMode.RGB)
+            boxes = torch.from_numpy(table.objects(index, False).boxes)
+            sample = (
+                torchvision.tv_tensors.Image(image),
+                torchvision.tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:]),
+            )
+            side = int(SIDE * np.random.uniform(0.8, 1.2))
+            resize = v2.Resize(side * min(image.shape[1:]) // max(image.shape[1:]))
+            images.append(flip(crop(resize(sample)))[0])
+        torch.stack(images)
+
+
+def made_up(folder: Path, count: int, size: tuple[int, int]) -> AnnotationTable:
+    """A COCO set of `count` JPEGs of `size` (height, width), 7 objects each."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    height, width = size
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    distinct = [picture(rng, size) for _ in range(min(count, 8))]
+    for number in range(count):
+        name = f"{number}.jpg"
+        (folder / "images" / name).write_bytes(distinct[number % len(distinct)])
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for _ in range(7):
+            radius = np.exp(rng.uniform(np.log(15), np.log(300))) / 2 * max(size) / 640
+            angles = np.sort(rng.uniform(0, 2 * np.pi, 25))
+            reach = radius * rng.uniform(0.6, 1, 25)
+            corners = rng.uniform([0, 0], [width, height]) + np.stack(
+                [reach * np.cos(angles), reach * np.sin(angles)], axis=1
+            )
+            corners = corners.clip(0, [width, height]).round(2)
+            (x1, y1), (x2, y2) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [corners.ravel().tolist()]}
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, **box})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    (folder / "labels.json").write_text(json.dumps(content))
+    return load_split(SplitPaths(folder / "images", folder / "labels.json"))
+
+
+def picture(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
+    """A JPEG with detail at all scales, as photographs have."""
+    total = np.zeros((*size, 3), np.float32)
+    for cells in (cells for cells in (4, 16, 64, 256, 640, 1500, 3000) if cells <= size[1]):
+        noise = rng.normal(size=(cells * 3 // 4, cells, 3)).astype(np.float32)
+        total += cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC) / cells**0.5
+    pixels = (128 + 110 * total).clip(0, 255).astype(np.uint8)
+    with io.BytesIO() as file:
+        Image.fromarray(pixels).save(file, "JPEG", quality=90)
+        return file.getvalue()
