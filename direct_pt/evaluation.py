@@ -1,7 +1,8 @@
 """From a detector and a table to COCO metrics: every image once, over all processes."""
 
 import contextlib
-import io
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import Preset, evaluation_loader
+from direct_pt.data.loader import evaluation_loader
+from direct_pt.data.transforms import Preset
 from direct_pt.models.detector import Detector
-from direct_pt.models.masks import THRESHOLD, encode_mask, paste_mask
+from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
+
+ENCODED_AT_ONCE = 64  # masks
 
 # The twelve figures of COCO's summary, in its order. -1 where no object is of that size.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -123,31 +128,40 @@ def coco_metrics(table: AnnotationTable, predictions: Predictions) -> dict[str, 
     Where there are masks, also "segm", beside each "bbox". Equal to pycocotools' on the same files. -1 stands where
     there is no object to find.
     """
-    with_masks = predictions.masks is not None
-    figures: dict[str, Any] = {}
-    precisions: dict[str, np.ndarray] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(_truth_with_masks(table) if with_masks else table.coco())
-        for kind in ("bbox", "segm") if with_masks else ("bbox",):
-            results = predictions.coco(table)
-            if kind == "segm":  # a detection is as large as its mask then, which a box would hide
-                results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-            scorer = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
-            figures[kind] = {name: float(value) for name, value in zip(METRICS, scorer.stats, strict=False)}
-            precisions[kind] = scorer.eval["precision"]  # [IoU, recall, class, area, detections]
+    areas = {"bbox": predictions.boxes[:, 2] * predictions.boxes[:, 3]}
+    if predictions.masks is not None:  # a detection is as large as its mask then, which its box would hide
+        areas["segm"] = np.array([coco_mask.area(mask) for mask in predictions.masks], np.float64)
+    totals = {kind: COCOeval_faster(iouType=kind) for kind in areas}
+    for total in totals.values():
+        sides = [len(getattr(total.params, name)) for name in ("iouThrs", "recThrs", "areaRng", "maxDets")]
+        shape = (*sides[:2], len(table.class_names), *sides[2:])  # [IoU, recall, class, area, detections]
+        total.eval = {"precision": np.full(shape, -1.0), "recall": np.full(shape[:1] + shape[2:], -1.0)}
+    with _no_cycle_collector():
+        for label, rows, truth, found in _classes(table, predictions):
+            for kind, total in totals.items():
+                for result, area in zip(found.dataset["annotations"], areas[kind][rows].tolist(), strict=True):
+                    result["area"] = area
+                scorer = COCOeval_faster(truth, found, iouType=kind)
+                scorer.evaluate()
+                scorer.accumulate()
+                for name, figures in total.eval.items():
+                    np.moveaxis(figures, -3, 0)[label] = np.moveaxis(scorer.eval[name], -3, 0)[0]
+    for total in totals.values():
+        total.summarize()
+    metrics: dict[str, Any] = {
+        kind: {name: float(value) for name, value in zip(METRICS, total.stats, strict=False)}
+        for kind, total in totals.items()
+    }
     real = np.bincount(table.labels[~table.crowd], minlength=len(table.class_names))
-    figures["per_class"] = {
+    metrics["per_class"] = {
         name: {
             kind: {"AP": _mean(precision[:, :, row, 0, -1]), "AP50": _mean(precision[0, :, row, 0, -1])}
-            for kind, precision in precisions.items()
+            for kind, precision in ((kind, total.eval["precision"]) for kind, total in totals.items())
         }
         | {"objects": int(real[row])}
         for row, name in enumerate(table.class_names)
     }
-    return figures
+    return metrics
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
@@ -167,16 +181,70 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mask_run_lengths(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
-    """A detection's mask as COCO's compressed run lengths.
+def mask_run_lengths(probabilities: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:
+    """Detections' masks as COCO's compressed run lengths.
 
     Args:
-        probabilities: [m, m] inside the box.
-        box: (x1, y1, x2, y2) in the original image's pixels.
-        size: (height, width) of that image.
+        probabilities: [D, m, m] inside the boxes.
+        boxes: [D, 4] (x1, y1, x2, y2) in the original images' pixels.
+        sizes: [D, 2] (height, width) of those images.
     """
-    corner, inside = paste_mask(probabilities, box, size)
-    return encode_mask(corner, inside >= THRESHOLD, size)
+    encoded: list[dict[str, Any]] = []
+    for first in range(0, len(boxes), ENCODED_AT_ONCE):
+        some = slice(first, first + ENCODED_AT_ONCE)
+        windows = paste_windows(probabilities[some], boxes[some], sizes[some])
+        found = [(corner, inside >= THRESHOLD) for corner, inside in windows]
+        encoded += encode_masks([corner for corner, _ in found], [mask for _, mask in found], sizes[some])
+    return encoded
+
+
+def _classes(table: AnnotationTable, predictions: Predictions) -> Iterator[tuple[int, np.ndarray, COCO, COCO]]:
+    """Each class that has objects: its row, its detections' rows, its objects and its detections for COCO's scorer.
+
+    A class at a time, because Python takes many times the packed size for each detection.
+    """
+    content = table.coco() if predictions.masks is None else _truth_with_masks(table)
+    objects: list[list[dict[str, Any]]] = [[] for _ in table.class_names]
+    for annotation, label in zip(content["annotations"], table.labels.tolist(), strict=True):
+        objects[label].append(annotation)
+    image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    order = np.argsort(predictions.labels, kind="stable")
+    starts = np.searchsorted(predictions.labels[order], np.arange(len(table.class_names) + 1))
+    for label in np.unique(table.labels[~table.crowd]).tolist():
+        rows = order[starts[label] : starts[label + 1]]
+        found_in, present = predictions.images[rows], np.unique(image_of[table.labels == label])
+        results = _results(table, predictions, rows)
+        if predictions.masks is not None:  # the others' are compared with nothing
+            for place in np.flatnonzero(np.isin(found_in, present)).tolist():
+                results[place]["segmentation"] = predictions.masks[rows[place]]
+        shared = {
+            "images": [content["images"][image] for image in np.union1d(found_in, present).tolist()],
+            "categories": [content["categories"][label]],
+        }
+        yield label, rows, COCO({**shared, "annotations": objects[label]}), COCO({**shared, "annotations": results})
+
+
+def _results(table: AnnotationTable, predictions: Predictions, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Some detections' boxes in COCO's results format, numbered from 1 on."""
+    ids = table.image_ids[predictions.images[rows]].tolist()
+    categories = np.array(table.category_ids)[predictions.labels[rows]].tolist()
+    values = zip(ids, categories, predictions.boxes[rows].tolist(), predictions.scores[rows].tolist(), strict=True)
+    return [
+        {"id": number, "image_id": i, "category_id": c, "bbox": b, "score": s}
+        for number, (i, c, b, s) in enumerate(values, start=1)
+    ]
+
+
+@contextlib.contextmanager
+def _no_cycle_collector() -> Iterator[None]:
+    """Python's collector of cycles is off: it would go through every detection again and again, and find none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _truth_with_masks(table: AnnotationTable) -> dict[str, Any]:
@@ -205,8 +273,7 @@ def _pack(batch: Batch, found: Detections, classes: np.ndarray) -> Predictions:
     boxes[:, 2:] -= boxes[:, :2]
     masks = None
     if found.masks is not None:
-        sizes = map(tuple, batch.original_sizes[found.image].tolist())
-        masks = [mask_run_lengths(*mask) for mask in zip(found.masks.numpy(), corners, sizes, strict=True)]
+        masks = mask_run_lengths(found.masks.numpy(), corners, batch.original_sizes[found.image].numpy())
     return Predictions(
         batch.indices[found.image].numpy(),
         boxes,

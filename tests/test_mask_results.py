@@ -216,8 +216,7 @@ def test_run_lengths_are_the_pasted_mask() -> None:
     )  # fmt: skip
     masks = paste_masks(probabilities, boxes, (40, 60))
     assert masks[4].sum() == 100 and masks[:3].any(axis=(1, 2)).all() and not masks[5].any()
-    for mask, *detection in zip(masks, probabilities, boxes, strict=True):
-        encoded = mask_run_lengths(*detection, (40, 60))
+    for mask, encoded in zip(masks, mask_run_lengths(probabilities, boxes, np.tile([40, 60], (6, 1))), strict=True):
         assert json.loads(json.dumps(encoded)) == encoded and encoded["size"] == [40, 60]
         np.testing.assert_array_equal(coco_mask.decode(encoded), mask)
 
@@ -249,7 +248,7 @@ def test_masks_are_those_of_each_image(
     assert found.masks is not None and len(found.masks) == len(found.boxes)
     areas = []
     for row, size in enumerate(SHAPES):
-        (alone,) = detector.predict([np.asarray(read_image(table.path(row)))])
+        (alone,) = detector.predict([read_image(table.path(row))])
         masks = [found.masks[place] for place in np.flatnonzero(found.images == row)]
         assert len(masks) == len(alone["masks"]) > 5
         for mask, expected in zip(masks, alone["masks"], strict=True):
@@ -459,7 +458,7 @@ def test_predict(eager: Path, evaluated: Path, demo: Path, tmp_path: Path) -> No
         mine = [row for row in found if row["image_id"] == number]
         x, y, width, height = np.array([row["bbox"] for row in mine]).T
         drawn = visualize.draw_detections(
-            read_image(photo),
+            Image.fromarray(read_image(photo)),
             np.stack([x, y, x + width, y + height], axis=1),
             np.array([order.index(names[row["category_id"]]) for row in mine]),
             [f"{row['category_name']} {row['score']:.2f}" for row in mine],

@@ -1,6 +1,7 @@
 """Masks: the head, the targets that it learns, and its probabilities pasted into images. Semantics follow MMDetection's
 FCNMaskHead and BitmapMasks."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from direct_pt.batch import PackedMasks
+from direct_pt.models.boxes import group_sizes
 
 CANVAS_PIXELS = 2**22  # of the masks that are unpacked at once
+LARGEST_EXPONENT = 16  # of 2: no canvas has a longer side
 THRESHOLD = 0.5
 
 
@@ -66,12 +69,13 @@ def mask_targets(masks: PackedMasks, rows: Tensor, boxes: Tensor, cells: int) ->
     order = torch.argsort(exponents)
     position = torch.argsort(order)[rows]  # of each box's object in that order
     parts, start = [], 0
-    for exponent, count in enumerate(torch.bincount(exponents).tolist()):
+    for exponent, count in enumerate(group_sizes(exponents, LARGEST_EXPONENT + 1)):
         room, end = max(1, CANVAS_PIXELS >> (2 * exponent)), start + count
         parts += [(first, min(first + room, end), 2**exponent) for first in range(start, end, room)]
         start = end
-    part = torch.bucketize(position, position.new_tensor([stop for _, stop, _ in parts]), right=True)
-    members = torch.argsort(part).split(torch.bincount(part, minlength=len(parts)).tolist())
+    stops = torch.tensor([stop for _, stop, _ in parts]).to(position.device, non_blocking=True)
+    part = torch.bucketize(position, stops, right=True)
+    members = torch.argsort(part).split(group_sizes(part, len(parts)))
 
     targets = boxes.new_zeros(len(boxes), cells, cells)
     for (start, stop, side), on_part in zip(parts, members, strict=True):
@@ -114,44 +118,94 @@ def paste_mask(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]
         (top, left) of the pixels that the box touches, and [h, w] float32 probabilities there; all others are under
         one half.
     """
-    corners = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])])
-    left, top, right, bottom = np.clip(corners, 0, [size[1], size[0], size[1], size[0]]).astype(int).tolist()
-    rows = _interpolation(top, bottom, float(box[1]), float(box[3]), len(probabilities))
-    columns = _interpolation(left, right, float(box[0]), float(box[2]), len(probabilities))
-    return (top, left), rows @ probabilities.astype(np.float32) @ columns.T
+    return next(paste_windows(probabilities[None], box[None], np.array([size])))
+
+
+def paste_windows(
+    probabilities: np.ndarray, boxes: np.ndarray, sizes: np.ndarray
+) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """`paste_mask` of each of the masks [D, m, m] and `boxes` [D, 4] in images of `sizes` [D, 2] (height, width)."""
+    limits, cells = sizes[:, [1, 0]], probabilities.shape[-1]
+    first = np.clip(np.floor(boxes[:, :2]), 0, limits).astype(np.int64)
+    last = np.clip(np.ceil(boxes[:, 2:]), first, np.maximum(first, limits)).astype(np.int64)
+    exact = boxes.astype(np.float64)
+    columns, rows = (
+        _interpolation(first[:, side], last[:, side], exact[:, side], exact[:, side + 2], cells) for side in (0, 1)
+    )
+    for (left, top), maps, across, down in zip(
+        first.tolist(), probabilities.astype(np.float32, copy=False), columns, rows, strict=True
+    ):
+        yield (top, left), (across @ (down @ maps).T).T  # columns lie together in memory, as run lengths need them
 
 
 def paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[D, height, width] bool: the masks [D, m, m] of `boxes` [D, 4] in a whole image of `size`."""
     masks = np.zeros((len(boxes), *size), bool)
-    for mask, probability, box in zip(masks, probabilities, boxes, strict=True):
-        (top, left), inside = paste_mask(probability, box, size)
+    windows = paste_windows(probabilities, boxes, np.tile(size, (len(boxes), 1)))
+    for mask, ((top, left), inside) in zip(masks, windows, strict=True):
         mask[top : top + inside.shape[0], left : left + inside.shape[1]] = inside >= THRESHOLD
     return masks
 
 
-def _interpolation(first: int, last: int, low: float, high: float, cells: int) -> np.ndarray:
-    """[last - first, cells] weights of cells spread from `low` to `high`, at the pixels `first` to `last`."""
-    centres = (np.arange(first, last) + 0.5 - low) / max(high - low, 1e-6) * cells - 0.5
-    distances = np.abs(centres[:, None] - np.arange(cells))
-    return np.maximum(0, 1 - distances).astype(np.float32)
+def _interpolation(
+    first: np.ndarray, last: np.ndarray, low: np.ndarray, high: np.ndarray, cells: int
+) -> list[np.ndarray]:
+    """For each of D boxes [last - first, cells] weights of cells from `low` to `high`, at pixels `first` to `last`."""
+    counts = last - first
+    ends = np.cumsum(counts)
+    box = np.repeat(np.arange(len(first)), counts)
+    pixels = np.arange(len(box)) - (ends - counts - first)[box]
+    centres = (pixels + 0.5 - low[box]) / np.maximum(high - low, 1e-6)[box] * cells - 0.5
+    below = np.floor(centres)
+    # A pixel lies between two cells. Two more on each side take what lies beyond.
+    place = np.clip(below, -2, cells).astype(np.int64) + 2
+    weights = np.zeros((len(box), cells + 4), np.float32)
+    weights[np.arange(len(box)), place] = 1 - (centres - below)
+    weights[np.arange(len(box)), place + 1] = 1 - (below + 1 - centres)
+    stretches = zip((ends - counts).tolist(), ends.tolist(), strict=True)
+    return [weights[begin:end, 2:-2] for begin, end in stretches]
 
 
-def encode_mask(corner: tuple[int, int], mask: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
-    """A mask [h, w] bool, whose first pixel is (top, left) = `corner` of an image of `size`, as COCO's compressed RLE.
+def encode_masks(
+    corners: Sequence[tuple[int, int]], masks: Sequence[np.ndarray], sizes: np.ndarray
+) -> list[dict[str, Any]]:
+    """Masks as COCO's compressed run lengths. The time that it takes follows the masks' sizes, not the images'.
 
-    The time that it takes follows the mask's size, not the image's.
+    Args:
+        corners: D (top, left), where each mask's first pixel lies in its image.
+        masks: D of [h, w] bool.
+        sizes: [D, 2] (height, width) of the images.
     """
-    top, left = corner
-    height, width = mask.shape
-    columns = np.zeros((width, height + 2), bool)  # columns first, as in COCO, and nothing above and below each
-    columns[:, 1:-1] = mask.T
-    flat = columns.ravel()
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), height + 2)
-    changes = (left + column) * size[0] + top + row
-    joined = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1  # reaches the bottom, goes on at the next top
-    changes = np.delete(changes, np.concatenate([joined, joined + 1]))
-    end = [size[0] * size[1]] if not len(changes) or changes[-1] < size[0] * size[1] else []
-    counts = np.diff(np.concatenate([[0], changes, end])).astype(int).tolist()
-    encoded = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
-    return {"size": list(size), "counts": encoded["counts"].decode()}
+    shapes = np.array([mask.shape for mask in masks], np.int64).reshape(-1, 2)
+    heights = shapes[:, 0] + 2
+    ends = np.cumsum(heights * shapes[:, 1])
+    flat = np.zeros(ends[-1] if len(ends) else 0, bool)
+    for mask, height, end in zip(masks, heights.tolist(), ends.tolist(), strict=True):
+        # Columns first, as in COCO, and nothing above and below each.
+        flat[end - height * mask.shape[1] : end].reshape(-1, height)[:, 1:-1] = mask.T
+    places = np.flatnonzero(flat[1:] != flat[:-1])
+    owner = np.searchsorted(ends, places, side="right")
+    column, row = np.divmod(places - (ends - heights * shapes[:, 1])[owner], heights[owner])
+    tops, lefts = np.array(corners, np.int64).reshape(-1, 2).T
+    changes = (lefts[owner] + column) * sizes[owner, 0] + tops[owner] + row
+    # A run that reaches the bottom and goes on at the next top is one.
+    joined = (changes[1:-1:2] == changes[2::2]) & (owner[1:-1:2] == owner[2::2])
+    kept = np.ones(len(changes), bool)
+    kept[1:-1] = np.repeat(~joined, 2)
+    changes, owner = changes[kept], owner[kept]
+
+    # Each mask's changes between the first pixel and the end.
+    last = np.cumsum(np.bincount(owner, minlength=len(masks)) + 2) - 1
+    edges = np.zeros(len(changes) + 2 * len(masks), np.int64)
+    edges[np.arange(len(changes)) + 2 * owner + 1] = changes
+    edges[last] = sizes[:, 0] * sizes[:, 1]
+    counts, encoded, start = np.diff(edges).tolist(), [], 0
+    for size, stop in zip(sizes.tolist(), last.tolist(), strict=True):
+        if stop - start > 1 and not counts[stop - 1]:  # COCO leaves an empty run at the end out
+            mine = counts[start : stop - 1]
+        else:
+            mine = counts[start:stop]
+        found = coco_mask.frPyObjects({"size": size, "counts": mine}, *size)
+        encoded.append({"size": size, "counts": found["counts"].decode()})
+        start = stop + 1
+    return encoded
