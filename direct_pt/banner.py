@@ -38,7 +38,9 @@ def banner(
     lines = [
         f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
         f"  run        {settings.output_dir} (git {git_revision()})",
-        f"  device     {plan.processes} x {device}, precision {accelerator.mixed_precision}, torch {torch.__version__}",
+        f"  device     {plan.processes} x {device}, precision {accelerator.mixed_precision}, torch {torch.__version__}"
+        + ", gradient checkpointing" * settings.gradient_checkpointing
+        + ", compiled backbone" * settings.compile,
         f"  train      {_describe(train_table)}",
         f"  val        {_describe(val_table) if val_table else 'none: no evaluation'}",
         f"  images     {sizes}",

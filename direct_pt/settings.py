@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from direct_pt.data.image_cache import KINDS
 from direct_pt.data.sources import SplitPaths, find_splits
 from direct_pt.device import PRECISIONS
 from direct_pt.errors import InputError
@@ -13,7 +14,17 @@ from direct_pt.models.detector import BOX_HEADS, MODELS
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SCHEDULES, SHORT_SIDE, STAGES, Recipe
 
 # What may differ between a run and its resumption: where and how it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "num_workers", "report_to", "log_every", "save_every", "keep_checkpoints", "output_dir"}
+FREE_ON_RESUME = {
+    "resume",
+    "num_workers",
+    "report_to",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "output_dir",
+    "cache_dir",
+    "gradient_checkpointing",
+}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
@@ -39,6 +50,8 @@ class Settings:
     proposals: int | None = None
     init: str = "none"
     image_size: int = IMAGE_SIZE
+    cache: str = "none"
+    cache_dir: Path | None = None
     short_side: int = SHORT_SIDE
     long_side: int = LONG_SIDE
     schedule: str = "1x"
@@ -49,6 +62,8 @@ class Settings:
     lr: float | None = None
     warmup_steps: int | None = None
     mixed_precision: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     num_workers: int = 2
     eval_every: float | None = None
@@ -171,6 +186,10 @@ def _add_detector_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
 def _add_image_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
     if stage == "pretrain":
         group.add_argument("--image-size", **_count(IMAGE_SIZE, "PIXELS", f"of the crops (paper: {IMAGE_SIZE})"))
+        text = "keep low-resolution copies: raw is fastest, jpeg a quarter as large and as sharp as the files (none)"
+        group.add_argument("--cache", choices=["none", *KINDS], default="none", help=text)
+        text = "where (DIRECT_PT_CACHE, else ~/.cache/direct_pt)"
+        group.add_argument("--cache-dir", type=Path, metavar="DIR", help=text)
     else:
         group.add_argument("--short-side", **_count(SHORT_SIDE, "PIXELS", f"images fit in (paper: {SHORT_SIDE})"))
         group.add_argument("--long-side", **_count(LONG_SIDE, "PIXELS", f"images fit in (paper: {LONG_SIDE})"))
@@ -197,6 +216,10 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, metavar="RUN", help="the run's folder")
     group.add_argument("--resume", action="store_true", help="from the newest checkpoint in --output-dir, if any")
     add_device_arguments(group)
+    text = "compute the backbone's activations again in the backward pass: less memory, the same gradients, slower"
+    group.add_argument("--gradient-checkpointing", action="store_true", help=text)
+    text = "compile the backbone in the first steps, which takes minutes: meant for GPUs, no gain on a CPU"
+    group.add_argument("--compile", action="store_true", help=text)
     text = "of weights, order and augmentation (0)"
     group.add_argument("--seed", type=not_negative_integer, default=0, metavar="N", help=text)
     text = "between two evaluations (a twelfth of the run)"
@@ -257,6 +280,8 @@ def _checked(settings: Settings) -> Settings:
         raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
     if settings.init_kind == "run" and Path(settings.init).suffix in WEIGHT_FILES:
         raise InputError(f"--init {settings.init}: no such file of weights")
+    if settings.compile and settings.gradient_checkpointing:
+        raise InputError("--compile and --gradient-checkpointing exclude each other: use one of them")
     if settings.norm == "group" and settings.init_kind in ("imagenet", "file"):
         raise InputError(f"--norm group with --init {settings.init}: such weights are trained with their own norms")
     if settings.model is not None and settings.model not in MODELS:

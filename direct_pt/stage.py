@@ -1,5 +1,7 @@
 """From settings to a run under way: everything that is looked at, built and refused before the first step."""
 
+import os
+import shutil
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,14 +23,17 @@ from direct_pt.checkpoint import (
     write_json,
 )
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import Preset
+from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
+from direct_pt.data.table_cache import cache_root
+from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
+from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.models.recompute import recompute_blocks
 from direct_pt.plan import Plan, make_plan
-from direct_pt.recipes import recipe_for
+from direct_pt.recipes import Recipe, recipe_for
 from direct_pt.settings import FREE_ON_RESUME, Settings, read_settings
 from direct_pt.training import Trainer, TrainingData
 
@@ -63,8 +68,13 @@ def run_stage(settings: Settings) -> None:
     if detector.has_masks:
         for table in filter(None, (train_table, val_table)):
             table.require_masks()
+    _transform_backbone(detector.backbone, settings)
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
     plan = make_plan(settings, recipe, len(train_table), count_processes())
+    cache = None
+    if settings.cache != "none":
+        root = settings.cache_dir or cache_root()
+        cache = open_image_cache(train_table, settings.cache, settings.image_size, root, settings.num_workers)
     accelerator = make_accelerator(
         settings.mixed_precision,
         gradient_accumulation_steps=plan.accumulation,
@@ -75,11 +85,7 @@ def run_stage(settings: Settings) -> None:
     )
     set_seed(settings.seed, device_specific=True)
     history = [*history, _history_entry(settings, plan)]
-    groups = parameter_groups(detector, recipe.weight_decay)
-    if recipe.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.999))
-    else:
-        optimizer = torch.optim.SGD(groups, lr=plan.lr, momentum=0.9)
+    optimizer = make_optimizer(detector, recipe, plan.lr)
     progress = Progress()
     detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
     model, optimizer = accelerator.prepare(detector, optimizer)
@@ -94,9 +100,19 @@ def run_stage(settings: Settings) -> None:
     accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
-    data = TrainingData(train_table, val_table, *presets(settings))
+    data = TrainingData(train_table, val_table, *presets(settings), cache)
     Trainer(settings, plan, accelerator, model, optimizer, data, progress, history).train()
     accelerator.end_training()
+
+
+def _transform_backbone(backbone: Backbone, settings: Settings) -> None:
+    """Gradient checkpointing or compilation, where the flags ask for it. Raises InputError."""
+    if settings.gradient_checkpointing and not recompute_blocks(backbone.network):
+        raise InputError("--gradient-checkpointing: the backbone has no repeated blocks; leave it out")
+    if settings.compile:
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+            raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
+        backbone.compile_training(one_shape=settings.stage == "pretrain")
 
 
 def presets(settings: Settings) -> tuple[Preset, TestPreset]:
@@ -105,6 +121,14 @@ def presets(settings: Settings) -> tuple[Preset, TestPreset]:
         return PretrainPreset(settings.image_size), TestPreset(settings.image_size, settings.image_size)
     sides = settings.short_side, settings.long_side
     return FinetunePreset(*sides), TestPreset(*sides)
+
+
+def make_optimizer(detector: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """The recipe's, for the parameters that train."""
+    groups = parameter_groups(detector, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
 
 
 def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -192,7 +216,7 @@ def _check_output(settings: Settings) -> None:
         )
     saved = read_settings(path)
     for name, value in settings.to_dict().items():
-        if name not in FREE_ON_RESUME and saved.get(name) != value:
+        if name not in FREE_ON_RESUME and saved.get(name, vars(Settings).get(name)) != value:
             flag = "--" + name.replace("_", "-") if name != "stage" else "the stage"
             raise InputError(
                 f"--resume: {flag} is {value!r} but the run in {settings.output_dir} was started with "

@@ -1,11 +1,13 @@
 """Backbones: any timm network with a feature hierarchy, from random weights, and what may be frozen in it."""
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,12 +64,27 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [B, C, h, w] at strides 4, 8, 16, 32 of normalised images [B, 3, H, W]."""
-        maps = self.network(images)
+        maps = self.network(images) if self.training else self.network.forward(images)  # not as compiled
         if not self.channels_last and self.norms:
             maps = [feature.permute(0, 2, 3, 1) for feature in maps]
         if self.norms:
             maps = [norm(feature) for norm, feature in zip(self.norms, maps, strict=True)]
         return [feature.permute(0, 3, 1, 2) for feature in maps] if self.channels_last or self.norms else maps
+
+    def compile_training(self, one_shape: bool, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the network for training, in place; names stay. Other modes, with their many shapes, run uncompiled.
+
+        Args:
+            one_shape: all batches have the same; otherwise one compilation is to serve all of them.
+            backend: of torch.compile.
+
+        Raises:
+            InputError: the network is compiled anew for each shape.
+        """
+        windowed = SwinTransformerBlock | SwinTransformerV2Block
+        if not one_shape and any(isinstance(module, windowed) for module in self.network.modules()):
+            raise InputError("--compile: Swin is compiled anew for each shape, and here there are many; leave it out")
+        self.network.compile(dynamic=not one_shape, backend=backend)
 
     def stem_and_first_stage(self) -> list[nn.Parameter]:
         """What fine-tuning freezes: all up to the end of the first stage, as timm names it; of networks with LayerNorm

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor
 
 from direct_pt.batch import Detections
+from direct_pt.device import takes_gpu_path
 
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded side is at most 62.5 times the reference's
 
@@ -21,14 +22,14 @@ def encode(references: Tensor, targets: Tensor, stds: tuple[float, float, float,
     """
     x, y, w, h = _centres(references)
     tx, ty, tw, th = _centres(targets)
-    deltas = torch.stack([(tx - x) / w, (ty - y) / h, torch.log(tw / w), torch.log(th / h)], dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    deltas = (tx - x) / w, (ty - y) / h, torch.log(tw / w), torch.log(th / h)
+    return torch.stack([delta / std for delta, std in zip(deltas, stds, strict=True)], dim=-1)
 
 
 def decode(references: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], sizes: Tensor) -> Tensor:
     """Boxes [B, ..., 4] from `references` and `deltas` of that shape, clipped to the images' `sizes` [B, 2] (h, w)."""
     x, y, w, h = _centres(references)
-    dx, dy, dw, dh = (deltas.float() * deltas.new_tensor(stds, dtype=torch.float32)).unbind(-1)
+    dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.float().unbind(-1), stds, strict=True))
     half_w = 0.5 * w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     half_h = 0.5 * h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     x, y = x + w * dx, y + h * dy
@@ -40,6 +41,17 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]]
     limits = limits.view(len(boxes), *[1] * (boxes.dim() - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def unit_unless(keep: Tensor, boxes: Tensor) -> Tensor:
+    """`boxes` [..., 4], but (0, 0, 1, 1) where `keep` [...] does not hold."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([torch.where(keep[..., None], low, 0.0), torch.where(keep[..., None], high, 1.0)], dim=-1)
+
+
+def group_sizes(groups: Tensor, count: int) -> list[int]:
+    """How many of `groups` [M] are 0, 1, ... up to `count` - 1. Waits for the device once; bincount would twice."""
+    return (groups[:, None] == torch.arange(count, device=groups.device)).sum(dim=0).tolist()
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -77,7 +89,7 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
     Returns:
         The kept rows [K], best score first.
     """
-    if boxes.is_cuda:
+    if takes_gpu_path(boxes):
         # One kernel for all: groups are moved apart, in float64 so that far-off coordinates keep their digits.
         shift = groups.double() * (boxes.max() - boxes.min() + 1).double() if len(boxes) else groups.double()
         return torchvision.ops.nms(boxes.double() + shift[:, None], scores.double(), threshold)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
@@ -161,7 +160,7 @@ class Detector(nn.Module, ABC):
         self.eval()
         results = []
         for image in images:
-            sample = preset(Image.fromarray(image), Objects.none(), np.random.default_rng(0))
+            sample = preset(image, Objects.none(), np.random.default_rng(0))
             found = self.detect(collate([sample]).to(device)).to("cpu").above(score_threshold)
             labels = found.labels.tolist()
             result = {

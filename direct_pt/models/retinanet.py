@@ -75,7 +75,8 @@ class RetinaHead(nn.Module):
         anchors = torch.cat(self.anchors(features))
         matches = self.match(features, batch)
         labels = batch.labels.gather(1, matches.target)
-        target = F.one_hot(labels, self.num_classes) * matches.positive[..., None]
+        classes = torch.arange(self.num_classes, device=labels.device)
+        target = (labels[..., None] == classes) & matches.positive[..., None]
         logit = torch.cat([per_anchor(level, self.num_classes) for level in logits], dim=1).float()
         delta = torch.cat([per_anchor(level, 4) for level in deltas], dim=1).float()
         focal = sigmoid_focal_loss(logit, target.to(logit.dtype), alpha=0.25, gamma=2.0, reduction="none").sum(dim=-1)

@@ -1,13 +1,12 @@
 """RoI features out of a pyramid."""
 
-from collections.abc import Callable
-
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from direct_pt.models.boxes import area
+from direct_pt.device import takes_gpu_path
+from direct_pt.models.boxes import area, group_sizes
 
 FINEST_SCALE = 56  # RoIs under twice this side, in pixels, are read from the finest level
 
@@ -35,75 +34,93 @@ def pyramid_roi_align(
     Returns:
         [R, C, output_size, output_size].
     """
+    pool = roi_align if takes_gpu_path(boxes) else roi_align_by_rows
+    return pool(features, strides, images, boxes, output_size)
+
+
+def roi_align(features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
+    """`pyramid_roi_align` by torchvision's kernel, level by level."""
     levels = roi_levels(boxes, len(features))
-    align = roi_align if boxes.is_cuda else roi_align_by_rows
-    return _in_groups(
-        levels,
-        len(features),
-        lambda level, rows: align(features[level].float(), images[rows], boxes[rows] / strides[level], output_size),
-    )
-
-
-def roi_align(feature: Tensor, images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
-    """torchvision's RoIAlign of `boxes` [R, 4], in cells of `feature` [B, C, h, w]."""
+    order = torch.argsort(levels, stable=True)
+    counts = group_sizes(levels, len(features))
     rois = torch.cat([images[:, None].to(boxes.dtype), boxes], dim=1)
-    return torchvision.ops.roi_align(feature, rois, output_size, sampling_ratio=0, aligned=True)
+    pooled = [
+        torchvision.ops.roi_align(feature.float(), rois[rows], output_size, 1 / stride, sampling_ratio=0, aligned=True)
+        for feature, stride, rows in zip(features, strides, order.split(counts), strict=True)
+    ]
+    return torch.cat(pooled).index_select(0, torch.argsort(order))
 
 
-def roi_align_by_rows(feature: Tensor, images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
+def roi_align_by_rows(
+    features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
+) -> Tensor:
     """The same, made for CPUs, where torchvision's goes channel by channel: each output is a weighted sum of a few
-    of the map's rows [B h w, C], forward and backward.
+    rows of one table [cells of all levels and images, C], forward and backward.
 
-    Bilinear sampling and averaging are separable: a weight is the product of one along y and one along x.
+    Bilinear sampling and averaging are separable: a cell's weight is the product of one along y and one along x.
     """
-    samples = ((boxes[:, 2:] - boxes[:, :2]) / output_size).ceil().clamp(min=1)
-    kinds, kind = samples.log2().ceil().unique(dim=0, return_inverse=True)  # of alike many rows a sum
-    feature = feature.contiguous(memory_format=torch.channels_last)
-    return _in_groups(
-        kind, max(1, len(kinds)), lambda _, rows: _sum_rows(feature, images[rows], boxes[rows], output_size)
-    )
-
-
-def _in_groups(group: Tensor, count: int, pool: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """What `pool` gives for the rows of each of `count` groups, in the order of `group` [R]."""
-    order = torch.argsort(group, stable=True)
-    sizes = torch.bincount(group, minlength=count).tolist()  # waits for the device
-    parts = [pool(number, rows) for number, rows in enumerate(order.split(sizes))]
-    return torch.cat(parts).index_select(0, torch.argsort(order)) if count > 1 else parts[0]
-
-
-def _sum_rows(feature: Tensor, images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
-    """`roi_align_by_rows` for boxes that take about as many samples a bin."""
-    channels, height, width = feature.shape[1:]
-    column, across = _axis_weights(boxes[:, 0], boxes[:, 2], output_size, width)
-    row, down = _axis_weights(boxes[:, 1], boxes[:, 3], output_size, height)
-    cells = (row + images[:, None, None] * height)[:, :, None, :, None] * width + column[:, None, :, None, :]
-    weights = down[:, :, None, :, None] * across[:, None, :, None, :]
-    table = feature.permute(0, 2, 3, 1).reshape(-1, channels)
-    taps = weights.shape[-2] * weights.shape[-1]
-    pooled = F.embedding_bag(cells.reshape(-1, taps), table, per_sample_weights=weights.reshape(-1, taps), mode="sum")
+    channels = features[0].shape[1]
+    table = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]).float()
+    with torch.no_grad():
+        rows, weights, starts = _summands(features, strides, images, boxes, output_size)
+    pooled = F.embedding_bag(rows, table, starts, per_sample_weights=weights.to(table.dtype), mode="sum")
     return pooled.view(len(boxes), output_size, output_size, channels).permute(0, 3, 1, 2)
 
 
-def _axis_weights(low: Tensor, high: Tensor, bins: int, length: int) -> tuple[Tensor, Tensor]:
+def _summands(
+    features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows of the table each of the `bins` x `bins` outputs of each box adds up: rows [T], their weights [T], and
+    where each output's begin [R bins bins]."""
+    levels = roi_levels(boxes, len(features))
+    shapes = torch.tensor([feature.shape[-2:] for feature in features])
+    cells = shapes.prod(dim=1)
+    level_starts = (cells * len(features[0])).cumsum(0) - cells * len(features[0])
+    height, width = shapes[levels].unbind(dim=1)
+    boxes = boxes / torch.tensor(strides)[levels, None]
+    y, down = _axis_weights(boxes[:, 1], boxes[:, 3], bins, height)
+    x, across = _axis_weights(boxes[:, 0], boxes[:, 2], bins, width)
+    y = y * width[:, None, None] + (level_starts[levels] + images * cells[levels])[:, None, None]
+
+    # An output's summands are runs along x, one for each of its cells along y. Weights are nowhere zero but at the end.
+    heights, widths = ((weight != 0).any(dim=1).sum(dim=1).clamp(min=1) for weight in (down, across))
+    of_output = torch.arange(len(boxes) * bins * bins)
+    roi = of_output // (bins * bins)
+    row, column = of_output // bins, roi * bins + of_output % bins  # of [R bins, K]
+    runs = heights[roi]
+    output = of_output.repeat_interleave(runs)
+    nth = torch.arange(len(output)) - (runs.cumsum(0) - runs)[output]
+    place = row[output] * y.shape[-1] + nth
+    length = widths[roi[output]]
+    run = torch.arange(len(output)).repeat_interleave(length)
+    run_starts = length.cumsum(0) - length
+    step = (column[output] * x.shape[-1] - run_starts)[run] + torch.arange(len(run))
+    rows = y.flatten()[place][run] + x.flatten()[step]
+    weights = down.flatten()[place][run] * across.flatten()[step]
+    outputs = runs * widths[roi]
+    return rows, weights, outputs.cumsum(0) - outputs
+
+
+def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor) -> tuple[Tensor, Tensor]:
     """Along one axis, which cells each bin of each box sums up, and with which weights.
 
     Args:
         low: [R] where the boxes begin, in cells.
         high: [R] where they end.
         bins: that each is cut into.
-        length: of the axis.
+        length: [R] int64, of the axis.
 
     Returns:
         Cells [R, bins, K] int64 and weights [R, bins, K].
     """
-    size = (high - low) / bins
-    number = size.ceil()[:, None, None]  # of samples in a bin; a box without extent has none
-    sample = torch.arange(int(number.max().clamp(min=1)) if len(number) else 1, device=low.device)
-    bin_start = torch.arange(bins, device=low.device)[None, :, None] * size[:, None, None]
-    place = (low[:, None, None] - 0.5) + bin_start + (sample + 0.5) * size[:, None, None] / number.clamp(min=1)
-    counts = ((sample < number) & (place >= -1) & (place <= length)) / number.clamp(min=1)
-    place = place.clamp(0, length - 1)
+    size = ((high - low) / bins)[:, None, None]
+    number = size.ceil()  # of samples in a bin; a box without extent has none
+    sample = torch.arange(int(number.max().clamp(min=1)) if len(number) else 1)
+    start = low[:, None, None] - 0.5 + torch.arange(bins)[:, None] * size
+    place = start + (sample + 0.5) * size / number.clamp(min=1)
+    last = length[:, None, None] - 1
+    counts = ((sample < number) & (place >= -1) & (place <= last + 1)) / number.clamp(min=1)
+    place = place.clamp(min=0).minimum(last)
     first = place.floor()
     share = (place - first) * counts
     begin = first[:, :, :1]
@@ -111,5 +128,5 @@ def _axis_weights(low: Tensor, high: Tensor, bins: int, length: int) -> tuple[Te
     weights = place.new_zeros(*place.shape[:2], len(sample) + 1)
     weights.scatter_add_(2, offset, counts - share)
     weights.scatter_add_(2, (offset + 1).clamp(max=len(sample)), share)
-    cells = begin.long() + torch.arange(len(sample) + 1, device=low.device)
-    return cells.clamp(max=length - 1), weights
+    cells = begin.long() + torch.arange(len(sample) + 1)
+    return cells.minimum(last), weights

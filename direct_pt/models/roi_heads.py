@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.batch import Batch, Detections
-from direct_pt.models.boxes import best_detections, decode, encode
+from direct_pt.models.boxes import best_detections, decode, encode, unit_unless
 from direct_pt.models.masks import MaskHead, mask_targets
 from direct_pt.models.matching import Matching, Sampling, match, sample
 from direct_pt.models.roi_align import pyramid_roi_align
@@ -176,8 +176,8 @@ class RoIHead(nn.Module):
         column = labels.clamp(max=deltas.shape[2] - 1)[..., None, None].expand(-1, -1, 1, 4)
         delta = deltas.gather(2, column).squeeze(2)
         objects = batch.boxes.gather(1, rois.target[..., None].expand(-1, -1, 4))
-        unit = objects.new_tensor([0.0, 0.0, 1.0, 1.0])  # negatives may have no extent to encode
-        boxes, objects = (torch.where(rois.positive[..., None], box, unit) for box in (rois.boxes, objects))
+        # Negatives may have no extent to encode.
+        boxes, objects = (unit_unless(rois.positive, box) for box in (rois.boxes, objects))
         target = encode(boxes, objects, refinement.stds)
         weights = self.sampling.weights(rois.sampled) * refinement.weight
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(weights)
@@ -209,8 +209,9 @@ class RoIHead(nn.Module):
         matches.negative = torch.cat([matches.negative, torch.zeros_like(batch.valid)], dim=1)
         rows, positive, sampled = sample(self.sampling, matches, batch.seeds, salt=1 + number)
         rois = torch.cat([boxes, batch.boxes], dim=1).gather(1, rows[..., None].expand(-1, -1, 4))
-        rois = torch.where(sampled[..., None], rois, rois.new_tensor([0.0, 0.0, 1.0, 1.0]))
-        return SampledRoIs(rois, matches.target.gather(1, rows), positive, sampled, rows >= boxes.shape[1])
+        return SampledRoIs(
+            unit_unless(sampled, rois), matches.target.gather(1, rows), positive, sampled, rows >= boxes.shape[1]
+        )
 
     @torch.no_grad()
     def detect(self, features: list[Tensor], proposals: Proposals, batch: Batch) -> Detections:
