@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from direct_pt.checkpoint import Progress
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.image_cache import ImageCache
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
@@ -25,6 +26,7 @@ def banner(
     accelerator: Accelerator,
     origin: str,
     progress: Progress,
+    cache: ImageCache | None = None,
 ) -> str:
     """What is about to happen, for a person to check before the hours are spent."""
     config = detector.config
@@ -35,6 +37,8 @@ def banner(
         if settings.stage == "pretrain"
         else f"fit into {settings.long_side}x{settings.short_side}"
     )
+    if cache is not None:
+        sizes += f", out of {cache.gigabytes:.2g} GB of {cache.made_from['kind']} copies in {cache.folder}"
     lines = [
         f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
         f"  run        {settings.output_dir} (git {git_revision()})",

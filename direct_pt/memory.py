@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.device import as_on_gpu
+from direct_pt.models.rpn import BOXES_AT_ONCE
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 CONTEXT = 2**30  # bytes: the driver's context, kernels, and the workspaces of cuBLAS and cuDNN
@@ -188,7 +189,7 @@ def peak_of_losses(
 ) -> MemoryPeak:
     """`peak_of_step` for any `module` whose `losses` are to be summed; `inputs` hold the tensors of the micro-batch."""
     for group in optimizer.param_groups:
-        group["foreach"] = True  # the default on a GPU
+        group["foreach"] = not group["fused"]  # the default on a GPU
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -221,7 +222,7 @@ def card_bytes(allocated: int) -> int:
 def largest_micro_batch(available: int, peaks: dict[int, MemoryPeak]) -> int:
     """How many images fit on a card of `available` bytes, 0 where not even one does.
 
-    A step's memory grows by the same with each image, NMS's table with the square of their number.
+    A step's memory grows by the same with each image, NMS's table with the square of their number, up to a limit.
 
     Args:
         available: bytes of the card.
@@ -232,7 +233,7 @@ def largest_micro_batch(available: int, peaks: dict[int, MemoryPeak]) -> int:
     images = 0
     while True:
         more = images + 1
-        in_nms = _line(at_nms, more) + nms_bytes(_line(boxes, more))
+        in_nms = _line(at_nms, more) + nms_bytes(min(_line(boxes, more), BOXES_AT_ONCE))
         if card_bytes(max(_line(passes, more), _line(update, more), in_nms)) > available:
             return images
         images = more

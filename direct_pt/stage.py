@@ -25,7 +25,6 @@ from direct_pt.checkpoint import (
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.sources import load_split
-from direct_pt.data.table_cache import cache_root
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
@@ -73,8 +72,9 @@ def run_stage(settings: Settings) -> None:
     plan = make_plan(settings, recipe, len(train_table), count_processes())
     cache = None
     if settings.cache != "none":
-        root = settings.cache_dir or cache_root()
-        cache = open_image_cache(train_table, settings.cache, settings.image_size, root, settings.num_workers)
+        cache = open_image_cache(
+            train_table, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
+        )
     accelerator = make_accelerator(
         settings.mixed_precision,
         gradient_accumulation_steps=plan.accumulation,
@@ -96,7 +96,7 @@ def run_stage(settings: Settings) -> None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / CONFIG, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
         tables = train_table, val_table
-        print(banner(settings, recipe, plan, detector, *tables, accelerator, origin, progress), flush=True)
+        print(banner(settings, recipe, plan, detector, *tables, accelerator, origin, progress, cache), flush=True)
     accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
@@ -127,8 +127,8 @@ def make_optimizer(detector: nn.Module, recipe: Recipe, lr: float) -> torch.opti
     """The recipe's, for the parameters that train."""
     groups = parameter_groups(detector, recipe.weight_decay)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
 
 
 def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -8,19 +8,20 @@ versions. docs/performance.md holds the figures of one machine and what each par
 
 from pathlib import Path
 
-from benchmarks import annotations, evaluation, input, memory, size, step
+from benchmarks import annotations, evaluation, gpu, input, memory, size, step
 from benchmarks.rows import Row
 from direct_pt.checkpoint import write_json
 from direct_pt.errors import run_program
 from direct_pt.settings import parser
 
 PARTS = {
-    "step": step,
-    "size": size,
     "input": input,
-    "memory": memory,
     "annotations": annotations,
+    "step": step,
     "evaluation": evaluation,
+    "memory": memory,
+    "size": size,
+    "gpu": gpu,
 }
 
 

@@ -8,19 +8,20 @@ its record; building goes on after the last one.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.images import Size, UnreadableImage, decode_jpeg, read_image
 from direct_pt.data.table_cache import cache_root
 from direct_pt.data.transforms import fit
+from direct_pt.data.yuv import from_yuv, to_yuv
 
 VERSION = 1
 # How large the copies are, in crop sizes. JPEGs have all that the largest resize can show. Raw copies are a little
@@ -41,12 +43,7 @@ Manifest = dict[str, Any]
 
 
 class ImageCache:
-    """The copies, by the images' rows, and what they were made from.
-
-    Args:
-        folder: of a whole cache.
-        made_from: its manifest.
-    """
+    """The copies, by the images' rows, of the whole cache in `folder`, and the manifest of it."""
 
     def __init__(self, folder: Path, made_from: Manifest) -> None:
         self.folder = folder
@@ -69,9 +66,8 @@ class ImageCache:
             stored = os.pread(self.pixels.fileno(), length, offset)
             if not length or len(stored) < length:
                 return None
-            if self.made_from["kind"] == "jpeg":
-                return decode_jpeg(stored)
-            return _from_yuv(stored, (height, width), resized)
+            jpeg = self.made_from["kind"] == "jpeg"
+            return decode_jpeg(stored) if jpeg else from_yuv(stored, (height, width), resized)
         except (OSError, RuntimeError, ValueError):  # the disk's doing; the image file is still there
             return None
 
@@ -109,12 +105,17 @@ def open_image_cache(
         with (root / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             begun = _begun(folder, made_from)
-            if begun < len(table):
-                _build(table, folder, made_from, begun, workers)
+            try:
+                if begun < len(table):
+                    _build(table, folder, made_from, begun, workers)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             return _whole_cache(folder, made_from)
     except OSError as error:
+        smaller = ", --cache jpeg needs a quarter of the space" if kind == "raw" else ""
         _warn(f"{folder}: cannot be written ({error.strerror or error}), so that the image files are read each time; "
-              "--cache-dir takes a folder elsewhere, --cache jpeg needs a quarter of raw's space")  # fmt: skip
+              f"--cache-dir takes a folder elsewhere{smaller}")  # fmt: skip
         return None
 
 
@@ -169,12 +170,13 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(made_from))
     kind, side = made_from["kind"], made_from["side"]
-    sizes = np.array([_copy_size(_size(table, row), side) for row in range(begun, len(table))])
-    needed, free = sizes.prod(axis=1).sum() * BYTES_A_PIXEL[kind], shutil.disk_usage(folder).free
+    pixels_left = sum(math.prod(_copy_size((height, width), side)) for height, width in table.sizes[begun:].tolist())
+    needed, free = pixels_left * BYTES_A_PIXEL[kind], shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} are free")
     chunks: Iterable[list[tuple[bytes, Size]]] = DataLoader(
-        Subset(_Copies(table, kind, side), range(begun, len(table))),
+        _Copies(table, kind, side),
+        sampler=range(begun, len(table)),
         batch_size=CHUNK,
         collate_fn=list,
         num_workers=workers,
@@ -197,64 +199,29 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int
             bar.update(len(chunk))
 
 
+@dataclass(frozen=True)
 class _Copies(Dataset[tuple[bytes, Size]]):
     """The copies as they are stored, and their sizes; nothing of an image that cannot be read."""
 
-    def __init__(self, table: AnnotationTable, kind: str, side: int) -> None:
-        self.table = table
-        self.kind = kind
-        self.side = side
+    table: AnnotationTable
+    kind: str
+    side: int
 
     def __getitem__(self, row: int) -> tuple[bytes, Size]:
-        original = _size(self.table, row)
-        size = _copy_size(original, self.side)
+        height, width = self.table.sizes[row].tolist()
+        size = _copy_size((height, width), self.side)
         try:
-            pixels = torch.tensor(read_image(self.table.path(row), original, least=size)).permute(2, 0, 1)
+            pixels = torch.tensor(read_image(self.table.path(row), (height, width), least=size)).permute(2, 0, 1)
         except UnreadableImage:
             return b"", (0, 0)
         copy = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
         if self.kind == "jpeg":
             return encode_jpeg(copy.contiguous(), JPEG_QUALITY).numpy().tobytes(), size
-        return _to_yuv(copy.permute(1, 2, 0).numpy()), size
-
-
-def _to_yuv(pixels: np.ndarray) -> bytes:
-    """[h, w, 3] RGB as planes of brightness and, at half the resolution, of colour, as in most JPEGs: 12 bits a pixel.
-
-    The sides are made even.
-    """
-    height, width = pixels.shape[:2]
-    even = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-    return cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420).tobytes()
-
-
-def _from_yuv(stored: bytes, size: Size, resized: Size) -> np.ndarray:
-    """`_to_yuv`'s image of `size`, as [h, w, 3] RGB of size `resized`: before it has three colours, half is to do."""
-    height, width = _even(resized)
-    new = np.empty((height * 3 // 2, width), np.uint8)
-    for plane, new_plane in zip(_planes(np.frombuffer(stored, np.uint8), size), _planes(new, resized), strict=True):
-        cv2.resize(plane, new_plane.shape[::-1], dst=new_plane, interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(new, cv2.COLOR_YUV2RGB_I420)[: resized[0], : resized[1]]
-
-
-def _planes(image: np.ndarray, size: Size) -> list[np.ndarray]:
-    """Views of the planes of an image of `size`: brightness [h, w], and twice colour [h / 2, w / 2]."""
-    height, width = _even(size)
-    parts = np.split(image.ravel(), [height * width, height * width * 5 // 4])
-    return [parts[0].reshape(height, width), *(part.reshape(height // 2, width // 2) for part in parts[1:])]
-
-
-def _even(size: Size) -> Size:
-    return size[0] + size[0] % 2, size[1] + size[1] % 2
+        return to_yuv(copy.permute(1, 2, 0).numpy()), size
 
 
 def _copy_size(size: Size, side: int) -> Size:
     return fit(size, side, side) if max(size) > side else size
-
-
-def _size(table: AnnotationTable, row: int) -> Size:
-    height, width = table.sizes[row].tolist()
-    return height, width
 
 
 def _warn(message: str) -> None:

@@ -41,8 +41,9 @@ def read_image(path: Path, size: Size | None = None, least: Size | None = None) 
                     f"{path}: is {upright[1]}x{upright[0]} pixels, but its annotation says {size[1]}x{size[0]}"
                 )
             turn = (size is None or size == upright) and image.getexif().get(ORIENTATION_TAG, 1) != 1
-            wanted = least or stored
-            shrink = max(1, min(max(stored) // max(wanted), min(stored) // min(wanted)))
+            whole = upright if turn else stored
+            wanted = least or whole
+            shrink = max(1, min(whole[0] // wanted[0], whole[1] // wanted[1]))
             if image.format == "JPEG" and shrink > 1:
                 image.draft(image.mode, (stored[1] // shrink, stored[0] // shrink))
             elif image.format == "JPEG" and image.mode == "RGB" and not turn:

@@ -12,6 +12,7 @@ from direct_pt.models.boxes import decode, encode, grouped_nms
 from direct_pt.models.matching import Matching, Sampling, match, sample
 
 STDS = (1.0, 1.0, 1.0, 1.0)
+BOXES_AT_ONCE = 2**16  # in NMS: a GPU takes a bit for each pair of them
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,15 @@ class RPN(nn.Module):
         box, score, level_of = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
         usable = (box[..., 2:] > box[..., :2]).all(dim=-1)
         image = torch.arange(len(box), device=box.device)[:, None]
+        group = image * len(logits) + level_of
         # Unusable boxes go into NMS as empty ones, which suppress nothing, so that shapes stay fixed.
-        kept = grouped_nms(
-            torch.where(usable[..., None], box, 0.0).flatten(0, 1),
-            score.flatten(),
-            (image * len(logits) + level_of).flatten(),
-            self.nms_threshold,
-        )
-        survives = torch.zeros_like(usable).flatten().index_fill(0, kept, True).view_as(usable) & usable
+        real = torch.where(usable[..., None], box, 0.0)
+        survives = torch.zeros_like(usable)
+        together = max(1, BOXES_AT_ONCE // box.shape[1])  # images
+        for part in (slice(first, first + together) for first in range(0, len(box), together)):
+            boxes_of, scores_of, groups_of = (values[part].flatten(0, 1) for values in (real, score, group))
+            kept = grouped_nms(boxes_of, scores_of, groups_of, self.nms_threshold)
+            survives[part].view(-1).index_fill_(0, kept, True)
+        survives &= usable
         score, rows = torch.where(survives, score, -1.0).topk(min(counts.after_nms, score.shape[1]), dim=1)
         return Proposals(box.gather(1, rows[..., None].expand(-1, -1, 4)), score, score >= 0)

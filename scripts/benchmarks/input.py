@@ -159,7 +159,7 @@ def made_up(folder: Path, count: int, size: tuple[int, int]) -> AnnotationTable:
     height, width = size
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    distinct = [picture(rng, size) for _ in range(min(count, 8))]
+    distinct = [picture(rng, size) for _ in range(min(count, 4))]
     for number in range(count):
         name = f"{number}.jpg"
         (folder / "images" / name).write_bytes(distinct[number % len(distinct)])

@@ -11,7 +11,6 @@ micro-batch that fits.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +34,7 @@ from direct_pt.memory import (
     peak_of_step,
     training_batch,
 )
-from direct_pt.models.detector import MODELS, DetectorConfig, build_detector
+from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, recipe_for
 from direct_pt.settings import not_negative_integer, positive_integer
@@ -105,7 +104,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
             size = _size(stage, IMAGE_SIZE, SHORT_SIDE, LONG_SIDE)
             peer = _peer_peak(name, stage, size, images) if name in PEERS else None
             for recompute in (False, True):
-                case = Case(_config(name, CLASSES), stage, size, OBJECTS, "fp16", recompute)
+                case = Case(paper_config(name, CLASSES), stage, size, OBJECTS, "fp16", recompute)
                 gib = _peak(case, images).total / GIB
                 setting = f"{case.name}, {images} x {size[0]}x{size[1]}"
                 rows.append(row("memory", setting, gib, "GiB", "torchvision" if peer else None, peer, TARGET))
@@ -129,7 +128,7 @@ def _answer(args: argparse.Namespace) -> list[Row]:
         raise InputError(f"the short side, {size[0]}, is above the long side, {size[1]}: swap them")
     flags = ("backbone", "channels", "rois_per_image", "proposals")
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    config = replace(_config(args.model, args.classes or CLASSES), **given)
+    config = replace(paper_config(args.model, args.classes or CLASSES), **given)
     objects = OBJECTS if args.objects is None else args.objects
     case = Case(config, stage, size, objects, args.mixed_precision or "fp16", args.gradient_checkpointing)
     images = args.micro_batch_size or STAGES[stage].micro_batch_size
@@ -152,12 +151,13 @@ def _size(stage: str, image_size: int, short_side: int, long_side: int) -> tuple
     return -(-height // 32) * 32, -(-width // 32) * 32
 
 
-def _config(name: str, classes: int) -> DetectorConfig:
+def paper_config(name: str, classes: int) -> DetectorConfig:
+    """The paper's, of so many classes."""
     return DetectorConfig.of_paper(name, tuple(map(str, range(classes))), tuple(range(1, classes + 1)))
 
 
-def _peak(case: Case, images: int) -> MemoryPeak:
-    """Of one micro-batch, as the stage trains it."""
+def made(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
+    """The detector as its stage trains it, and the recipe's optimizer."""
     torch.manual_seed(0)
     detector = build_detector(case.config.name, config=case.config).train()
     if case.stage == "finetune":
@@ -166,13 +166,11 @@ def _peak(case: Case, images: int) -> MemoryPeak:
         recompute_blocks(detector.backbone.network)
     detector.to(memory_format=torch.channels_last)
     recipe = recipe_for(case.stage, case.config.name, detector.backbone.has_layernorm)
-    batch = training_batch(images, case.size, case.objects, len(case.config.class_names), detector.has_masks)
-    waiting = max(0, recipe.global_batch_size // images - 1)
-    return peak_of_step(detector, batch, case.precision, make_optimizer(detector, recipe, recipe.lr), waiting)
+    return detector, make_optimizer(detector, recipe, recipe.lr)
 
 
-def _peer_peak(name: str, stage: str, size: tuple[int, int], images: int) -> float:
-    """GiB of torchvision's detector, its backbone frozen as far as ours."""
+def made_peer(name: str, stage: str, size: tuple[int, int]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """torchvision's detector, its backbone frozen as far as ours, and the same optimizer."""
     torch.manual_seed(0)
     frozen = stage == "finetune"
     pyramid = (
@@ -187,16 +185,32 @@ def _peer_peak(name: str, stage: str, size: tuple[int, int], images: int) -> flo
     )
     classes = CLASSES + 1  # with a background
     model = PEERS[name](backbone, num_classes=classes, min_size=size[0], max_size=size[1], fixed_size=size[::-1])
-    batch = training_batch(images, size, OBJECTS, CLASSES, PEERS[name] is MaskRCNN)
-    pictures = list(batch.images / 255)
-    targets = [_target(batch, number) for number in range(images)]
-    inputs = [*pictures, *(value for target in targets for value in target.values())]
-    recipe = STAGES[stage]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    losses: Callable[[], dict[str, Tensor]] = lambda: model(pictures, targets)  # noqa: E731
-    waiting = recipe.global_batch_size // images - 1
-    return peak_of_losses(losses, model.train(), inputs, "fp16", optimizer, waiting).total / GIB
+    recipe = STAGES[stage]
+    optimizer = torch.optim.SGD(trained, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+    return model.train(), optimizer
+
+
+def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A batch as torchvision's detectors take it."""
+    return list(batch.images / 255), [_target(batch, number) for number in range(len(batch))]
+
+
+def _peak(case: Case, images: int) -> MemoryPeak:
+    """Of one micro-batch, as the stage trains it."""
+    detector, optimizer = made(case)
+    batch = training_batch(images, case.size, case.objects, len(case.config.class_names), detector.has_masks)
+    waiting = max(0, STAGES[case.stage].global_batch_size // images - 1)
+    return peak_of_step(detector, batch, case.precision, optimizer, waiting)
+
+
+def _peer_peak(name: str, stage: str, size: tuple[int, int], images: int) -> float:
+    """GiB of torchvision's detector."""
+    model, optimizer = made_peer(name, stage, size)
+    pictures, targets = peer_inputs(training_batch(images, size, OBJECTS, CLASSES, PEERS[name] is MaskRCNN))
+    inputs = [*pictures, *(value for target in targets for value in target.values())]
+    waiting = STAGES[stage].global_batch_size // images - 1
+    return peak_of_losses(lambda: model(pictures, targets), model, inputs, "fp16", optimizer, waiting).total / GIB
 
 
 def _target(batch: Batch, number: int) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""The benchmark as a real process, its parts on small sets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_runs as runs
+import torch
+
+
+def measured(output: Path, part: str, *flags: object) -> list[dict[str, Any]]:
+    """The rows that benchmark.py writes."""
+    process = runs.start_script("benchmark", part, *flags, "--output", output)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return runs.read_json(output)
+
+
+def test_boxes_and_masks_beside_the_peer(tmp_path: Path) -> None:
+    rows = {row["setting"]: row for row in measured(tmp_path / "rows.json", "evaluation", "--images", 20, "--masks")}
+    timed = [f"20 images, boxes and masks, from {how}" for how in ("files", "arrays")]
+    difference = "20 images, boxes and masks: largest difference"
+    assert list(rows) == [
+        *(setting + ending for setting in timed for ending in ("", ": peak")),
+        difference,
+        "28x28 to run lengths in 640x480",
+    ]
+    assert rows.pop(difference)["value"] <= 1e-12
+    assert all(row["value"] > 0 and row["peer_value"] > 0 and "pycocotools" in row["peer"] for row in rows.values())
+
+
+def test_boxes_without_the_peer(tmp_path: Path) -> None:
+    rows = measured(tmp_path / "rows.json", "evaluation", "--images", 20, "--no-peer")
+    assert len(rows) == 5 and all(row["peer"] is None and row["ratio"] is None for row in rows)
+
+
+def test_input_beside_its_peers(tmp_path: Path) -> None:
+    rows = measured(tmp_path / "rows.json", "input", "--images", 8, "--repeats", 1)
+    assert len(rows) == 10 and all(row["value"] > 0 and row["unit"] in ("images/s", "GB") for row in rows)
+    assert {row["peer"] for row in rows} == {"MMDetection's steps", "torchvision", "from the files", None}
+    for row in rows:
+        assert row["ratio"] is None or row["ratio"] == row["value"] / row["peer_value"]
+        assert row["part"] == "input" and row["device"] and {"torch", "pillow"} <= set(row["versions"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_part_for_a_gpu_says_that_there_is_none() -> None:
+    process = runs.start_script("benchmark", "gpu")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "there is none here" in errors
