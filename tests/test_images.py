@@ -214,3 +214,125 @@ def test_an_image_too_large_to_be_meant(tmp_path: Path) -> None:
     for read in (read_image, image_size):
         with pytest.raises(UnreadableImage, match=r"bomb.png.*4294967296 pixels"):
             read(tmp_path / "bomb.png")
+
+
+# At least as many pixels as are needed
+
+
+PHOTO = (203, 301)
+SHRUNK: dict[str, tuple[str, Callable[[Image.Image], Image.Image], dict[str, Any]]] = {
+    "jpeg": ("a.jpg", lambda image: image, {"quality": 95}),
+    "progressive jpeg": ("a.jpg", lambda image: image, {"quality": 95, "progressive": True}),
+    "grey jpeg": ("a.jpg", lambda image: image.convert("L"), {"quality": 95}),
+    "cmyk jpeg": ("a.jpg", lambda image: image.convert("CMYK"), {"quality": 95}),
+    "png": ("a.png", lambda image: image, {}),
+    "16 bits": ("a.png", lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), {}),
+    "palette": ("a.png", lambda image: image.quantize(256), {}),
+    "webp": ("a.webp", lambda image: image, {"lossless": True}),
+    "tiff": ("a.tif", lambda image: image, {}),
+}
+
+
+def photo() -> Image.Image:
+    """Smooth, [203, 301]."""
+    few = np.random.default_rng(0).integers(60, 200, size=(5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(few).resize(PHOTO[::-1], Image.Resampling.BICUBIC)
+
+
+def assert_area_means(found: np.ndarray, whole: np.ndarray) -> None:
+    """Every pixel stands for its share of the whole image; those of the last row and column may for less."""
+    rows, columns = (-(-whole.shape[axis] // found.shape[axis]) for axis in (0, 1))
+    assert found.shape[:2] == (-(-whole.shape[0] // rows), -(-whole.shape[1] // columns))
+    exact = np.asarray(Image.fromarray(whole).reduce((columns, rows)))
+    difference = np.abs(found.astype(int) - exact)
+    assert difference.mean() < 1.5 and difference[:-1, :-1].max() < 12
+
+
+@pytest.mark.parametrize("kind", SHRUNK)
+def test_fewer_pixels_will_do(tmp_path: Path, kind: str) -> None:
+    """At the borders too: what is asked for is half of the image, or one pixel more."""
+    name, change, options = SHRUNK[kind]
+    change(photo()).save(tmp_path / name, **options)
+    whole = pixels(tmp_path / name, PHOTO)
+    height, width = PHOTO
+    for least, by_at_most in {
+        PHOTO: 1,
+        (height + 50, width + 50): 1,
+        (height // 2, width // 2): 2,
+        (height // 2 + 1, width // 2): 1,
+        (height // 2, width // 2 + 1): 1,
+        (height // 4, width // 4): 4,
+        (height // 4 + 1, width // 4 + 1): 3,
+        (height // 8, width // 8): 8,
+        (20, 30): 10,
+        (20, width): 1,
+        (1, 1): 203,
+    }.items():
+        found = read_image(tmp_path / name, PHOTO, least)
+        assert found.dtype == np.uint8
+        assert found.shape[0] >= min(least[0], height) and found.shape[1] >= min(least[1], width)
+        if by_at_most == 1:
+            np.testing.assert_array_equal(found, whole)
+            continue
+        if name == "a.jpg":  # the decoder halves, up to three times
+            by_at_most = max(step for step in (1, 2, 4, 8) if step <= by_at_most)
+        assert found.shape == (-(-height // by_at_most), -(-width // by_at_most), 3)
+        if by_at_most <= 10:
+            assert_area_means(found, whole)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_fewer_pixels_of_a_turned_image(tmp_path: Path, suffix: str, orientation: int) -> None:
+    """In both readings: upright, and as stored, where the annotation disregards EXIF."""
+    path, upright = tmp_path / f"a.{suffix}", np.asarray(photo())
+    stored = save_turned(path, upright, orientation)
+    for size, expected in {PHOTO: upright, stored.shape[:2]: stored if orientation >= 5 else upright}.items():
+        for divisor in (2, 4):
+            least = size[0] // divisor, size[1] // divisor
+            found = read_image(path, size, least)
+            assert found.shape[0] >= least[0] and found.shape[1] >= least[1]
+            exact = np.asarray(Image.fromarray(expected).resize(found.shape[1::-1], Image.Resampling.BOX))
+            assert np.abs(found.astype(int) - exact).mean() < 2
+        one_side = read_image(path, size, (size[0], size[1] // 4))
+        assert one_side.shape[:2] == size
+
+
+def test_jpegs_are_decoded_as_by_pillow(tmp_path: Path) -> None:
+    """To the pixel, at full size."""
+    noise = np.random.default_rng(0).integers(256, size=(67, 51, 3), dtype=np.uint8)
+    for row, (image, options) in enumerate(
+        (image, {"quality": quality, "subsampling": subsampling, "progressive": progressive})
+        for image in (photo(), Image.fromarray(noise))
+        for quality in (30, 95)
+        for subsampling in (0, 1, 2)
+        for progressive in (False, True)
+    ):
+        path = tmp_path / f"{row}.jpg"
+        image.save(path, **options)
+        with Image.open(path) as expected:
+            np.testing.assert_array_equal(read_image(path), np.asarray(expected.convert("RGB")))
+
+
+def test_corrupt_jpegs_are_read_as_by_pillow(tmp_path: Path) -> None:
+    """Damage that it puts up with, and damage that it refuses, wherever the file is cut off or overwritten."""
+    path, outcomes = tmp_path / "a.jpg", set()
+    photo().save(path, quality=90)
+    content = path.read_bytes()
+    for place in range(100, len(content), len(content) // 40):
+        for damaged in (content[:place], content[:place] + b"\x55" * 20 + content[place + 20 :]):
+            path.write_bytes(damaged)
+            for least in (None, (PHOTO[0] // 2, PHOTO[1] // 2)):
+                try:
+                    with Image.open(path) as image:
+                        if least is not None:
+                            image.draft(None, least[::-1])
+                        expected = np.asarray(image.convert("RGB"))
+                except (OSError, SyntaxError, ValueError):
+                    with pytest.raises(UnreadableImage, match=r"a\.jpg"):
+                        read_image(path, None, least)
+                    outcomes.add("refused")
+                else:
+                    np.testing.assert_array_equal(read_image(path, None, least), expected)
+                    outcomes.add("read")
+    assert outcomes == {"refused", "read"}

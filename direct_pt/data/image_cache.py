@@ -12,30 +12,27 @@ import math
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision.io import encode_jpeg
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import Size, UnreadableImage, decode_jpeg, read_image
+from direct_pt.data.copies import Copies, copy_size, from_yuv
+from direct_pt.data.images import Size, decode_jpeg
 from direct_pt.data.table_cache import cache_root
-from direct_pt.data.transforms import fit
-from direct_pt.data.yuv import from_yuv, to_yuv
 
 VERSION = 1
 # How large the copies are, in crop sizes. JPEGs have all that the largest resize can show. Raw copies are a little
 # smaller, so that COCO train2017 takes under 30 GB.
 KINDS = {"jpeg": 1.2, "raw": 1.05}
-JPEG_QUALITY = 90
 BYTES_A_PIXEL = {"jpeg": 0.4, "raw": 1.5}  # JPEG's is a guess on the safe side, to look for space on the disk
 CHUNK = 256  # images between two writes of the index
 RECORD = np.dtype([("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4")])
@@ -103,7 +100,7 @@ def open_image_cache(
         if not root.exists():
             root.mkdir(parents=True, exist_ok=True)
         with (root / f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock, which workers that outlive this process would hold
             begun = _begun(folder, made_from)
             try:
                 if begun < len(table):
@@ -170,17 +167,18 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(made_from))
     kind, side = made_from["kind"], made_from["side"]
-    pixels_left = sum(math.prod(_copy_size((height, width), side)) for height, width in table.sizes[begun:].tolist())
+    pixels_left = sum(math.prod(copy_size((height, width), side)) for height, width in table.sizes[begun:].tolist())
     needed, free = pixels_left * BYTES_A_PIXEL[kind], shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} are free")
     chunks: Iterable[list[tuple[bytes, Size]]] = DataLoader(
-        _Copies(table, kind, side),
+        Copies(table, kind, side),
         sampler=range(begun, len(table)),
         batch_size=CHUNK,
         collate_fn=list,
         num_workers=workers,
         generator=torch.Generator(),  # its own, as the training loader's
+        worker_init_fn=_end_with_parent,
     )
     with (
         (folder / "pixels").open("ab") as pixels,
@@ -199,29 +197,16 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int
             bar.update(len(chunk))
 
 
-@dataclass(frozen=True)
-class _Copies(Dataset[tuple[bytes, Size]]):
-    """The copies as they are stored, and their sizes; nothing of an image that cannot be read."""
+def _end_with_parent(worker: int) -> None:
+    """One that waits to hand over what it has would outlive a killed parent for ever."""
+    parent = os.getppid()
 
-    table: AnnotationTable
-    kind: str
-    side: int
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-    def __getitem__(self, row: int) -> tuple[bytes, Size]:
-        height, width = self.table.sizes[row].tolist()
-        size = _copy_size((height, width), self.side)
-        try:
-            pixels = torch.tensor(read_image(self.table.path(row), (height, width), least=size)).permute(2, 0, 1)
-        except UnreadableImage:
-            return b"", (0, 0)
-        copy = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
-        if self.kind == "jpeg":
-            return encode_jpeg(copy.contiguous(), JPEG_QUALITY).numpy().tobytes(), size
-        return to_yuv(copy.permute(1, 2, 0).numpy()), size
-
-
-def _copy_size(size: Size, side: int) -> Size:
-    return fit(size, side, side) if max(size) > side else size
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _warn(message: str) -> None:

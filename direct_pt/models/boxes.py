@@ -4,6 +4,7 @@ Boxes are (x1, y1, x2, y2) in pixels. Semantics follow MMDetection's DeltaXYWHBB
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torchvision
@@ -93,14 +94,13 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
         # One kernel for all: groups are moved apart, in float64 so that far-off coordinates keep their digits.
         shift = groups.double() * (boxes.max() - boxes.min() + 1).double() if len(boxes) else groups.double()
         return torchvision.ops.nms(boxes.double() + shift[:, None], scores.double(), threshold)
-    # The CPU kernel compares every kept box with all that follow, so there each group is a call of its own.
+    # The CPU kernel compares every kept box with all that follow and uses one thread: each group is a call of its own.
     order = torch.argsort(groups, stable=True)
-    counts = torch.bincount(groups).tolist() if len(groups) else []
-    kept = [
-        rows[torchvision.ops.nms(boxes[rows], scores[rows], threshold)] for rows in order.split(counts) if len(rows)
-    ]
-    if not kept:
+    if not len(order):
         return order
+    members = [rows for rows in order.split(torch.bincount(groups).tolist()) if len(rows)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        kept = list(pool.map(lambda rows: rows[torchvision.ops.nms(boxes[rows], scores[rows], threshold)], members))
     rows = torch.cat(kept)
     return rows[torch.argsort(scores[rows], descending=True, stable=True)]
 

@@ -20,7 +20,7 @@ def roi_levels(boxes: Tensor, num_levels: int) -> Tensor:
 def pyramid_roi_align(
     features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
 ) -> Tensor:
-    """RoIAlign (aligned, adaptive sampling) of each box on the level that its size asks for, in float32.
+    """RoIAlign (aligned, adaptive sampling) of each box on the level that its size asks for, computed in float32.
 
     Semantics follow MMDetection's SingleRoIExtractor.
 
@@ -32,10 +32,10 @@ def pyramid_roi_align(
         output_size: cells a side.
 
     Returns:
-        [R, C, output_size, output_size].
+        [R, C, output_size, output_size] of the features' dtype.
     """
     pool = roi_align if takes_gpu_path(boxes) else roi_align_by_rows
-    return pool(features, strides, images, boxes, output_size)
+    return pool(features, strides, images, boxes, output_size).to(features[0].dtype)
 
 
 def roi_align(features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
