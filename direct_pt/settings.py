@@ -200,14 +200,14 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> N
     length = group.add_mutually_exclusive_group()
     text = f"1x: {recipe.epochs} epochs (paper), with a floor of steps for small data sets"
     length.add_argument("--schedule", choices=list(SCHEDULES), help=text)
-    length.add_argument("--epochs", type=_positive_float, metavar="N", help="in place of --schedule")
+    length.add_argument("--epochs", type=positive_float, metavar="N", help="in place of --schedule")
     length.add_argument("--max-steps", **_count(None, "N", "in place of --schedule"))
     text = f"images an optimizer step, over all processes (paper: {recipe.global_batch_size})"
     group.add_argument("--global-batch-size", **_count(None, "N", text))
     text = f"images at once on a device; the rest is accumulated (paper: {recipe.micro_batch_size})"
     group.add_argument("--micro-batch-size", **_count(None, "N", text))
     text = f"(paper: {recipe.lr:g} for a batch of {recipe.global_batch_size}; scaled in proportion to the batch)"
-    group.add_argument("--lr", type=_positive_float, metavar="X", help=text)
+    group.add_argument("--lr", type=positive_float, metavar="X", help=text)
     text = f"(paper: {recipe.warmup_steps}; at most a tenth of the run)"
     group.add_argument("--warmup-steps", type=not_negative_integer, metavar="N", help=text)
 
@@ -223,7 +223,7 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
     text = "of weights, order and augmentation (0)"
     group.add_argument("--seed", type=not_negative_integer, default=0, metavar="N", help=text)
     text = "between two evaluations (a twelfth of the run)"
-    group.add_argument("--eval-every", type=_positive_float, metavar="EPOCHS", help=text)
+    group.add_argument("--eval-every", type=positive_float, metavar="EPOCHS", help=text)
     group.add_argument("--save-every", **_count(1000, "STEPS", "between two checkpoints (1000)"))
     group.add_argument("--keep-checkpoints", **_count(2, "N", "the newest that stay (2)"))
     group.add_argument("--log-every", **_count(20, "STEPS", "between two log lines (20)"))
@@ -305,7 +305,8 @@ def not_negative_integer(text: str) -> int:
     return value
 
 
-def _positive_float(text: str) -> float:
+def positive_float(text: str) -> float:
+    """For argparse."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be above 0")

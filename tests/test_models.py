@@ -21,6 +21,7 @@ from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import find_splits, load_split
 from direct_pt.data.transforms import PretrainPreset, TestPreset, has_extent
 from direct_pt.errors import InputError
+from direct_pt.models import matching, rpn
 from direct_pt.models.anchors import Anchors, inside, per_anchor
 from direct_pt.models.backbone import Backbone, DetectionSwinBlock
 from direct_pt.models.boxes import best_detections, decode, grouped_nms
@@ -1055,3 +1056,35 @@ def test_backbones_that_fit(backbone: str, channels: list[int]) -> None:
         (2, width, 96 // stride, 160 // stride) for width, stride in zip(channels, (4, 8, 16, 32), strict=True)
     ]
     assert all(level.isfinite().all() and level.std() > 0 for level in maps)
+
+
+@pytest.mark.parametrize("rule", [Matching(0.7, 0.3, 0.3), Matching(0.5, 0.5), Matching(0.5, 0.4, 0.0)])
+def test_matching_in_parts(rule: Matching, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crowded images are matched a few references at a time: with ties between the parts, crowds, unused slots."""
+    draw = torch.Generator().manual_seed(0)
+    for count in (1, 30, 211):
+        corners, sides = (torch.randint(low, 14, (3, count + 6, 2), generator=draw).float() for low in (0, 1))
+        boxes = torch.cat([corners, corners + sides], dim=-1)
+        usable, valid, crowd = (
+            torch.rand(3, n, generator=draw) < share for n, share in ((count, 0.8), (6, 0.7), (6, 1))
+        )
+        arguments = boxes[:, 6:], usable, boxes[:, :6], valid, crowd & ~valid
+        at_once = match(rule, *arguments)
+        for pairs in (1, 18 * 7):
+            with monkeypatch.context() as patch:
+                patch.setattr(matching, "PAIRS_AT_ONCE", pairs)
+                in_parts = match(rule, *arguments)
+            assert vars(at_once).keys() == vars(in_parts).keys()
+            assert all(torch.equal(values, getattr(in_parts, name)) for name, values in vars(at_once).items())
+
+
+def test_nms_of_some_images_at_a_time(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = two_stage(small_detector()).train()
+    features = detector.features(batch)
+    maps = detector.rpn(features)
+    at_once = detector.rpn.proposals(features, *maps, batch)
+    for boxes in (1, 2 * at_once.boxes.shape[1] * len(features)):
+        monkeypatch.setattr(rpn, "BOXES_AT_ONCE", boxes)
+        assert all(
+            map(torch.equal, vars(at_once).values(), vars(detector.rpn.proposals(features, *maps, batch)).values())
+        )

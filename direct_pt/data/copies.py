@@ -68,7 +68,7 @@ def from_yuv(stored: bytes, size: Size, resized: Size) -> np.ndarray:
     Raises ValueError where that cannot be such an image.
     """
     height, width = _even(resized)
-    new = np.zeros((height * 3 // 2, width), np.uint8)
+    new = np.empty((height * 3 // 2, width), np.uint8)
     for plane, new_plane in zip(_planes(np.frombuffer(stored, np.uint8), size), _planes(new, resized), strict=True):
         cv2.resize(plane, new_plane.shape[::-1], dst=new_plane, interpolation=cv2.INTER_LINEAR)
     return cv2.cvtColor(new, cv2.COLOR_YUV2RGB_I420)[: resized[0], : resized[1]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from direct_pt.models.boxes import overlaps
 
 CROWD_OVERLAP = 0.5  # a negative that lies in crowd regions by more than this share of its area is ignored
+PAIRS_AT_ONCE = 2**25  # of references and objects: crowded images of many anchors would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,37 @@ def match(rule: Matching, references: Tensor, usable: Tensor, boxes: Tensor, val
         valid: [B, G] bool, which of them are to be learnt.
         crowd: [B, G] bool, which are regions to ignore.
     """
-    iou, covered = overlaps(boxes, references)
-    in_crowd = (covered.masked_fill(~crowd[:, :, None], 0).amax(dim=1) > CROWD_OVERLAP) & usable
-    iou = iou.masked_fill(~(valid[:, :, None] & usable[:, None, :]), -1)
-    best, target = iou.max(dim=1)
+    size = max(1, PAIRS_AT_ONCE // valid.numel())
+    parts = list(zip(references.split(size, dim=1), usable.split(size, dim=1), strict=True))
+    best_of_object, columns = boxes.new_full((*valid.shape, 1), -1), []
+    for some, of_use in parts:
+        iou, in_crowd = _overlaps(some, of_use, boxes, valid, crowd)
+        best_of_object = torch.maximum(best_of_object, iou.amax(dim=2, keepdim=True))
+        columns.append((*iou.max(dim=1), in_crowd))
+    best, target, in_crowd = (torch.cat(column, dim=1) for column in zip(*columns, strict=True))
     positive = best >= rule.positive
     negative = best < rule.negative
     if rule.low_quality is not None:
         # Every reference that ties for an object's best takes that object; of several objects the last one wins.
-        best_of_object = iou.amax(dim=2, keepdim=True)
-        taken = (iou == best_of_object) & (best_of_object >= rule.low_quality)
         slots = torch.arange(boxes.shape[1], device=boxes.device)[None, :, None]
-        last = torch.where(taken, slots, -1).amax(dim=1)
+        takers = []
+        for some, of_use in parts:
+            if len(parts) > 1:  # they were too many to keep
+                iou, _ = _overlaps(some, of_use, boxes, valid, crowd)
+            taken = (iou == best_of_object) & (best_of_object >= rule.low_quality)
+            takers.append(torch.where(taken, slots, -1).amax(dim=1))
+        last = torch.cat(takers, dim=1)
         target = torch.where(last >= 0, last, target)
         positive = positive | (last >= 0)
     return Matches(target, positive & usable, negative & ~positive & ~in_crowd & usable)
+
+
+def _overlaps(references: Tensor, usable: Tensor, boxes: Tensor, valid: Tensor, crowd: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU [B, G, N] of objects and references, -1 where either does not count, and which references [B, N] lie in
+    crowd regions."""
+    iou, covered = overlaps(boxes, references)
+    in_crowd = (covered.masked_fill(~crowd[:, :, None], 0).amax(dim=1) > CROWD_OVERLAP) & usable
+    return iou.masked_fill(~(valid[:, :, None] & usable[:, None, :]), -1), in_crowd
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from direct_pt.memory import (
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, recipe_for
-from direct_pt.settings import not_negative_integer, positive_integer
+from direct_pt.settings import not_negative_integer, positive_float, positive_integer
 from direct_pt.stage import make_optimizer
 
 GIB = 2**30
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed-precision", choices=[p for p in PRECISIONS if p != "auto"], help="(fp16)")
     parser.add_argument("--objects", type=not_negative_integer, metavar="N", help=f"on each image ({OBJECTS})")
     parser.add_argument("--classes", **numbers, help=f"of objects ({CLASSES})")
-    parser.add_argument("--card-gb", type=_gib, metavar="GIB", help="memory of the card (11)")
+    parser.add_argument("--card-gb", type=positive_float, metavar="GIB", help="memory of the card (11)")
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -219,10 +219,3 @@ def _target(batch: Batch, number: int) -> dict[str, Tensor]:
     if batch.masks is not None and batch.mask_rows is not None:
         target["masks"] = torch.stack([batch.masks.dense(row) for row in batch.mask_rows[number].tolist()])
     return target
-
-
-def _gib(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
