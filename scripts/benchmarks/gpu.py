@@ -57,24 +57,31 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for stage, images, size, precision in SETTINGS:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            setting = f"{name} {stage}, {images} x {size[0]}x{size[1]}, {precision}"
             try:
-                ours = our_step(name, stage, images, size, precision)
-                waits, operations = waits_of(ours), flops_of(ours)
-                peak = torch.cuda.max_memory_allocated() / 2**30
-                peer = None if name not in PEERS else peer_step(name, stage, images, size, precision)
-                spent, *theirs = seconds(*(one for one in (ours, peer) if one), repeats=args.repeats, warmup=WARMUP)
+                rows += of_setting(name, stage, images, size, precision, args.repeats, reached)
             except torch.cuda.OutOfMemoryError:
-                print(f"{setting}: does not fit into {CARD_BYTES / 1e9:g} GB", flush=True)
-                continue
-            peer_rate, target = (images / theirs[0], "ratio 1.5") if theirs else (None, None)
-            rows += [
-                row("gpu", setting, images / spent, "images/s", "torchvision" if theirs else None, peer_rate, target),
-                row("gpu", "  waits for the GPU", waits, "a step", target="at most 8"),
-                row("gpu", "  peak of allocated memory", peak, "GiB", target="under 9 GiB"),
-                row("gpu", "  of the matrix product's speed", 100 * operations / spent / reached, "%"),
-            ]
+                where = f"{name} {stage}, {images} images, {precision}"
+                print(f"{where}: does not fit into {CARD_BYTES / 1e9:g} GB", flush=True)
     return rows
+
+
+def of_setting(
+    name: str, stage: str, images: int, size: tuple[int, int], precision: str, repeats: int, reached: float
+) -> list[Row]:
+    """One detector in one setting; `reached` are the operations a second of the matrix product."""
+    setting = f"{name} {stage}, {images} x {size[0]}x{size[1]}, {precision}"
+    ours = our_step(name, stage, images, size, precision)
+    waits, operations = waits_of(ours), flops_of(ours)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    peer = peer_step(name, stage, images, size, precision) if name in PEERS else None
+    spent, *theirs = seconds(*(one for one in (ours, peer) if one), repeats=repeats, warmup=WARMUP)
+    peer_rate, target = (images / theirs[0], "ratio 1.5") if theirs else (None, None)
+    return [
+        row("gpu", setting, images / spent, "images/s", "torchvision" if theirs else None, peer_rate, target),
+        row("gpu", "  waits for the GPU", waits, "a step", target="at most 8"),
+        row("gpu", "  peak of allocated memory", peak, "GiB", target="under 9 GiB"),
+        row("gpu", "  of the matrix product's speed", 100 * operations / spent / reached, "%"),
+    ]
 
 
 def our_step(name: str, stage: str, images: int, size: tuple[int, int], precision: str) -> Step:
