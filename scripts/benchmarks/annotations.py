@@ -26,6 +26,7 @@ from pycocotools.coco import COCO
 from benchmarks.rows import Row, in_process, peak_gib, row
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.settings import positive_integer
 
 PART = "annotations"
 IMAGES, OBJECTS_PER_IMAGE, CLASSES = 118_287, 860_001 / 118_287, 80
@@ -36,7 +37,9 @@ READINGS = 100  # of the worker's memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How much, and where."""
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=positive_integer, default=IMAGES, metavar="N", help="images (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the made-up data here, and use them again")
 
 

@@ -34,6 +34,7 @@ import numpy as np
 from benchmarks.rows import Row, in_process, peak_gib, row, seconds
 from direct_pt.data.sources import SplitPaths, load_split
 from direct_pt.evaluation import METRICS, Predictions, coco_metrics, mask_run_lengths
+from direct_pt.settings import positive_integer
 
 HEIGHT, WIDTH = 480, 640
 OBJECTS, DETECTIONS, CLASSES = 7.2, 100, 80  # an image, an image, in all
@@ -43,7 +44,9 @@ PASTED = 400  # detections
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How large the set is, and what is left out."""
-    parser.add_argument("--images", type=int, default=5000, metavar="N", help="of the synthetic set (default: 5000)")
+    parser.add_argument(
+        "--images", type=positive_integer, default=5000, metavar="N", help="of the synthetic set (default: 5000)"
+    )
     parser.add_argument("--masks", action="store_true", help="objects and detections have masks too")
     parser.add_argument("--no-peer", action="store_true", help="leave pycocotools out: it takes minutes")
 
