@@ -8,12 +8,12 @@ from accelerate import Accelerator
 
 from direct_pt.checkpoint import Progress
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.image_cache import ImageCache
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
 from direct_pt.recipes import LEAST_BATCHNORM_IMAGES, Recipe
 from direct_pt.settings import Settings
+from direct_pt.training import TrainingData
 
 
 def banner(
@@ -21,15 +21,13 @@ def banner(
     recipe: Recipe,
     plan: Plan,
     detector: Detector,
-    train_table: AnnotationTable,
-    val_table: AnnotationTable | None,
+    data: TrainingData,
     accelerator: Accelerator,
     origin: str,
     progress: Progress,
-    cache: ImageCache | None = None,
 ) -> str:
     """What is about to happen, for a person to check before the hours are spent."""
-    config = detector.config
+    config, train_table, val_table, cache = detector.config, data.train, data.val, data.cache
     trained = [p for p in detector.parameters() if p.requires_grad]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     sizes = (

@@ -1,45 +1,67 @@
 """What is saved and read back: a model folder (weights and what they mean), and the training state beside it.
 
-A model folder holds `model.safetensors` and `config.json`; huggingface_hub uploads and downloads it as it is. Nothing
-in it is pickled. The training state is accelerate's.
+A model folder holds `model.safetensors` and `config.json`; huggingface_hub uploads and downloads it as it is. The
+training state is a folder of safetensors files too, the same whatever the run is spread over. Nothing is pickled.
 """
 
 import json
-import os
 import shutil
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from direct_pt.errors import InputError
+from direct_pt.files import DamagedFile, read_tensors, sync, write_json, write_tensors
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"
 History = list[dict[str, Any]]
+Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Progress:
-    """How far a run has come; part of the training state."""
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done, those that were skipped included.
+        skipped: steps without an update, as a loss or a gradient was not finite.
+        skipped_in_a_row: how many of them are the latest ones.
+    """
 
     step: int = 0
-    best_ap: float = -1.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """For accelerate."""
-        return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For accelerate."""
-        vars(self).update(state)
+@dataclass
+class TrainingState:
+    """All that a run needs to go on as if nothing had happened.
+
+    Attributes:
+        progress: how far it has come.
+        weights: of the detector, by name.
+        optimizer: its state, by "parameter name/entry".
+        average: the weights' moving average, where the run has one.
+        scaler: the loss scale's state, of fp16.
+        of_processes: what each process has gathered since the last log.
+        micro_batch_size: images at once on a device.
+    """
+
+    progress: Progress
+    weights: Tensors
+    optimizer: Tensors
+    average: Tensors | None = None
+    scaler: dict[str, Any] | None = None
+    of_processes: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch_size: int = 0
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
@@ -49,12 +71,12 @@ def save_model(folder: Path, detector: Detector, history: History) -> None:
         folder: made if it is not there.
         detector: unwrapped.
         history: one dictionary a stage of training that led here.
+
+    Raises:
+        OSError: it cannot be written; what stood there is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    temporary = folder / f".{WEIGHTS}.partial"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    replace_file(temporary, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, detector.state_dict())
     write_json(folder / CONFIG, {"detector": detector.config.to_dict(), "history": history})
 
 
@@ -75,9 +97,9 @@ def from_pretrained(
     config = change(config) if change else config
     detector = build_detector(config.name, config=config)
     try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS}: cannot be read as weights ({error}); the file is damaged") from error
+        weights, _ = read_tensors(folder / WEIGHTS)
+    except DamagedFile as error:
+        raise InputError(str(error)) from error
     expected = {name: tensor.shape for name, tensor in detector.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if expected != found:
@@ -95,61 +117,77 @@ def read_history(path: str | Path) -> History:
     return _read_config(_model_folder(path))[1]
 
 
-def save_training_state(folder: Path, accelerator: Accelerator, step: int, keep: int) -> Path:
-    """Write `folder`/step-N whole: into a new folder that is renamed when done. Every process must call it.
+def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
+    """Write `folder`/step-N whole: into a new folder that is renamed when all of it is on disk.
 
     Args:
         folder: of the run's checkpoints.
-        accelerator: whose state it is.
-        step: N.
+        state: of step N.
         keep: how many of the newest checkpoints stay.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before it are as they were.
     """
+    step = state.progress.step
     final, partial, replaced = (folder / name.format(step) for name in ("step-{}", ".step-{}.partial", ".step-{}.old"))
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".step-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        write_tensors(partial / WEIGHTS, state.weights)
+        if state.average is not None:
+            write_tensors(partial / AVERAGE, state.average)
+        facts = {name: getattr(state, name) for name in ("scaler", "of_processes", "micro_batch_size")}
+        write_tensors(partial / OPTIMIZER, state.optimizer, {"progress": asdict(state.progress), **facts})
         if final.exists():  # the same step, saved a moment ago: out of the way, but not gone before the new one stands
             final.rename(replaced)
         partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return final
+        sync(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    known = checkpoints(folder)
+    beyond = [path for path in known if _step(path) > step]  # damaged: the run went on from one before them
+    for old in (replaced, *beyond, *known[: len(known) - len(beyond)][:-keep]):
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def load_training_state(folder: Path, accelerator: Accelerator) -> None:
-    """Read back what `save_training_state` wrote. Raises InputError where the files are damaged."""
+def load_training_state(folder: Path) -> TrainingState | None:
+    """The newest state that is whole, or None where nothing was saved yet. Damaged ones are named on stderr.
+
+    Raises:
+        InputError: all of them are damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return _read_training_state(path)
+        except DamagedFile as error:
+            print(f"warning: {error}; the checkpoint before it is used", file=sys.stderr, flush=True)
+    if found:
+        raise InputError(f"{folder}: none of its {len(found)} checkpoints is whole; remove the folder to begin anew")
+    return None
+
+
+def _read_training_state(folder: Path) -> TrainingState:
+    weights, _ = read_tensors(folder / WEIGHTS)
+    optimizer, facts = read_tensors(folder / OPTIMIZER)
+    average = read_tensors(folder / AVERAGE)[0] if (folder / AVERAGE).exists() else None
     try:
-        accelerator.load_state(str(folder))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: cannot be read as a training state ({error}); remove it to go on from the one before it"
-        ) from error
+        progress = Progress(**facts.pop("progress"))
+        return TrainingState(progress, weights, optimizer, average, **facts)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{folder / OPTIMIZER}: holds no training state ({error})") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first, by step and not by file time."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file as a whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    replace_file(temporary, path)
-
-
-def replace_file(temporary: Path, final: Path) -> None:
-    """Put `temporary` in `final`'s place, on disk before it is visible."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def _model_folder(path_or_hub_id: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import evaluation_loader
 from direct_pt.data.transforms import Preset
+from direct_pt.launch import autocast
 from direct_pt.models.detector import Detector
 from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
 
@@ -68,6 +69,7 @@ def predict_split(
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Predictions:
     """Run the detector over every image of the table once, shared between the processes.
 
@@ -82,9 +84,10 @@ def predict_split(
     detector.eval()
     parts = []
     progress = tqdm(loader, desc="evaluate", unit="batch", disable=not accelerator.is_main_process, leave=False)
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), autocast(accelerator):
         for batch in progress:
             # Packed as they come: on the device they would pile up, and be gathered as ragged tensors.
+            between_batches()
             parts.append(_pack(batch, detector.detect(batch.to(accelerator.device)).to("cpu"), classes))
     detector.train(was_training)
     merged = gather_object([_concatenate(parts)])
@@ -107,6 +110,7 @@ def evaluate(
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Predictions of a split and their metrics, the same on every process. Every process must call it.
 
@@ -115,7 +119,7 @@ def evaluate(
     """
     if detector.has_masks:
         table.require_masks()
-    predictions = predict_split(detector, table, preset, micro_batch_size, accelerator, num_workers)
+    predictions = predict_split(detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches)
     metrics = [coco_metrics(table, predictions) if accelerator.is_main_process else None]
     broadcast_object_list(metrics)
     assert metrics[0] is not None

@@ -2,14 +2,15 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from direct_pt.data.image_cache import KINDS
 from direct_pt.data.sources import SplitPaths, find_splits
-from direct_pt.device import PRECISIONS
 from direct_pt.errors import InputError
+from direct_pt.launch import PRECISIONS
 from direct_pt.models.detector import BOX_HEADS, MODELS
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SCHEDULES, SHORT_SIDE, STAGES, Recipe
 
@@ -25,6 +26,8 @@ FREE_ON_RESUME = {
     "cache_dir",
     "gradient_checkpointing",
 }
+# What may differ besides, as a run that failed may need it to go on; the banner says so.
+MENDABLE = {"lr", "clip_grad_norm", "micro_batch_size", "mixed_precision"}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
@@ -58,9 +61,12 @@ class Settings:
     epochs: float | None = None
     max_steps: int | None = None
     global_batch_size: int | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: int | str | None = None
     lr: float | None = None
+    lr_schedule: str = "recipe"
     warmup_steps: int | None = None
+    clip_grad_norm: float | None = None
+    ema: float | None = None
     mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -79,6 +85,11 @@ class Settings:
         if self.init in ("none", "imagenet"):
             return self.init
         return "file" if Path(self.init).is_file() else "run"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a run in `output_dir` goes on: asked for, or started again by the launcher after a process died."""
+        return self.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -204,12 +215,20 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> N
     length.add_argument("--max-steps", **_count(None, "N", "in place of --schedule"))
     text = f"images an optimizer step, over all processes (paper: {recipe.global_batch_size})"
     group.add_argument("--global-batch-size", **_count(None, "N", text))
-    text = f"images at once on a device; the rest is accumulated (paper: {recipe.micro_batch_size})"
-    group.add_argument("--micro-batch-size", **_count(None, "N", text))
+    text = (
+        f"images at once on a device, the rest is accumulated; auto: as many as fit (paper: {recipe.micro_batch_size})"
+    )
+    group.add_argument("--micro-batch-size", type=_micro_batch_size, metavar="N|auto", help=text)
     text = f"(paper: {recipe.lr:g} for a batch of {recipe.global_batch_size}; scaled in proportion to the batch)"
     group.add_argument("--lr", type=positive_float, metavar="X", help=text)
+    text = "recipe: constant in stage 1, two steps down in stage 2 (paper); cosine: down to 0 (recipe)"
+    group.add_argument("--lr-schedule", choices=["recipe", "cosine"], default="recipe", help=text)
     text = f"(paper: {recipe.warmup_steps}; at most a tenth of the run)"
     group.add_argument("--warmup-steps", type=not_negative_integer, metavar="N", help=text)
+    text = "scale down gradients that measure more (paper: none)"
+    group.add_argument("--clip-grad-norm", type=positive_float, metavar="X", help=text)
+    text = "evaluate and keep a moving average of the weights, such as 0.999 (paper: none)"
+    group.add_argument("--ema", type=_decay, metavar="DECAY", help=text)
 
 
 def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
@@ -287,6 +306,17 @@ def _checked(settings: Settings) -> Settings:
     if settings.model is not None and settings.model not in MODELS:
         raise InputError(f"--model {settings.model}: no such detector; choose one of {', '.join(MODELS)}")
     return settings
+
+
+def _micro_batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive_integer(text)
+
+
+def _decay(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1, such as 0.999")
+    return value
 
 
 def positive_integer(text: str) -> int:

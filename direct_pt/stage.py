@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from direct_pt.backbone_weights import load_backbone
@@ -16,25 +18,27 @@ from direct_pt.checkpoint import (
     CONFIG,
     History,
     Progress,
-    checkpoints,
+    TrainingState,
     from_pretrained,
     load_training_state,
     read_history,
-    write_json,
 )
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
-from direct_pt.device import count_processes, make_accelerator
 from direct_pt.errors import InputError
+from direct_pt.files import write_json
+from direct_pt.launch import is_deepspeed, join_processes, make_accelerator, resolve_precision
+from direct_pt.micro_batch import fitting_micro_batch_size
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
-from direct_pt.plan import Plan, make_plan
+from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.recipes import Recipe, recipe_for
-from direct_pt.settings import FREE_ON_RESUME, Settings, read_settings
-from direct_pt.training import Trainer, TrainingData
+from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
+from direct_pt.sharding import Sharded, share_tensors
+from direct_pt.training import MOST_SKIPPED, Trainer, TrainingData
 
 POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
 
@@ -62,6 +66,7 @@ def run_stage(settings: Settings) -> None:
     if not len(train_table):
         raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
 
+    processes = join_processes()
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train_table)
     if detector.has_masks:
@@ -69,40 +74,127 @@ def run_stage(settings: Settings) -> None:
             table.require_masks()
     _transform_backbone(detector.backbone, settings)
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
-    plan = make_plan(settings, recipe, len(train_table), count_processes())
-    cache = None
+    data = TrainingData(train_table, val_table, *presets(settings))
+    saved, facts = _saved_state(settings, processes)
+    fitting = None
+    if settings.micro_batch_size == "auto":
+        fitting = _fitting_micro_batch_size(settings, recipe, detector, data, processes, facts)
+    plan = make_plan(settings, recipe, len(train_table), processes.num_processes, fitting)
     if settings.cache != "none":
         cache = open_image_cache(
             train_table, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
         )
+        data = replace(data, cache=cache)
     accelerator = make_accelerator(
         settings.mixed_precision,
-        gradient_accumulation_steps=plan.accumulation,
+        plan.micro_batch_size,
+        plan.accumulation,
+        settings.clip_grad_norm,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=str(run),
-        # BatchNorm statistics are averaged over the processes, not copied from the first one before each forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    set_seed(settings.seed, device_specific=True)
     history = [*history, _history_entry(settings, plan)]
-    optimizer = make_optimizer(detector, recipe, plan.lr)
-    progress = Progress()
-    detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
-    model, optimizer = accelerator.prepare(detector, optimizer)
-    accelerator.register_for_checkpointing(progress)
-    if settings.resume and (saved := checkpoints(run / "checkpoints")):
-        load_training_state(saved[-1], accelerator)
+    if facts is not None:
+        detector.load_state_dict(share_tensors(saved.weights if saved else None, accelerator))
+    detector.to(accelerator.device)
+    if not is_deepspeed():  # which wants weights laid out plainly
+        detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
+    average = ModelEmaV3(detector, settings.ema, use_warmup=True) if settings.ema is not None else None
+    sharded = Sharded(accelerator, detector, make_optimizer(detector, recipe, plan.lr))
+    progress, own_state = Progress(), {}
+    if facts is not None:
+        sharded.load_optimizer_state(share_tensors(saved.optimizer if saved else None, accelerator))
+        if average is not None:
+            average.module.load_state_dict(share_tensors(saved.average if saved else None, accelerator))
+        if accelerator.scaler is not None and facts["scaler"] is not None:
+            accelerator.scaler.load_state_dict(facts["scaler"])
+        progress, own_state = Progress(**facts["progress"]), _own_state(facts["of_processes"], accelerator)
+        if progress.skipped_in_a_row >= MOST_SKIPPED:  # a person had the run go on
+            progress.skipped_in_a_row = 0
+        plan = replace(plan, notes=(*plan.notes, *_resumption_notes(settings, plan, facts)))
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / CONFIG, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
-        tables = train_table, val_table
-        print(banner(settings, recipe, plan, detector, *tables, accelerator, origin, progress, cache), flush=True)
+        _write_config(settings, plan)
+        print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress), flush=True)
     accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
-    data = TrainingData(train_table, val_table, *presets(settings), cache)
-    Trainer(settings, plan, accelerator, model, optimizer, data, progress, history).train()
+    Trainer(settings, plan, accelerator, sharded, average, data, progress, own_state, history).train()
     accelerator.end_training()
+
+
+def _saved_state(settings: Settings, processes: PartialState) -> tuple[TrainingState | None, dict[str, Any] | None]:
+    """What the run goes on from: the state itself on the main process, its facts on all of them; or None."""
+    saved: TrainingState | None = None
+    found: list[Any] = [None]
+    if processes.is_main_process and settings.resumes:
+        try:
+            saved = load_training_state(settings.output_dir / "checkpoints")
+        except InputError as error:
+            found = [error]
+    if saved is not None:
+        facts = {name: getattr(saved, name) for name in ("scaler", "of_processes", "micro_batch_size")}
+        found = [{"progress": asdict(saved.progress), "has_average": saved.average is not None, **facts}]
+    broadcast_object_list(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return saved, found[0]
+
+
+def _own_state(of_processes: list[dict[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
+    """What this process had gathered since the last log; with another number of processes, all of them share alike."""
+    if len(of_processes) == accelerator.num_processes:
+        return of_processes[accelerator.process_index]
+    mean = {
+        name: sum(one["losses"][name] for one in of_processes) / len(of_processes) for name in of_processes[0]["losses"]
+    }
+    unreadable = sorted({image for one in of_processes for image in one["unreadable"]})
+    return {**of_processes[0], "losses": mean, "unreadable": unreadable}
+
+
+def _resumption_notes(settings: Settings, plan: Plan, facts: dict[str, Any]) -> list[str]:
+    """What is another than in the run that goes on."""
+    notes = []
+    before = len(facts["of_processes"]), facts["micro_batch_size"]
+    if before != (plan.processes, plan.micro_batch_size):
+        notes.append(
+            f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before {before[0]} "
+            f"with {before[1]}: the same global batch and schedule"
+        )
+    saved = read_settings(settings.output_dir / CONFIG) if (settings.output_dir / CONFIG).exists() else {}
+    for name in sorted(MENDABLE - {"micro_batch_size"}):
+        if name in saved and saved[name] != settings.to_dict()[name]:
+            flag = name.replace("_", "-")
+            notes.append(f"resumed with --{flag} {settings.to_dict()[name]}, before {saved[name]}")
+    return notes
+
+
+def _fitting_micro_batch_size(
+    settings: Settings,
+    recipe: Recipe,
+    detector: Detector,
+    data: TrainingData,
+    processes: PartialState,
+    facts: dict[str, Any] | None,
+) -> int:
+    """For --micro-batch-size auto: what the run had, else the most that fits on every process."""
+    batch = global_batch_size(settings, recipe)
+    sizes = micro_batch_sizes(batch, processes.num_processes)
+    if not sizes:
+        raise InputError(f"--global-batch-size {batch} does not divide over {processes.num_processes} processes")
+    if facts is not None and facts["micro_batch_size"] in sizes:
+        return facts["micro_batch_size"]
+    copies = (processes.num_processes > 1) + (settings.ema is not None)
+    found = fitting_micro_batch_size(
+        detector,
+        lambda trial: make_optimizer(trial, recipe, lr=0.0),
+        data.train,
+        data.preset,
+        sizes,
+        copies,
+        processes.device,
+        resolve_precision(settings.mixed_precision),
+    )
+    return min(gather_object([found]))
 
 
 def _transform_backbone(backbone: Backbone, settings: Settings) -> None:
@@ -140,8 +232,12 @@ def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str,
     exempt |= {id(p) for name, p in detector.named_parameters() if name.endswith(POSITION_TABLES)}
     trained = [p for p in detector.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay}
+        for params, decay in (
+            ([p for p in trained if id(p) not in exempt], weight_decay),
+            ([p for p in trained if id(p) in exempt], 0.0),
+        )
+        if params  # none where BatchNorm is frozen
     ]
 
 
@@ -204,24 +300,40 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 def _check_output(settings: Settings) -> None:
-    """Refuse a folder that holds another run, and a resumption with other settings."""
+    """Refuse a folder that holds another run or cannot be written, and a resumption with other settings."""
     path = settings.output_dir / CONFIG
     if settings.output_dir.exists() and not settings.output_dir.is_dir():
         raise InputError(f"--output-dir {settings.output_dir}: is a file")
+    if int(os.environ.get("RANK", "0")) == 0:  # the main process alone writes there; the others may not see it
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=settings.output_dir):
+                pass
+        except OSError as error:
+            raise InputError(f"--output-dir {settings.output_dir}: cannot be written ({error.strerror})") from error
     if not path.exists():
         return
-    if not settings.resume:
+    if not settings.resumes:
         raise InputError(
             f"--output-dir {settings.output_dir}: holds a run already; go on with --resume, or choose another folder"
         )
     saved = read_settings(path)
     for name, value in settings.to_dict().items():
-        if name not in FREE_ON_RESUME and saved.get(name, vars(Settings).get(name)) != value:
+        if name not in FREE_ON_RESUME | MENDABLE and saved.get(name, vars(Settings).get(name)) != value:
             flag = "--" + name.replace("_", "-") if name != "stage" else "the stage"
             raise InputError(
                 f"--resume: {flag} is {value!r} but the run in {settings.output_dir} was started with "
                 f"{saved.get(name)!r}; give the same (--config {path} does), or choose another --output-dir"
             )
+
+
+def _write_config(settings: Settings, plan: Plan) -> None:
+    """Raises InputError where the disk is full: what is not there at the start will not be at the first save."""
+    path = settings.output_dir / CONFIG
+    try:
+        write_json(path, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room there") from error
 
 
 def _history_entry(settings: Settings, plan: Plan) -> dict[str, Any]:

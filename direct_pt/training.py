@@ -2,41 +2,48 @@
 
 import json
 import math
+import os
 import resource
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from timm.utils import ModelEmaV3
+from torch import Tensor
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import (
-    History,
-    Progress,
-    save_model,
-    save_training_state,
-)
+from direct_pt.checkpoint import History, Progress, TrainingState, checkpoints, save_model, save_training_state
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import SampleOrder, aspect_groups, training_loader, unreadable_reason
 from direct_pt.data.transforms import Preset, TestPreset
+from direct_pt.device import is_out_of_memory
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
+from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import running_statistics
-from direct_pt.plan import Plan
+from direct_pt.plan import Plan, smaller_micro_batches
 from direct_pt.settings import Settings
+from direct_pt.sharding import Sharded
 from direct_pt.visualize import plot_curves
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops
+MOST_SKIPPED = 10  # steps in a row without an update: the run stops
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm sends ahead of its limit
+PEER_IS_GONE = ("gloo", "NCCL", "Connection", "c10d")  # in the messages of collectives that fail
+ECHO_SECONDS = 5  # in which a signal that comes again is the launcher's, which passes on what all processes got
 
 
 @dataclass(frozen=True)
@@ -58,71 +65,138 @@ class Trainer:
         settings: Settings,
         plan: Plan,
         accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        sharded: Sharded,
+        average: ModelEmaV3 | None,
         data: TrainingData,
         progress: Progress,
+        own_state: dict[str, Any],
         history: History,
     ) -> None:
         self.settings = settings
         self.plan = plan
         self.accelerator = accelerator
-        self.model = model
-        self.detector: Detector = accelerator.unwrap_model(model)
-        self.optimizer = optimizer
+        self.sharded = sharded
+        self.average = average
+        self.detector: Detector = sharded.detector
         self.data = data
         self.progress = progress
         self.history = history
-        self.records = _read_records(settings.output_dir, progress.step)
-        self.unreadable: set[int] = set()
-        self.named: set[int] = set()
-        self.losses: dict[str, Tensor] = {}
-        self.logged_step = progress.step
+        self.records, self.best_ap, self.evaluated_step = _read_records(settings.output_dir, accelerator, progress.step)
+        self.unreadable: set[int] = set(own_state.get("unreadable", ()))
+        self.named: set[int] = set(own_state.get("named", ()))
+        self.losses: dict[str, Any] = dict(own_state.get("losses", {}))  # summed since the last log
+        self.updates: int = own_state.get("updates", 0)  # the same, of steps that were not skipped
+        self.logged_step = progress.step - own_state.get("steps", 0)
         self.logged_time = time.monotonic()
-        self.stop_signal = 0
+        self.saved_step = progress.step
+        self.save_error = ""
+        self.stop_signal, self.stop_time = 0, 0.0
 
     def train(self) -> None:
         """From the step reached to the last one."""
         total = self.plan.total_steps
         self._catch_signals()
-        self.model.train()
+        self.sharded.model.train()
         batches = self._batches()
         with tqdm(
             total=total, initial=self.progress.step, desc=self.settings.stage, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1, dynamic_ncols=True,
-        ) as self.bar:  # fmt: skip
-            for step in range(self.progress.step, total):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.plan.learning_rate(step)
-                self._step(batches)
-                average_running_statistics(self.detector, self.accelerator)
-                self.progress.step = self.history[-1]["steps"] = step + 1
+        ) as self.bar, self._failures_named():  # fmt: skip
+            if self._evaluation_due():  # the run ended between the last save and its evaluation
+                self._evaluate()
+            while self.progress.step < total:
+                for group in self.sharded.optimizer.param_groups:
+                    group["lr"] = self.plan.learning_rate(self.progress.step)
+                stop = self._step(batches)
+                self.progress.step += 1
+                self.history[-1]["steps"] = done = self.progress.step
                 self.bar.update()
-                done = self.progress.step
-                due_evaluation = self.data.val is not None and (done % self.plan.eval_steps == 0 or done == total)
-                due_save = due_evaluation or done % self.settings.save_every == 0 or done == total
-                if done % self.settings.log_every == 0 or due_save:
+                if done % self.settings.log_every == 0 or done == total:
                     self._log()
-                if due_evaluation:
-                    self._evaluate()
-                if due_save:
+                if self._evaluation_due() or done % self.settings.save_every == 0 or done == total:
                     self._save()
-                self._stop_if_asked()
+                if stop and (done < total or self._evaluation_due()):
+                    self._save()
+                    self._leave(stop)
+                if self._evaluation_due():
+                    self._evaluate()
+        self._must_be_saved()
         if self.accelerator.is_main_process:
             print(f"done: {self.settings.output_dir / 'model'}", flush=True)
 
-    def _step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: forward and backward of each micro-batch, then the update."""
+    def _step(self, batches: Iterator[Batch]) -> int:
+        """One optimizer step: forward and backward of each micro-batch, then the update. The stop signal, or 0."""
+        # What a step draws is its own: a run that goes on from a checkpoint draws the same.
+        torch.manual_seed(_step_seed(self.settings.seed, self.progress.step, self.accelerator.process_index))
+        self._keep_statistics()
         micro_batches = [next(batches).to(self.accelerator.device) for _ in range(self.plan.accumulation)]
+        sums: dict[str, Tensor] = {}
+        finite: list[Tensor] = []
         for batch, share in zip(micro_batches, self._shares(micro_batches), strict=True):
-            with self.accelerator.accumulate(self.model):
-                losses = {name: loss * share for name, loss in self.model(batch).items()}
-                self.accelerator.backward(torch.stack(list(losses.values())).sum())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            for name, loss in losses.items():
-                self.losses[name] = self.losses.get(name, 0) + loss.detach()
+            with self.accelerator.accumulate(self.sharded.model):
+                losses = {name: loss * share for name, loss in self.sharded.model(batch).items()}
+                loss = torch.stack(list(losses.values())).sum()
+                finite.append(loss.detach().isfinite())
+                last = len(finite) == len(micro_batches)
+                self.sharded.backward(loss, torch.stack(finite).all() if last else None)
+            for name, part in losses.items():
+                sums[name] = sums.get(name, 0) + part.detach()
             self.unreadable.update(batch.unreadable)
+        gradients_finite = self.sharded.gradients_finite()
+        checked = finite if gradients_finite is None else [*finite, gradients_finite]
+        skip, stop = self._agree(torch.stack(checked).all())
+        skip = skip or self.sharded.update(self.settings.clip_grad_norm)
+        self.sharded.optimizer.zero_grad()
+        if skip:
+            self._restore_statistics()
+            self._skipped([batch for batch, fine in zip(micro_batches, finite, strict=True) if not fine])
+            return stop
+        self.progress.skipped_in_a_row = 0
+        for name, total in sums.items():
+            self.losses[name] = self.losses.get(name, 0) + total
+        self.updates += 1
+        average_running_statistics(self.detector, self.accelerator)
+        if self.average is not None:
+            self.average.update(self.sharded.whole(), self.progress.step + 1)
+        return stop
+
+    def _keep_statistics(self) -> None:
+        """BatchNorm's, as they are before a step: it is undone where it comes to nothing."""
+        self.kept = [(statistic, statistic.clone()) for statistic in running_statistics(self.detector)]
+
+    def _restore_statistics(self) -> None:
+        for statistic, before in self.kept:
+            statistic.copy_(before)
+
+    def _agree(self, all_finite: Tensor) -> tuple[bool, int]:
+        """Whether any process found what is not finite, and the stop signal that any got: the same on all of them."""
+        flags = torch.stack([~all_finite, torch.tensor(self.stop_signal).to(all_finite.device)]).int()
+        if self.plan.processes > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        skip, stop = flags.tolist()
+        return bool(skip), stop
+
+    def _skipped(self, batches: list[Batch]) -> None:
+        """Count a step without an update; too many in a row end the run. Every process must call it."""
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        images = [image for batch in batches for image in batch.indices.tolist()]
+        names = [self.data.train.path(image).name for image in gather_object(images)]
+        names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        if self.accelerator.is_main_process:
+            where = f"the loss of images {names_text}" if names else "a gradient"
+            self.bar.write(f"step {self.progress.step + 1} skipped: {where} is not finite", file=sys.stderr)
+        if self.progress.skipped_in_a_row >= MOST_SKIPPED:
+            self.progress.step += 1
+            self._save()
+            self._must_be_saved()
+            raise TrainingStopped(
+                f"{MOST_SKIPPED} steps in a row were skipped, as losses or gradients were not finite"
+                + (f", in the last one of images {names_text}" if names else "")
+                + f"; the state of step {self.progress.step}, with the weights from before them, is saved. Look at "
+                "those images' annotations, then go on with --resume and a lower --lr, --clip-grad-norm 10, or bf16 in "
+                "place of fp16"
+            )
 
     def _shares(self, micro_batches: list[Batch]) -> list[Tensor | float]:
         """What each micro-batch's losses are multiplied by to make the step's the same as of one large batch."""
@@ -150,40 +224,35 @@ class Trainer:
         return iter(loader)
 
     def _log(self) -> None:
-        """Average the losses since the last time over the processes, write them down, and check what must hold."""
+        """Average the losses since the last time over the processes, write them down. Every process must call it."""
         done, steps = self.progress.step, self.progress.step - self.logged_step
         names = list(self.losses)
-        sums = torch.stack(
-            [self.losses[name] for name in names] + [torch.tensor(len(self.unreadable)).to(self.losses[names[0]])]
-        )
+        device = self.accelerator.device
+        values = (*self.losses.values(), len(self.unreadable))
+        sums = torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in values])
         means = self.accelerator.reduce(sums, reduction="mean").tolist()
-        losses = {name: value / (steps * self.plan.accumulation) for name, value in zip(names, means, strict=False)}
+        count = max(1, self.updates) * self.plan.accumulation
+        losses = {name: value / count for name, value in zip(names, means, strict=False)}
         elapsed = time.monotonic() - self.logged_time
         record = {
             "step": done,
             "epoch": done * self.plan.global_batch_size / self.plan.images,
-            "loss": sum(losses.values()),
+            "loss": sum(losses.values()) if losses else None,  # of skipped steps alone
             "losses": losses,
             "lr": self.plan.learning_rate(done - 1),
             "images_per_second": steps * self.plan.global_batch_size / elapsed,
             "memory_gib": _memory_gib(),
         }
-        self.losses, self.logged_step, self.logged_time = {}, done, time.monotonic()
-        if not math.isfinite(record["loss"]):
-            raise self._diverged(f"the losses {losses} are")
+        if self.progress.skipped:
+            record["skipped"] = self.progress.skipped
+        self.losses, self.updates, self.logged_step, self.logged_time = {}, 0, done, time.monotonic()
         self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s, "
-            f"{record['memory_gib']:.1f} GiB"
+            f"loss {record['loss'] or math.nan:.3f}, lr {record['lr']:.2g}, "
+            f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
         )
         self._write(record)
         if means[-1] > 0:
             self._check_unreadable()
-
-    def _diverged(self, what: str) -> TrainingStopped:
-        return TrainingStopped(
-            f"{what} not finite after step {self.progress.step}; the last checkpoint before that is kept in "
-            f"{self.settings.output_dir / 'checkpoints'}. Lower --lr, or raise --warmup-steps"
-        )
 
     def _check_unreadable(self) -> None:
         """Name the images that could not be read; stop where they are too many. Every process must call it."""
@@ -195,6 +264,7 @@ class Trainer:
         share = len(everywhere) / len(self.data.train)
         if share > UNREADABLE_SHARE and len(everywhere) > 1:
             self._save()
+            self._must_be_saved()
             raise TrainingStopped(
                 f"{len(everywhere)} of {len(self.data.train)} training images cannot be read (more than "
                 f"{UNREADABLE_SHARE:.0%}), first "
@@ -202,40 +272,104 @@ class Trainer:
                 f"{self.progress.step} is saved. Mend or remove them, then go on with --resume"
             )
 
+    def _evaluation_due(self) -> bool:
+        """Whether the step reached is one to evaluate at, and that was not done yet."""
+        done = self.progress.step
+        due = done > 0 and (done % self.plan.eval_steps == 0 or done == self.plan.total_steps)
+        return due and self.data.val is not None and self.evaluated_step != done
+
     def _evaluate(self) -> None:
+        """Metrics of the weights as saved. A stop signal ends it: it is done anew after the resumption."""
         assert self.data.val is not None
+        detector, run = self._result(), self.settings.output_dir
         metrics, predictions = evaluate(
-            self.detector, self.data.val, self.data.test_preset, self.plan.micro_batch_size, self.accelerator,
-            self.settings.num_workers,
+            detector, self.data.val, self.data.test_preset, self.plan.micro_batch_size, self.accelerator,
+            self.settings.num_workers, self._leave_if_asked,
         )  # fmt: skip
+        better = metrics["bbox"]["AP"] > self.best_ap and self.accelerator.is_main_process
+        if better and self._try_to_save(lambda: save_model(run / "best", detector, self.history)):
+            self.best_ap = metrics["bbox"]["AP"]
         epoch = self.progress.step * self.plan.global_batch_size / self.plan.images
         self._write({"step": self.progress.step, "epoch": epoch, **metrics})
+        self.evaluated_step = self.progress.step
         if self.accelerator.is_main_process:
             self.bar.write(f"step {self.progress.step}: {metrics_table(metrics)}")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.data.val, image)}")
-        if metrics["bbox"]["AP"] > self.progress.best_ap:
-            self.progress.best_ap = metrics["bbox"]["AP"]
-            if self.accelerator.is_main_process:
-                save_model(self.settings.output_dir / "best", self.detector, self.history)
+            self._try_to_save(lambda: plot_curves(self.records, run / "curves.png"))
         self.logged_time = time.monotonic()
 
+    def _result(self) -> Detector:
+        """What is evaluated and handed on: the weights, or their moving average. Every process must call it."""
+        return self.sharded.whole() if self.average is None else self.average.module
+
     def _save(self) -> None:
-        """The model, the training state and the curves. Every process must call it."""
+        """The model and the training state, by the main process. Every process must call it."""
+        if self.saved_step == self.progress.step:
+            return
+        whole, result, optimizer = self.sharded.whole(), self._result(), self.sharded.optimizer_state()
+        own_state = {
+            "losses": {name: float(value) for name, value in self.losses.items()},
+            "updates": self.updates,
+            "steps": self.progress.step - self.logged_step,
+            "unreadable": sorted(self.unreadable),
+            "named": sorted(self.named),
+        }
+        scaler = self.accelerator.scaler
+        state = TrainingState(
+            progress=self.progress,
+            weights=whole.state_dict(),
+            optimizer=optimizer,
+            average=None if self.average is None else result.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            of_processes=gather_object([own_state]),
+            micro_batch_size=self.plan.micro_batch_size,
+        )
+        self.saved_step = self.progress.step
+        if self.accelerator.is_main_process:
+            self._try_to_save(lambda: self._write_state(state, result))
+
+    def _write_state(self, state: TrainingState, result: Detector) -> None:
         run = self.settings.output_dir
-        if not torch.stack(torch._foreach_norm(list(self.detector.parameters()))).isfinite().all():
-            raise self._diverged("the weights are")
-        if self.accelerator.is_main_process:  # before the state: a run killed in between does these again
-            save_model(run / "model", self.detector, self.history)
-            plot_curves(self.records, run / "curves.png")
-        save_training_state(run / "checkpoints", self.accelerator, self.progress.step, self.settings.keep_checkpoints)
+        save_model(run / "model", result, self.history)  # before the state: a run killed in between does it again
+        save_training_state(run / "checkpoints", state, self.settings.keep_checkpoints)
+        self.save_error = ""
+        write_text(run / "metrics.jsonl", _lines(self.records))  # whole again where a line could not be written
+        plot_curves(self.records, run / "curves.png")
+
+    def _try_to_save(self, save: Callable[[], None]) -> bool:
+        """Training goes on where the disk is full or gone: it may be back at the next save. The last must succeed."""
+        try:
+            save()
+        except OSError as error:
+            self.save_error = str(error)
+            self.bar.write(
+                f"warning: not saved: {error}; {self._newest_checkpoint()}; training goes on", file=sys.stderr
+            )
+            return False
+        return True
+
+    def _newest_checkpoint(self) -> str:
+        saved = checkpoints(self.settings.output_dir / "checkpoints")
+        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def _must_be_saved(self) -> None:
+        """At a run's end, whatever ends it."""
+        if self.save_error:
+            raise TrainingStopped(
+                f"step {self.progress.step} could not be saved: {self.save_error}; {self._newest_checkpoint()}. Make "
+                "room there, then go on with --resume"
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the trackers."""
         self.records.append(record)
         if self.accelerator.is_main_process:
-            with (self.settings.output_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with (self.settings.output_dir / "metrics.jsonl").open("a") as file:
+                    file.write(_lines([record]))
+            except OSError as error:  # the next save writes all lines anew
+                self.bar.write(f"warning: metrics.jsonl cannot be written: {error}", file=sys.stderr)
         if self.settings.report_to != "none":
             masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
             figures = {**record, **record.get("losses", {}), **record.get("bbox", {}), **masks}
@@ -244,28 +378,56 @@ class Trainer:
             )
 
     def _catch_signals(self) -> None:
-        """The first SIGTERM or SIGINT asks for a stop after the step under way; a second one ends at once."""
+        """The first stop signal asks for a stop after the step under way; another one, later, ends at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self.stop_signal = number
-            signal.signal(number, signal.SIG_DFL)
+            if self.stop_signal and time.monotonic() - self.stop_time > ECHO_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            elif not self.stop_signal:
+                self.stop_signal, self.stop_time = number, time.monotonic()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, ask)
 
-    def _stop_if_asked(self) -> None:
-        """Where any process got a stop signal, all of them save the same step and leave."""
-        number = self.stop_signal  # read once: a signal that comes after the processes agreed counts at the next step
-        if self.plan.processes > 1:
-            if number:
-                self.accelerator.set_trigger()
-            number = (number or signal.SIGTERM) if self.accelerator.check_trigger() else 0
-        if number and self.progress.step < self.plan.total_steps:
-            self._log() if self.losses else None
-            self._save()
-            name = signal.Signals(number).name
-            message = f"{name}: the state of step {self.progress.step} is saved; go on with --resume"
-            raise StopSignal(message, 128 + number)
+    def _leave_if_asked(self) -> None:
+        """Between the batches of an evaluation, each process for itself: the state is saved already."""
+        if self.stop_signal:
+            self._leave(self.stop_signal)
+
+    def _leave(self, number: int) -> NoReturn:
+        self._must_be_saved()
+        status = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
+        message = f"{signal.Signals(number).name}: the state of step {self.progress.step} is saved; go on with --resume"
+        raise StopSignal(message, status)
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """What ends a run from outside, in words: no memory left, another process gone."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            if is_out_of_memory(error):
+                smaller = smaller_micro_batches(self.plan)
+                advice = (
+                    f"--micro-batch-size {smaller[0]}, which keeps the global batch" if smaller else "a larger card"
+                )
+                what = f"out of memory with {self.plan.micro_batch_size} images at once ({first_line})"
+                advice = f"--resume and {advice}, or --gradient-checkpointing"
+            elif "DataLoader worker" in str(error):
+                what, advice = f"a process that reads images ended ({first_line})", "--resume and fewer --num-workers"
+            elif self.plan.processes > 1 and any(word in str(error) for word in PEER_IS_GONE):
+                what = f"another of the {self.plan.processes} processes is gone or stuck ({first_line})"
+                advice = "--resume"
+            else:
+                raise
+            if self.plan.processes == 1:  # several could not agree on a save any more
+                self._restore_statistics()
+                self._save()
+            raise TrainingStopped(
+                f"step {self.progress.step + 1}: {what}; {self._newest_checkpoint()}; go on with {advice}"
+            ) from error
 
 
 def average_running_statistics(detector: Detector, accelerator: Accelerator) -> None:
@@ -279,24 +441,36 @@ def average_running_statistics(detector: Detector, accelerator: Accelerator) -> 
             stat.copy_(mean.view_as(stat))
 
 
-def _read_records(run: Path, last_step: int) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl up to `last_step`; what a killed run wrote after its checkpoint is taken out."""
+def _step_seed(seed: int, step: int, process: int) -> int:
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _read_records(run: Path, accelerator: Accelerator, last_step: int) -> tuple[list[dict[str, Any]], float, int]:
+    """The records of metrics.jsonl up to `last_step`, and on all processes the best AP and the last step evaluated.
+
+    What a killed run wrote after its checkpoint is taken out.
+    """
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break  # the last line of a killed run
-        if record["step"] <= last_step:
-            records.append(record)
-    if PartialState().is_main_process:
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        temporary.replace(path)
-    return records
+    records: list[dict[str, Any]] = []
+    if accelerator.is_main_process and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the last line of a killed run
+            if record["step"] <= last_step:
+                records.append(record)
+        write_text(path, _lines(records))
+    # A best model that could not be written is evaluated anew.
+    evaluations = [record for record in records if "bbox" in record and (run / "best").exists()]
+    best = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
+    found = [best, max((record["step"] for record in evaluations), default=0)]
+    broadcast_object_list(found)
+    return records, found[0], int(found[1])
 
 
 def _memory_gib() -> float:

@@ -60,7 +60,7 @@ def draw_detections(
 
 def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Losses, learning rate and AP over the optimizer steps, from the records of metrics.jsonl."""
-    logged = [record for record in records if "loss" in record]
+    logged = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if "bbox" in record]
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     steps = [record["step"] for record in logged]

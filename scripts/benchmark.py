@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks import annotations, evaluation, gpu, input, memory, size, step
 from benchmarks.rows import Row
-from direct_pt.checkpoint import write_json
 from direct_pt.errors import run_program
+from direct_pt.files import write_json
 from direct_pt.settings import parser
 
 PARTS = {

@@ -9,13 +9,14 @@ detector finds them, masks.
 
 from pathlib import Path
 
-from direct_pt.checkpoint import from_pretrained, write_json
+from direct_pt.checkpoint import from_pretrained
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset
-from direct_pt.device import make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.evaluation import evaluate, metrics_table
+from direct_pt.files import write_json
+from direct_pt.launch import make_accelerator
 from direct_pt.settings import add_data_arguments, add_device_arguments, parser, positive_integer, split_paths
 
 

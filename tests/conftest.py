@@ -15,7 +15,7 @@ from PIL import Image
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import SplitPaths, load_split
-from direct_pt.device import make_accelerator
+from direct_pt.launch import make_accelerator
 
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 

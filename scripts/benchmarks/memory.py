@@ -23,8 +23,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks.rows import Row, row
 from direct_pt.batch import Batch
-from direct_pt.device import PRECISIONS
 from direct_pt.errors import InputError
+from direct_pt.launch import PRECISIONS
 from direct_pt.memory import (
     KINDS,
     MemoryPeak,
