@@ -100,10 +100,8 @@ class Sharded:
         for name, parameter in self.detector.named_parameters():
             state = {key: tensors[f"{name}/{key}"] for key in (*self._keys, "step") if f"{name}/{key}" in tensors}
             if self.zero_stage:
-                from deepspeed.utils import safe_set_full_optimizer_state
-
                 for key in self._keys if state else ():
-                    safe_set_full_optimizer_state(parameter, state[key].to(self.accelerator.device), key)
+                    self._deal(parameter, key, state[key].to(self.accelerator.device))
             elif state:
                 # In the parameter's own memory layout: fused optimizers walk through both in step.
                 self.optimizer.optimizer.state[parameter] = {
@@ -113,6 +111,18 @@ class Sharded:
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.detector.parameters() if parameter.requires_grad]
+
+    def _deal(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # By hand: DeepSpeed's own way fails where the shards are not all of the same size.
+        processes = self.accelerator.num_processes
+        shard = -(-value.numel() // processes)
+        padded = nn.functional.pad(value.flatten(), (0, shard * processes - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.view(processes, shard)[self.accelerator.process_index], key)
 
     def _gathered(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -125,8 +135,10 @@ class Sharded:
                 break
 
     def _make_zero_states(self) -> None:
-        """What the first step would make for the shards of this process; DeepSpeed links that to the parameters too early,
-        where there are several groups of them."""
+        """What the first step would make for the shards of this process.
+
+        DeepSpeed links that to the parameters once the first group of them has it, and not the others.
+        """
         zero = self.optimizer.optimizer
         shards = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
         for shard in shards:

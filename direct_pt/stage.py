@@ -144,11 +144,8 @@ def _own_state(of_processes: list[dict[str, Any]], accelerator: Accelerator) -> 
     """What this process had gathered since the last log; with another number of processes, all of them share alike."""
     if len(of_processes) == accelerator.num_processes:
         return of_processes[accelerator.process_index]
-    mean = {
-        name: sum(one["losses"][name] for one in of_processes) / len(of_processes) for name in of_processes[0]["losses"]
-    }
-    unreadable = sorted({image for one in of_processes for image in one["unreadable"]})
-    return {**of_processes[0], "losses": mean, "unreadable": unreadable}
+    sums = {name: sum(one["losses"][name] for one in of_processes) for name in of_processes[0]["losses"]}
+    return {**of_processes[0], "losses": {name: total / len(of_processes) for name, total in sums.items()}}
 
 
 def _resumption_notes(settings: Settings, plan: Plan, facts: dict[str, Any]) -> list[str]:
@@ -305,9 +302,9 @@ def _check_output(settings: Settings) -> None:
     if settings.output_dir.exists() and not settings.output_dir.is_dir():
         raise InputError(f"--output-dir {settings.output_dir}: is a file")
     if int(os.environ.get("RANK", "0")) == 0:  # the main process alone writes there; the others may not see it
+        there = next(path for path in (settings.output_dir, *settings.output_dir.absolute().parents) if path.exists())
         try:
-            settings.output_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=settings.output_dir):
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             raise InputError(f"--output-dir {settings.output_dir}: cannot be written ({error.strerror})") from error
@@ -331,6 +328,7 @@ def _write_config(settings: Settings, plan: Plan) -> None:
     """Raises InputError where the disk is full: what is not there at the start will not be at the first save."""
     path = settings.output_dir / CONFIG
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"settings": settings.to_dict(), "plan": asdict(plan), "git": git_revision()})
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room there") from error

@@ -82,8 +82,8 @@ class Trainer:
         self.progress = progress
         self.history = history
         self.records, self.best_ap, self.evaluated_step = _read_records(settings.output_dir, accelerator, progress.step)
-        self.unreadable: set[int] = set(own_state.get("unreadable", ()))
-        self.named: set[int] = set(own_state.get("named", ()))
+        self.unreadable: set[int] = set()
+        self.named: set[int] = set()
         self.losses: dict[str, Any] = dict(own_state.get("losses", {}))  # summed since the last log
         self.updates: int = own_state.get("updates", 0)  # the same, of steps that were not skipped
         self.logged_step = progress.step - own_state.get("steps", 0)
@@ -122,7 +122,8 @@ class Trainer:
                     self._evaluate()
         self._must_be_saved()
         if self.accelerator.is_main_process:
-            print(f"done: {self.settings.output_dir / 'model'}", flush=True)
+            skipped = f"; {self.progress.skipped} of {total} steps were skipped" if self.progress.skipped else ""
+            print(f"done: {self.settings.output_dir / 'model'}{skipped}", flush=True)
 
     def _step(self, batches: Iterator[Batch]) -> int:
         """One optimizer step: forward and backward of each micro-batch, then the update. The stop signal, or 0."""
@@ -312,8 +313,6 @@ class Trainer:
             "losses": {name: float(value) for name, value in self.losses.items()},
             "updates": self.updates,
             "steps": self.progress.step - self.logged_step,
-            "unreadable": sorted(self.unreadable),
-            "named": sorted(self.named),
         }
         scaler = self.accelerator.scaler
         state = TrainingState(

@@ -120,6 +120,16 @@ def start_script(name: str, *flags: object, **environment: object) -> subprocess
     return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def launch(processes: int, script: Path, *arguments: object, **environment: object) -> subprocess.Popen[str]:
+    """A script in several processes on the CPU, in a group of its own, as a terminal gives it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", "0"]
+    command += ["--multi_gpu", "--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--num_cpu_threads_per_process", "1", str(script), *map(str, arguments)]
+    variables = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **{key: str(value) for key, value in environment.items()}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=variables, text=True, start_new_session=True, **pipes)
+
+
 @contextmanager
 def float64() -> Iterator[None]:
     """What is float32 otherwise is float64, for runs that are to differ by the order of sums alone.

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import small_runs as runs
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
@@ -181,17 +180,10 @@ def truth_data(eager: Path, demo: Path) -> Path:
 def two(demo: Path, truth_data: Path, eager: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes do; see two_processes.py."""
     output = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", str(port)]
-    arguments = (Path(__file__).with_name("two_processes.py"), output, demo, truth_data, eager)
-    command = [*launch, *map(str, arguments)]
-    done = subprocess.run(command, env=runs.ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    (output / "stdout.txt").write_text(done.stdout)
+    process = runs.launch(2, Path(__file__).with_name("two_processes.py"), output, demo, truth_data, eager)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-5000:]
+    (output / "stdout.txt").write_text(stdout)
     return output
 
 
@@ -285,9 +277,9 @@ def uninterrupted(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_run(run: Path, other: Path) -> None:
     """To the last bit: weights, optimizer, and every record but its timings."""
     assert runs.largest_difference(runs.weights(run), runs.weights(other)) == 0
-    optimizers = [torch.load(folder / f"checkpoints/step-{STEPS}/optimizer.bin") for folder in (run, other)]
-    momenta = [[entry["momentum_buffer"] for entry in state["state"].values()] for state in optimizers]
-    assert len(momenta[0]) == 96 and all(map(torch.equal, *momenta))
+    states = [load_file(folder / f"checkpoints/step-{STEPS}/optimizer.safetensors") for folder in (run, other)]
+    assert len(states[0]) == 96 and all(name.endswith("/momentum_buffer") for name in states[0])
+    assert runs.largest_difference(*states) == 0
     assert runs.records(run) == runs.records(other)
     assert read_history(run) == read_history(other)
 
@@ -352,9 +344,8 @@ def test_signals_to_a_process(uninterrupted: Path, demo: Path, tmp_path: Path) -
     visible = list((run / "checkpoints").glob("step-*"))
     assert visible
     for folder in visible:
-        names = {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"}
-        assert {path.name for path in folder.iterdir()} == names
-        assert runs.weights(folder) and torch.load(folder / "optimizer.bin")
+        assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors"}
+        assert runs.weights(folder) and load_file(folder / "optimizer.safetensors")
     # The model is at least as new as any state, lest a run that was killed at its end have none.
     assert from_pretrained(run) and read_history(run)[-1]["steps"] >= max(int(path.name[5:]) for path in visible)
 
@@ -433,14 +424,6 @@ def test_no_image_can_be_read(demo: Path, tmp_path: Path) -> None:
         runs.train("pretrain", "--data", data, *flags, "--output-dir", tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(demo: Path, tmp_path: Path) -> None:
-    """Also when it is seen only steps later."""
-    flags = (*runs.PRETRAIN, *runs.EIGHT, "--lr", 1e30, "--max-steps", 9, *runs.NO_EVALUATION, "--log-every", 4)
-    with pytest.raises(TrainingStopped, match=r"not finite after step 4; .*Lower --lr"):
-        runs.train("pretrain", "--data", demo, *flags, "--output-dir", tmp_path / "run")
-    assert not (tmp_path / "run/model").exists()
-
-
 # The model folder
 
 
@@ -480,9 +463,10 @@ def test_damaged_model_folders(pretrained: Path, tmp_path: Path) -> None:
     def changed(**values: Any) -> dict[str, Any]:
         return {**detector, "detector": {**detector["detector"], **values}}
 
-    refused("cut", "cannot be read as weights", weight_bytes=content[:-1000])
-    refused("empty", "cannot be read as weights", weight_bytes=b"")
-    refused("noise", "cannot be read as weights", weight_bytes=bytes(range(256)) * 10)
+    refused("cut", "cannot be read as tensors", weight_bytes=content[:-1000])
+    refused("empty", "cannot be read as tensors", weight_bytes=b"")
+    refused("noise", "cannot be read as tensors", weight_bytes=bytes(range(256)) * 10)
+    refused("altered", "checksum does not fit", weight_bytes=content[:-1000] + b"\1" + content[-999:])
     refused("wide", r"tensors do not fit .*expected \[64.*found \[32", text=changed(channels=64))
     refused("norm", "tensors do not fit", text=changed(norm="group"))
     classes = changed(class_names=["a", "b"], category_ids=[1, 2])

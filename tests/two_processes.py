@@ -41,10 +41,10 @@ class Recording(Trainer):
 class Interrupted(Trainer):
     """One process of the two gets a stop signal in its second step."""
 
-    def _step(self, batches: Iterator[Batch]) -> None:
-        super()._step(batches)
+    def _step(self, batches: Iterator[Batch]) -> int:
         if self.progress.step == 1 and self.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return super()._step(batches)
 
 
 def run_stage(*flags: Any, trainer: type[Trainer] = Trainer) -> None:
