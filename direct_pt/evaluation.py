@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from direct_pt.data.transforms import Preset
 from direct_pt.launch import autocast
 from direct_pt.models.detector import Detector
 from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
+from direct_pt.processes import gather_to_main
 
 ENCODED_AT_ONCE = 64  # masks
 
@@ -73,8 +74,8 @@ def predict_split(
 ) -> Predictions:
     """Run the detector over every image of the table once, shared between the processes.
 
-    The detector and the table list the same category ids, in any order. Every process must call it; every process gets
-    all predictions.
+    The detector and the table list the same category ids, in any order. Every process must call it; the main
+    one gets all predictions, the others none.
     """
     loader = evaluation_loader(
         table, preset, micro_batch_size, accelerator.process_index, accelerator.num_processes, num_workers
@@ -90,7 +91,7 @@ def predict_split(
             between_batches()
             parts.append(_pack(batch, detector.detect(batch.to(accelerator.device)).to("cpu"), classes))
     detector.train(was_training)
-    merged = gather_object([_concatenate(parts)])
+    merged = gather_to_main(_concatenate(parts), accelerator)
     everything = _concatenate(merged)
     order = np.argsort(everything.images, kind="stable")
     return Predictions(
@@ -112,7 +113,9 @@ def evaluate(
     num_workers: int,
     between_batches: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], Predictions]:
-    """Predictions of a split and their metrics, the same on every process. Every process must call it.
+    """A split's metrics, the same on every process, and its predictions, on the main one. Every process must call it.
+
+    `between_batches` is called before each batch, and may raise to end it.
 
     Raises:
         InputError: the detector finds masks, and objects of the split have none to compare with.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from direct_pt.models.detector import Detector
@@ -151,26 +151,3 @@ class Sharded:
 
     def _zero_states(self) -> list[dict[str, Tensor]]:
         return list(self.optimizer.optimizer.optimizer.state.values())
-
-
-def share_tensors(tensors: dict[str, Tensor] | None, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The main process's tensors, on every process: it alone reads the run's folder, which others may not see.
-
-    Args:
-        tensors: of the main process; the others' are not looked at.
-        accelerator: of the processes; every one must call it.
-    """
-    if accelerator.num_processes == 1:
-        assert tensors is not None
-        return tensors
-    plan = [{name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}]
-    broadcast_object_list(plan)
-    shared = {}
-    for name, (shape, dtype) in plan[0].items():
-        if accelerator.is_main_process and tensors is not None:
-            value = tensors[name].to(accelerator.device).contiguous()
-        else:
-            value = torch.empty(shape, dtype=dtype, device=accelerator.device)
-        torch.distributed.broadcast(value, 0)
-        shared[name] = value.cpu()
-    return shared

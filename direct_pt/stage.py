@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -18,9 +18,7 @@ from direct_pt.checkpoint import (
     CONFIG,
     History,
     Progress,
-    TrainingState,
     from_pretrained,
-    load_training_state,
     read_history,
 )
 from direct_pt.data.annotations import AnnotationTable
@@ -36,9 +34,10 @@ from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.recipes import Recipe, recipe_for
+from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
-from direct_pt.sharding import Sharded, share_tensors
-from direct_pt.training import MOST_SKIPPED, Trainer, TrainingData
+from direct_pt.sharding import Sharded
+from direct_pt.training import Trainer, TrainingData
 
 POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
 
@@ -67,6 +66,7 @@ def run_stage(settings: Settings) -> None:
         raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
 
     processes = join_processes()
+    earlier = Resumption.find(settings, processes)
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train_table)
     if detector.has_masks:
@@ -75,10 +75,9 @@ def run_stage(settings: Settings) -> None:
     _transform_backbone(detector.backbone, settings)
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
     data = TrainingData(train_table, val_table, *presets(settings))
-    saved, facts = _saved_state(settings, processes)
     fitting = None
     if settings.micro_batch_size == "auto":
-        fitting = _fitting_micro_batch_size(settings, recipe, detector, data, processes, facts)
+        fitting = _fitting_micro_batch_size(settings, recipe, detector, data, processes, earlier)
     plan = make_plan(settings, recipe, len(train_table), processes.num_processes, fitting)
     if settings.cache != "none":
         cache = open_image_cache(
@@ -93,76 +92,25 @@ def run_stage(settings: Settings) -> None:
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=str(run),
     )
-    history = [*history, _history_entry(settings, plan)]
-    if facts is not None:
-        detector.load_state_dict(share_tensors(saved.weights if saved else None, accelerator))
+    if earlier is not None:
+        earlier.put_weights(detector, accelerator)
+        plan = replace(plan, notes=(*plan.notes, *earlier.differences(plan)))
     detector.to(accelerator.device)
     if not is_deepspeed():  # which wants weights laid out plainly
         detector.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
     average = ModelEmaV3(detector, settings.ema, use_warmup=True) if settings.ema is not None else None
     sharded = Sharded(accelerator, detector, make_optimizer(detector, recipe, plan.lr))
-    progress, own_state = Progress(), {}
-    if facts is not None:
-        sharded.load_optimizer_state(share_tensors(saved.optimizer if saved else None, accelerator))
-        if average is not None:
-            average.module.load_state_dict(share_tensors(saved.average if saved else None, accelerator))
-        if accelerator.scaler is not None and facts["scaler"] is not None:
-            accelerator.scaler.load_state_dict(facts["scaler"])
-        progress, own_state = Progress(**facts["progress"]), _own_state(facts["of_processes"], accelerator)
-        if progress.skipped_in_a_row >= MOST_SKIPPED:  # a person had the run go on
-            progress.skipped_in_a_row = 0
-        plan = replace(plan, notes=(*plan.notes, *_resumption_notes(settings, plan, facts)))
+    progress = Progress() if earlier is None else earlier.put_state(sharded, average, accelerator)
     if accelerator.is_main_process:
         _write_config(settings, plan)
         print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress), flush=True)
     accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
-    Trainer(settings, plan, accelerator, sharded, average, data, progress, own_state, history).train()
+    gathered = {} if earlier is None else earlier.of_process(accelerator)
+    history = [*history, _history_entry(settings, plan)]
+    Trainer(settings, plan, accelerator, sharded, average, data, progress, gathered, history).train()
     accelerator.end_training()
-
-
-def _saved_state(settings: Settings, processes: PartialState) -> tuple[TrainingState | None, dict[str, Any] | None]:
-    """What the run goes on from: the state itself on the main process, its facts on all of them; or None."""
-    saved: TrainingState | None = None
-    found: list[Any] = [None]
-    if processes.is_main_process and settings.resumes:
-        try:
-            saved = load_training_state(settings.output_dir / "checkpoints")
-        except InputError as error:
-            found = [error]
-    if saved is not None:
-        facts = {name: getattr(saved, name) for name in ("scaler", "of_processes", "micro_batch_size")}
-        found = [{"progress": asdict(saved.progress), "has_average": saved.average is not None, **facts}]
-    broadcast_object_list(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    return saved, found[0]
-
-
-def _own_state(of_processes: list[dict[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
-    """What this process had gathered since the last log; with another number of processes, all of them share alike."""
-    if len(of_processes) == accelerator.num_processes:
-        return of_processes[accelerator.process_index]
-    sums = {name: sum(one["losses"][name] for one in of_processes) for name in of_processes[0]["losses"]}
-    return {**of_processes[0], "losses": {name: total / len(of_processes) for name, total in sums.items()}}
-
-
-def _resumption_notes(settings: Settings, plan: Plan, facts: dict[str, Any]) -> list[str]:
-    """What is another than in the run that goes on."""
-    notes = []
-    before = len(facts["of_processes"]), facts["micro_batch_size"]
-    if before != (plan.processes, plan.micro_batch_size):
-        notes.append(
-            f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before {before[0]} "
-            f"with {before[1]}: the same global batch and schedule"
-        )
-    saved = read_settings(settings.output_dir / CONFIG) if (settings.output_dir / CONFIG).exists() else {}
-    for name in sorted(MENDABLE - {"micro_batch_size"}):
-        if name in saved and saved[name] != settings.to_dict()[name]:
-            flag = name.replace("_", "-")
-            notes.append(f"resumed with --{flag} {settings.to_dict()[name]}, before {saved[name]}")
-    return notes
 
 
 def _fitting_micro_batch_size(
@@ -171,15 +119,15 @@ def _fitting_micro_batch_size(
     detector: Detector,
     data: TrainingData,
     processes: PartialState,
-    facts: dict[str, Any] | None,
+    earlier: Resumption | None,
 ) -> int:
     """For --micro-batch-size auto: what the run had, else the most that fits on every process."""
     batch = global_batch_size(settings, recipe)
     sizes = micro_batch_sizes(batch, processes.num_processes)
     if not sizes:
         raise InputError(f"--global-batch-size {batch} does not divide over {processes.num_processes} processes")
-    if facts is not None and facts["micro_batch_size"] in sizes:
-        return facts["micro_batch_size"]
+    if earlier is not None and earlier.micro_batch_size in sizes:
+        return earlier.micro_batch_size
     copies = (processes.num_processes > 1) + (settings.ema is not None)
     found = fitting_micro_batch_size(
         detector,

@@ -35,6 +35,7 @@ from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import running_statistics
 from direct_pt.plan import Plan, smaller_micro_batches
+from direct_pt.processes import gather_to_main
 from direct_pt.settings import Settings
 from direct_pt.sharding import Sharded
 from direct_pt.visualize import plot_curves
@@ -69,7 +70,7 @@ class Trainer:
         average: ModelEmaV3 | None,
         data: TrainingData,
         progress: Progress,
-        own_state: dict[str, Any],
+        gathered: dict[str, Any],
         history: History,
     ) -> None:
         self.settings = settings
@@ -80,13 +81,15 @@ class Trainer:
         self.detector: Detector = sharded.detector
         self.data = data
         self.progress = progress
+        if progress.skipped_in_a_row >= MOST_SKIPPED:  # a person had the run go on
+            progress.skipped_in_a_row = 0
         self.history = history
         self.records, self.best_ap, self.evaluated_step = _read_records(settings.output_dir, accelerator, progress.step)
         self.unreadable: set[int] = set()
         self.named: set[int] = set()
-        self.losses: dict[str, Any] = dict(own_state.get("losses", {}))  # summed since the last log
-        self.updates: int = own_state.get("updates", 0)  # the same, of steps that were not skipped
-        self.logged_step = progress.step - own_state.get("steps", 0)
+        self.losses: dict[str, Any] = dict(gathered.get("losses", {}))  # summed since the last log
+        self.updates: int = gathered.get("updates", 0)  # the same, of steps that were not skipped
+        self.logged_step = progress.step - gathered.get("steps", 0)
         self.logged_time = time.monotonic()
         self.saved_step = progress.step
         self.save_error = ""
@@ -309,7 +312,7 @@ class Trainer:
         if self.saved_step == self.progress.step:
             return
         whole, result, optimizer = self.sharded.whole(), self._result(), self.sharded.optimizer_state()
-        own_state = {
+        gathered = {
             "losses": {name: float(value) for name, value in self.losses.items()},
             "updates": self.updates,
             "steps": self.progress.step - self.logged_step,
@@ -321,7 +324,7 @@ class Trainer:
             optimizer=optimizer,
             average=None if self.average is None else result.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
-            of_processes=gather_object([own_state]),
+            of_processes=gather_to_main(gathered, self.accelerator),
             micro_batch_size=self.plan.micro_batch_size,
         )
         self.saved_step = self.progress.step

@@ -288,13 +288,13 @@ def test_shared_between_processes(
     """As with two processes, one after another: with few images the second has none and does not know of masks."""
     table = coco_folder(SHAPES).load()
     gathered: list[Predictions] = []
-    monkeypatch.setattr(evaluation, "gather_object", lambda parts: gathered.extend(parts) or list(gathered))
+    monkeypatch.setattr(evaluation, "gather_to_main", lambda part, _: gathered.append(part) or list(gathered))
     for micro_batch_size in (1, 8):
         alone = predict_split(detector, table, TestPreset(64, 96), micro_batch_size, accelerator, num_workers=0)
         gathered.clear()
         for rank in (1, 0):
             part: Any = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=False)
-            part.device, part.autocast = accelerator.device, accelerator.autocast
+            part.device, part.mixed_precision = accelerator.device, accelerator.mixed_precision
             shared = predict_split(detector, table, TestPreset(64, 96), micro_batch_size, part, num_workers=0)
         assert (len(gathered[0].images) == 0) == (micro_batch_size == 8)
         assert shared.masks is not None and shared.coco(table) == alone.coco(table)

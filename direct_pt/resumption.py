@@ -1,0 +1,109 @@
+"""What a run goes on from: found and read by the main process, told to the others, put where it belongs."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from timm.utils import ModelEmaV3
+
+from direct_pt.checkpoint import CONFIG, Progress, Tensors, TrainingState, load_training_state
+from direct_pt.errors import InputError
+from direct_pt.models.detector import Detector
+from direct_pt.plan import Plan
+from direct_pt.processes import share_tensors
+from direct_pt.settings import MENDABLE, Settings, read_settings
+from direct_pt.sharding import Sharded
+
+
+@dataclass
+class Resumption:
+    """A run's newest good checkpoint.
+
+    Attributes:
+        progress: how far it has come.
+        scaler: of fp16's loss scale.
+        of_processes: what each process had gathered since the last log.
+        micro_batch_size: images at once on a device.
+        notes: what is another now than in the settings that the run had.
+        state: the tensors, on the main process.
+    """
+
+    progress: Progress
+    scaler: dict[str, Any] | None
+    of_processes: list[dict[str, Any]]
+    micro_batch_size: int
+    notes: list[str]
+    state: TrainingState | None = None
+
+    @classmethod
+    def find(cls, settings: Settings, processes: PartialState) -> "Resumption | None":
+        """What `settings` go on from, or None for a new run. Every process must call it.
+
+        Raises:
+            InputError: all checkpoints are damaged.
+        """
+        state: TrainingState | None = None
+        told: list[Any] = [None]
+        if processes.is_main_process and settings.resumes:
+            try:
+                state = load_training_state(settings.output_dir / "checkpoints")
+            except InputError as error:
+                told = [error]
+        if state is not None:
+            told = [
+                cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, _other_flags(settings))
+            ]
+        broadcast_object_list(told)
+        found = told[0]
+        if isinstance(found, InputError):
+            raise found
+        if found is not None:
+            found.state = state
+        return found
+
+    def put_weights(self, detector: Detector, accelerator: Accelerator) -> None:
+        """Before the detector is prepared. Every process must call it, also the methods below."""
+        detector.load_state_dict(share_tensors(self._tensors("weights"), accelerator))
+
+    def put_state(self, sharded: Sharded, average: ModelEmaV3 | None, accelerator: Accelerator) -> Progress:
+        """Optimizer, moving average and loss scale, of what is prepared. Returns how far the run has come."""
+        sharded.load_optimizer_state(share_tensors(self._tensors("optimizer"), accelerator))
+        if average is not None:
+            average.module.load_state_dict(share_tensors(self._tensors("average"), accelerator))
+        if accelerator.scaler is not None and self.scaler is not None:
+            accelerator.scaler.load_state_dict(self.scaler)
+        return self.progress
+
+    def of_process(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What this process had gathered; with another number of processes, all of them share alike."""
+        if len(self.of_processes) == accelerator.num_processes:
+            return self.of_processes[accelerator.process_index]
+        first = self.of_processes[0]
+        sums = {name: sum(one["losses"][name] for one in self.of_processes) for name in first["losses"]}
+        return {**first, "losses": {name: total / len(self.of_processes) for name, total in sums.items()}}
+
+    def differences(self, plan: Plan) -> tuple[str, ...]:
+        """What is another than before, in words."""
+        before = len(self.of_processes), self.micro_batch_size
+        if before == (plan.processes, plan.micro_batch_size):
+            return tuple(self.notes)
+        return (
+            f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before {before[0]} "
+            f"with {before[1]}: the same global batch and schedule",
+            *self.notes,
+        )
+
+    def _tensors(self, name: str) -> Tensors | None:
+        return None if self.state is None else getattr(self.state, name)
+
+
+def _other_flags(settings: Settings) -> list[str]:
+    """The flags that may change when a run goes on, and have."""
+    path = settings.output_dir / CONFIG
+    saved, given = read_settings(path) if path.exists() else {}, asdict(settings)
+    return [
+        f"resumed with --{name.replace('_', '-')} {given[name]}, before {saved[name]}"
+        for name in sorted(MENDABLE - {"micro_batch_size"})
+        if name in saved and saved[name] != given[name]
+    ]
