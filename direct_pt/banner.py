@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from direct_pt.checkpoint import Progress
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.launch import precision_of
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
@@ -40,7 +41,7 @@ def banner(
     lines = [
         f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
         f"  run        {settings.output_dir} (git {git_revision()})",
-        f"  device     {plan.processes} x {device}, precision {accelerator.mixed_precision}, torch {torch.__version__}"
+        f"  device     {plan.processes} x {device}, precision {precision_of(accelerator)}, torch {torch.__version__}"
         + ", gradient checkpointing" * settings.gradient_checkpointing
         + ", compiled backbone" * settings.compile,
         f"  train      {_describe(train_table)}",

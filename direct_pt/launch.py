@@ -117,10 +117,18 @@ def make_accelerator(
     )
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """ "no", "fp16" or "bf16": what training computes in."""
+    if is_deepspeed():  # whose own 16-bit modes, which accelerate looks at, are off
+        return "bf16" if accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"] else "no"
+    return accelerator.mixed_precision
+
+
 def autocast(accelerator: Accelerator) -> torch.autocast:
     """Mixed precision, as training has it, for what runs outside the prepared model."""
-    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
-    return torch.autocast(accelerator.device.type, dtype, enabled=accelerator.mixed_precision != "no")
+    precision = precision_of(accelerator)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(accelerator.device.type, dtype, enabled=precision != "no")
 
 
 def _asked(variable: str) -> bool:
