@@ -1,0 +1,91 @@
+"""Losses and gradients that are not finite: agreed on by all processes, skipped, counted, and in the end refused."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import poisoned
+import pytest
+import small_runs as runs
+from safetensors.torch import load_file
+from torch import Tensor
+
+from direct_pt.errors import TrainingStopped
+
+SCRIPT = Path(__file__).with_name("poisoned.py")
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+EVERY_STEP = ("--save-every", 1, "--keep-checkpoints", 20, "--log-every", 1, *runs.NO_EVALUATION)
+FLAGS = (*runs.PRETRAIN, "--global-batch-size", 8, "--micro-batch-size", 2, *EVERY_STEP)
+
+
+def saved(run: Path, step: int) -> dict[str, Tensor]:
+    """Weights, BatchNorm's statistics and momentum of a step; not the count of its batches, which nothing reads."""
+    folder = run / f"checkpoints/step-{step}"
+    tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    return {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("launcher", ["plain", "deepspeed_zero2", "deepspeed_zero3"])
+def test_one_process_meets_it_and_both_skip(launcher: str, demo: Path, tmp_path: Path) -> None:
+    """Step 2 of 3 changes nothing but the count; step 3 goes on from step 1."""
+    if launcher != "plain":
+        pytest.importorskip("deepspeed")
+    run, flags = tmp_path / "run", ("2", "--data", demo, *FLAGS, "--max-steps", 3)
+    if launcher == "plain":
+        process = runs.launch(2, SCRIPT, *flags, "--output-dir", run)
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+        command += [str(CONFIGS / f"{launcher}.yaml"), "--num_processes", "2", str(SCRIPT), *map(str, flags)]
+        command += ["--output-dir", str(run)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=runs.ENVIRONMENT, text=True, **pipes)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr[-5000:]
+    assert re.search(r"step 2 skipped: the loss of images train_0000\d\d.jpg, train_0000\d\d.jpg is not finite", stderr)
+    assert "; 1 of 3 steps were skipped" in stdout
+    first, second, third = (saved(run, step) for step in (1, 2, 3))
+    assert runs.largest_difference(first, second) == 0
+    assert runs.largest_difference(second, third) > 0
+    assert all(value.isfinite().all() for value in third.values())
+    losses = [record for record in runs.records(run) if "loss" in record]
+    assert [record["loss"] is None for record in losses] == [False, True, False]
+    assert [record.get("skipped") for record in losses] == [None, 1, 1]
+
+
+def test_ten_in_a_row_stop_the_run(demo: Path, tmp_path: Path) -> None:
+    """With the weights from before them; where the cause is gone, --resume goes on."""
+    run = tmp_path / "run"
+    flags = ["--data", demo, *FLAGS, "--max-steps", 13, "--output-dir", run]
+    flags = [str(flag) for flag in flags]
+    with runs.fresh_process(), pytest.raises(TrainingStopped) as stop:
+        poisoned.run("2,3,4,5,6,7,8,9,10,11,12,13", *flags)
+    message = str(stop.value)
+    assert "10 steps in a row were skipped" in message and "of images train_0000" in message
+    assert "the state of step 11, with the weights from before them, is saved" in message
+    assert "--resume and a lower --lr, --clip-grad-norm" in message
+    assert runs.largest_difference(saved(run, 1), saved(run, 11)) == 0
+
+    shutil.copytree(run, tmp_path / "copy")
+    runs.train("pretrain", *flags, "--resume", "--lr", 0.001)
+    assert runs.largest_difference(saved(run, 11), saved(run, 13)) > 0
+    assert runs.records(run)[-1]["step"] == 13 and runs.records(run)[-2]["skipped"] == 10
+    assert runs.records(run)[-2]["lr"] == 0.001
+
+    # Another one in a row stops it again only after ten more.
+    flags[flags.index(str(run))] = str(tmp_path / "copy")
+    with runs.fresh_process():
+        poisoned.run("12,13", *flags, "--resume")
+    assert runs.records(tmp_path / "copy")[-2]["skipped"] == 12
+
+
+def test_a_gradient_that_is_not_finite(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate out of this world: weights of 1e28 whose losses, or else gradients, are not finite."""
+    run = tmp_path / "run"
+    flags = (*runs.PRETRAIN, *runs.EIGHT, "--lr", 1e30, "--max-steps", 30, *EVERY_STEP, "--output-dir", run)
+    with pytest.raises(TrainingStopped, match=r"10 steps in a row were skipped.*the state of step 11"):
+        runs.train("pretrain", "--data", demo, *flags)
+    assert all(value.isfinite().all() for value in saved(run, 11).values())
+    assert os.listdir(run / "model")
