@@ -104,7 +104,7 @@ def _memory_limited(device: torch.device) -> Iterator[int]:
     share = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = psutil.Process().memory_info().data + share
     given = [value for value in limits if value != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limit, *given), limits[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *given]), limits[1]))
     try:
         yield int(SPARE * share)
     finally:

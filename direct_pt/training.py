@@ -84,6 +84,7 @@ class Trainer:
         if progress.skipped_in_a_row >= MOST_SKIPPED:  # a person had the run go on
             progress.skipped_in_a_row = 0
         self.history = history
+        self.history[-1]["steps"] = progress.step
         self.records, self.best_ap, self.evaluated_step = _read_records(settings.output_dir, accelerator, progress.step)
         self.unreadable: set[int] = set()
         self.named: set[int] = set()

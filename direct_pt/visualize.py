@@ -70,7 +70,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     rate = losses.twinx()
     rate.plot(steps, [record["lr"] for record in logged], color="grey", linestyle=":", linewidth=1)
     rate.set_ylabel("learning rate (dotted)")
-    losses.set(xlabel="optimizer step", ylabel="loss", yscale="log", title="training losses")
+    losses.set(xlabel="optimizer step", ylabel="loss", yscale="log" if logged else "linear", title="training losses")
     losses.legend(fontsize=8)
     steps = [record["step"] for record in evaluated]
     for name in ("AP", "AP50", "AP75"):

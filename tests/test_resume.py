@@ -1,0 +1,302 @@
+"""Runs that are interrupted and go on: as if nothing had happened, or, where something else is wanted, saying so.
+
+Kills at random moments are in faults/, several processes in test_training.py and test_launch.py.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small_runs as runs
+import torch
+from safetensors.torch import load_file
+
+from direct_pt import stage
+from direct_pt.batch import Batch
+from direct_pt.checkpoint import read_history
+from direct_pt.errors import StopSignal, TrainingStopped
+from direct_pt.evaluation import evaluate
+from direct_pt.training import ECHO_SECONDS, Trainer
+
+pytestmark = runs.cpu_only
+
+STEPS = 12  # 24 images are 3 steps an epoch
+# Logged between the checkpoints, so that sums are under way when a run stops; a step is four micro-batches.
+LENGTH = ("--global-batch-size", 8, "--micro-batch-size", 2, "--max-steps", STEPS, "--log-every", 5, "--save-every", 4)
+SETTINGS = {
+    "paper's": (*LENGTH, "--eval-every", 2),
+    "options, two workers": (
+        *LENGTH, "--eval-every", 2, "--num-workers", 2, "--clip-grad-norm", 2, "--ema", 0.9, "--lr-schedule", "cosine",
+    ),
+    "Swin, drop path, AdamW": (
+        *LENGTH, "--max-steps", 6, "--backbone", "swin_tiny_patch4_window7_224", "--rois-per-image", 8,
+        *runs.NO_EVALUATION,
+    ),
+}  # fmt: skip
+
+
+class Stopped(Trainer):
+    """Gets a stop signal in step 5, while its second micro-batch is read."""
+
+    number = signal.SIGTERM
+
+    def _batches(self) -> Iterator[Batch]:
+        for count, batch in enumerate(super()._batches(), start=self.progress.step * self.plan.accumulation):
+            if count == 4 * self.plan.accumulation + 1:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+def train(run: Path, demo: Path, *flags: object, trainer: type[Trainer] = Trainer) -> None:
+    """Pre-train with `trainer` as the loop."""
+    stage.Trainer = trainer  # type: ignore[misc]
+    try:
+        runs.train("pretrain", "--data", demo, *runs.PRETRAIN, *flags, "--output-dir", run)
+    finally:
+        stage.Trainer = Trainer  # type: ignore[misc]
+
+
+def assert_same_run(run: Path, other: Path, steps: int = STEPS) -> None:
+    """To the last bit: weights, optimizer, moving average, every record but its timings, the best model."""
+    files = sorted(path.name for path in (run / f"checkpoints/step-{steps}").iterdir())
+    assert files == sorted(path.name for path in (other / f"checkpoints/step-{steps}").iterdir())
+    for name in files:
+        states = [load_file(folder / f"checkpoints/step-{steps}" / name) for folder in (run, other)]
+        assert runs.largest_difference(*states) == 0
+    for folder in ("model", "best"):
+        assert runs.largest_difference(runs.weights(run / folder), runs.weights(other / folder)) == 0
+        assert read_history(run / folder) == read_history(other / folder)
+    assert runs.records(run) == runs.records(other)
+
+
+@pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
+def uninterrupted(
+    request: pytest.FixtureRequest, demo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[object, ...], Path]:
+    """Flags, and a run with them."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(run, demo, *request.param)
+    return request.param, run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_stopped_in_the_middle_of_a_step(
+    uninterrupted: tuple[tuple[object, ...], Path], demo: Path, number: signal.Signals, tmp_path: Path
+) -> None:
+    """It is finished, saved, and the run goes on from it."""
+    flags, reference = uninterrupted
+    if flags != SETTINGS["paper's"] and number != signal.SIGTERM:
+        pytest.skip("the signals do not depend on the settings")
+    run = tmp_path / "run"
+    Stopped.number = number
+    with pytest.raises(StopSignal, match=f"{number.name}: the state of step 5 is saved; go on with --resume") as stop:
+        train(run, demo, *flags, trainer=Stopped)
+    assert stop.value.exit_status == (130 if number == signal.SIGINT else 143)
+    assert runs.steps_saved(run) == ["step-4", "step-5"]
+    train(run, demo, *flags, "--resume")
+    assert_same_run(run, reference, 6 if "swin_tiny_patch4_window7_224" in flags else STEPS)
+
+
+def test_stopped_in_an_evaluation(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once: the state was saved before, and the evaluation is done anew."""
+    flags, run, reference = SETTINGS["paper's"], tmp_path / "run", tmp_path / "reference"
+    train(reference, demo, *flags)
+
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched, pytest.raises(StopSignal, match="the state of step 6 is saved"):
+        patched.setattr("direct_pt.training.evaluate", interrupted)
+        train(run, demo, *flags)
+    assert not [record for record in runs.records(run) if "bbox" in record] and not (run / "best").exists()
+    train(run, demo, *flags, "--resume")
+    assert_same_run(run, reference)
+
+
+def test_a_second_signal_ends_at_once(demo: Path, tmp_path: Path) -> None:
+    """But not the launcher's echo of the first one."""
+    process = runs.start_script(
+        "pretrain", "--data", demo, *runs.PRETRAIN, *LENGTH, "--global-batch-size", 512, *runs.NO_EVALUATION,
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "0/12" not in process.stderr.readline(100):  # the progress bar's first line: signals are caught
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(ECHO_SECONDS + 1)
+    assert process.poll() is None  # in its step of 256 micro-batches
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM
+
+
+# Damage
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[:-1000]
+    elif how == "altered":
+        content[-1000] ^= 1
+    path.write_bytes(content)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [
+        ("model", "cut", "cannot be read as tensors"),
+        ("model", "altered", "its checksum does not fit its content"),
+        ("optimizer", "altered", "its checksum does not fit its content"),
+        ("optimizer", "missing", "cannot be read as tensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    uninterrupted: tuple[tuple[object, ...], Path], demo: Path, name: str, how: str, reason: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags, reference = uninterrupted
+    if flags != SETTINGS["paper's"]:
+        pytest.skip("the files do not depend on the settings")
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    file = run / f"checkpoints/step-{STEPS}/{name}.safetensors"
+    damage(file, how)
+    train(run, demo, *flags, "--resume")
+    captured = capsys.readouterr()
+    assert f"warning: {file}: {reason}" in captured.err and "the checkpoint before it is used" in captured.err
+    assert "from step 8" in captured.out
+    assert_same_run(run, reference)
+
+
+# Another way to go on
+
+
+@pytest.fixture(scope="module")
+def without_batchnorm(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps in one process, a checkpoint after each."""
+    run = tmp_path_factory.mktemp("group") / "run"
+    train(run, demo, *runs.THREE_STEPS, "--micro-batch-size", 2, "--save-every", 1, "--keep-checkpoints", 9)
+    return run
+
+
+def copy_at(run: Path, folder: Path, step: int) -> Path:
+    """As it is when it dies soon after a step."""
+    later = [f"step-{number}" for number in range(step + 1, 10)]
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*later, "model", "best"))
+    return folder
+
+
+def test_with_two_processes_in_place_of_one(without_batchnorm: Path, demo: Path, tmp_path: Path) -> None:
+    run = copy_at(without_batchnorm, tmp_path / "run", 2)
+    flags = (*runs.PRETRAIN, *runs.THREE_STEPS, "--micro-batch-size", 2, "--save-every", 1, "--keep-checkpoints", 9)
+    process = runs.launch(
+        2, runs.SCRIPTS / "pretrain.py", "--data", demo, *flags, "--output-dir", run, "--resume"
+    )  # fmt: skip
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-5000:]
+    assert "resumed on 2 process(es) with 2 images at once, before 1 with 2: the same global batch" in stdout
+    assert "8 images a step = 2 process(es) x 2 micro-batch x 2 accumulated" in stdout
+    assert runs.largest_difference(runs.weights(run), runs.weights(without_batchnorm)) < 1e-6
+
+
+def test_with_another_micro_batch_and_learning_rate(
+    without_batchnorm: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a message may advise; other flags stay refused (test_bad_input.py)."""
+    run = copy_at(without_batchnorm, tmp_path / "run", 2)
+    train(run, demo, *runs.THREE_STEPS, "--micro-batch-size", 8, "--resume")
+    assert "resumed on 1 process(es) with 8 images at once, before 1 with 2" in capsys.readouterr().out
+    assert runs.largest_difference(runs.weights(run), runs.weights(without_batchnorm)) < 1e-6
+
+    run = copy_at(without_batchnorm, tmp_path / "other", 2)
+    train(run, demo, *runs.THREE_STEPS, "--micro-batch-size", 2, "--lr", 0.0001, "--clip-grad-norm", 5, "--resume")
+    output = capsys.readouterr().out
+    assert "resumed with --lr 0.0001, before 0.002" in output and "--clip-grad-norm 5.0, before None" in output
+    assert runs.records(run)[-2]["lr"] == 0.0001
+
+
+def test_a_restart_by_the_launcher_goes_on(
+    without_batchnorm: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody said --resume."""
+    run = copy_at(without_batchnorm, tmp_path / "run", 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    flags = (*runs.THREE_STEPS, "--micro-batch-size", 2, "--save-every", 1, "--keep-checkpoints", 9)
+    train(run, demo, *flags)
+    assert_same_run(run, without_batchnorm, 3)
+
+
+# Options
+
+
+def test_moving_average(demo: Path, tmp_path: Path) -> None:
+    """Of the weights after each step, with a decay that rises: 1 - (1 + n)^(-2/3), at most as asked for."""
+    run = tmp_path / "run"
+    length = ("--global-batch-size", 8, "--micro-batch-size", 8, "--max-steps", 4)
+    train(run, demo, *length, "--ema", 0.5, "--save-every", 1, "--keep-checkpoints", 9, *runs.NO_EVALUATION)
+    name = "roi_head.box_heads.0.class_logits.weight"
+    expected = torch.zeros(())
+    for step in range(1, 5):
+        weights = load_file(run / f"checkpoints/step-{step}/model.safetensors")[name]
+        decay = min(0.5, 1 - step ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * weights
+        average = load_file(run / f"checkpoints/step-{step}/average.safetensors")[name]
+        assert torch.allclose(average, expected, atol=1e-7)
+    assert torch.equal(runs.weights(run)[name], average) and not torch.equal(average, weights)
+    assert torch.equal(runs.weights(run / "best")[name], average)
+
+
+def test_gradient_clipping(demo: Path, tmp_path: Path) -> None:
+    """The first update is lr times a gradient of that norm (weight decay is small)."""
+    weights = []
+    for name, clip in (("clipped", ("--clip-grad-norm", 0.5)), ("free", ())):
+        run = tmp_path / name
+        flags = (*runs.EIGHT, "--warmup-steps", 0, "--max-steps", 1, *runs.NO_EVALUATION)
+        train(run, demo, *flags, *clip)
+        momentum = load_file(run / "checkpoints/step-1/optimizer.safetensors")
+        weights.append(torch.cat([value.flatten() for value in momentum.values()]).norm())
+    clipped, free = weights
+    assert free > 2 and clipped == pytest.approx(0.5, rel=0.02)
+
+
+# Memory
+
+
+def test_out_of_memory_later(demo: Path, tmp_path: Path) -> None:
+    """A real allocation that fails: the state is saved, and the message has the flag to go on with."""
+    run = tmp_path / "run"
+    flags = ("--global-batch-size", 8, "--micro-batch-size", 4, "--max-steps", 6, *runs.NO_EVALUATION)
+
+    class Hungry(Trainer):
+        """In step 3 it asks for more than there is."""
+
+        def _agree(self, all_finite: torch.Tensor) -> tuple[bool, int]:
+            if self.progress.step == 2:
+                torch.empty(2**60, dtype=torch.uint8)
+            return super()._agree(all_finite)
+
+    with pytest.raises(TrainingStopped) as stop:
+        train(run, demo, *flags, trainer=Hungry)
+    message = str(stop.value)
+    assert "step 3: out of memory with 4 images at once" in message and "\n" not in message
+    assert f"the newest checkpoint is {run / 'checkpoints/step-2'}" in message
+    assert "--resume and --micro-batch-size 2, which keeps the global batch" in message
+    train(run, demo, *flags, "--micro-batch-size", 2, "--resume")
+    assert runs.records(run)[-1]["step"] == 6
+
+    reference = tmp_path / "reference"  # what was saved is the state of step 2 to the bit
+    train(reference, demo, *flags, "--save-every", 2, "--keep-checkpoints", 9)
+    train(tmp_path / "again", demo, *flags, "--save-every", 2, "--keep-checkpoints", 9)
+    states = [load_file(r / "checkpoints/step-2/model.safetensors") for r in (reference, tmp_path / "again")]
+    assert runs.largest_difference(*states) == 0
