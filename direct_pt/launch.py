@@ -174,11 +174,16 @@ def _refuse_what_cannot_be(world: int, local: int) -> None:
             raise InputError(f"gradient_clipping {clipping}: give the scripts --clip-grad-norm in its place")
 
 
+def join_seconds() -> int:
+    """How long processes and machines wait for each other at the start."""
+    return int(os.environ.get("DIRECT_PT_JOIN_SECONDS", JOIN_SECONDS))
+
+
 def _call_the_roll(rank: int, world: int) -> None:
     """Every process waits here until all have come, so that who is missing can be named."""
-    seconds = int(os.environ.get("DIRECT_PT_JOIN_SECONDS", JOIN_SECONDS))
+    seconds = join_seconds()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    interface = os.environ.get("NCCL_SOCKET_IFNAME" if on_gpu() else "GLOO_SOCKET_IFNAME") or _interface(address)
+    interface = os.environ.get("NCCL_SOCKET_IFNAME" if on_gpu() else "GLOO_SOCKET_IFNAME") or interface_to(address)
     where = f"{address} port {port} over interface {interface or 'unknown'}"
     check = "start the same command there, and check the address, the port and the firewalls between"
     try:
@@ -201,11 +206,11 @@ def _call_the_roll(rank: int, world: int) -> None:
 
 def _choose_interface() -> None:
     """gloo takes the interface of the host's name, which often leads nowhere: the one to the main process is right."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(os.environ["MASTER_ADDR"])):
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
-def _interface(address: str) -> str | None:
+def interface_to(address: str) -> str | None:
     """The network interface that leads to `address`, if it can be told."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -1,0 +1,78 @@
+"""How accelerate's launchers on several machines find each other: as by default, but in words where one is missing.
+
+PyTorch's launcher, which accelerate's is, knows this one as `--rdzv_backend direct_pt` (an entry point in
+pyproject.toml). The machines are numbered by accelerate's --machine_rank.
+"""
+
+import os
+import socket
+import sys
+import time
+from itertools import pairwise
+from typing import Any
+
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from direct_pt.launch import interface_to, join_seconds
+
+RETRY_SECONDS = 0.5
+
+
+class MachineRendezvous(StaticTCPRendezvous):
+    """PyTorch's static rendezvous, which says who is missing and where it was looked for."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet the other machines. Ends the launcher with one line where not all of them come in time."""
+        seconds = round(self.timeout.total_seconds())
+        where = f"{self.master_addr} port {self.master_port} over interface {interface_to(self.master_addr)}"
+        check = "check the address, the port and the firewalls between"
+        if self.rank > 0 and not self._main_machine_answers(seconds):
+            sys.exit(
+                f"error: machine {self.rank} of {self.world_size} did not reach the main machine at {where} in "
+                f"{seconds} s: start the same command there with --machine_rank 0, and {check}"
+            )
+        try:
+            return super().next_rendezvous()
+        except RuntimeError as error:
+            sys.exit(
+                f"error: not all of {self.world_size} machines came to {where} in {seconds} s "
+                f"({str(error).splitlines()[0]}): start the same command on the others with --machine_rank 1, 2, ..., "
+                f"and {check}"
+            )
+
+    def _main_machine_answers(self, seconds: int) -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                socket.create_connection((self.master_addr, self.master_port), timeout=RETRY_SECONDS).close()
+                return True
+            except OSError:
+                time.sleep(RETRY_SECONDS)
+        return False
+
+
+def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    """For the launcher's registry."""
+    address, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29500)
+    if not parameters.endpoint:
+        sys.exit("error: --main_process_ip is missing: the main machine's address")
+    timeout: Any = parameters.config.get("timeout", join_seconds())
+    return MachineRendezvous(
+        address, port, _machine_rank(), parameters.max_nodes, parameters.run_id, timeout=int(timeout)
+    )
+
+
+def entry_point() -> Any:
+    """What PyTorch loads: the function that makes the handler."""
+    return make_handler
+
+
+def _machine_rank() -> int:
+    """accelerate passes its flag on to PyTorch's own rendezvous alone."""
+    for flag, value in pairwise([*" ".join(sys.argv).replace("=", " ").split(), ""]):
+        if flag.replace("-", "_") == "__machine_rank":
+            return int(value)
+    return int(os.environ.get("MACHINE_RANK", "0"))
