@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         "out of memory",
         "can't allocate memory",
         "bad_alloc",
-        "could not create a memory",
+        "could not create a",
         "cannot allocate memory",
     )
     return isinstance(error, MemoryError) or any(word in text for word in words)

@@ -1,16 +1,15 @@
 """How many images a device takes at once, found by training steps on the heaviest micro-batch that can come."""
 
 import copy
-import gc
+import multiprocessing
 import os
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
 
 from direct_pt.batch import Objects
 from direct_pt.data.annotations import AnnotationTable
@@ -19,13 +18,15 @@ from direct_pt.device import is_out_of_memory
 from direct_pt.errors import InputError
 from direct_pt.memory import training_batch
 from direct_pt.models.detector import Detector
+from direct_pt.optimizers import make_optimizer
+from direct_pt.recipes import Recipe
 
 SPARE = 0.05  # of the memory, left free: batches of other shapes leave gaps
 
 
 def fitting_micro_batch_size(
     detector: Detector,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    recipe: Recipe,
     table: AnnotationTable,
     preset: Preset,
     sizes: list[int],
@@ -33,11 +34,14 @@ def fitting_micro_batch_size(
     device: torch.device,
     precision: str,
 ) -> int:
-    """The first of `sizes` that a whole training step fits with. The detector and its random numbers stay as they are.
+    """The first of `sizes` that a whole training step fits with.
+
+    Each is tried in a process of its own: one that ran out of memory is good for nothing more, and on the CPU the
+    system may kill it.
 
     Args:
-        detector: as it will be trained.
-        make_optimizer: for a copy of it.
+        detector: as it will be trained; it stays as it is.
+        recipe: whose optimizer keeps its state on the device.
         table: of the training images; the largest image and the most objects of one are what is tried.
         preset: of the stage.
         sizes: images at once, largest first.
@@ -50,40 +54,62 @@ def fitting_micro_batch_size(
     """
     frame = _largest_frame(table, preset)
     objects = max(1, int(np.diff(table.starts).max()))
-    random_numbers = torch.get_rng_state()
-    trial = copy.deepcopy(detector).to(device).to(memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(trial)
-    kept = [torch.empty_like(parameter) for parameter in trial.parameters() for _ in range(copies)]
-    kept.append(torch.empty(sizes[0] * frame[0] * frame[1] * 3, dtype=torch.uint8, device=device))  # images that wait
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    try:
-        with _memory_limited(device) as spare:
-            kept.append(torch.empty(spare, dtype=torch.uint8, device=device))
-            for size in sizes:
-                batch = training_batch(size, frame, objects, len(table.class_names), detector.has_masks)
-                try:
-                    with torch.autocast(device.type, dtype, enabled=precision != "no"):
-                        losses: dict[str, Tensor] = trial(batch.to(device))
-                    torch.stack(list(losses.values())).sum().backward()
-                    optimizer.step()
-                    return size
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    del error
-                losses = {}
-                optimizer.zero_grad()
-                gc.collect()
-                torch.cuda.empty_cache()
-    finally:
-        torch.set_rng_state(random_numbers)
-        del trial, optimizer, kept
-        gc.collect()
-        torch.cuda.empty_cache()
+    on_cpu = copy.deepcopy(detector).cpu()
+    context = multiprocessing.get_context("spawn")  # a fork has no GPU, and no threads of the CPU's libraries
+    answer = ""
+    for size in sizes:
+        batch = (size, frame, objects, len(table.class_names), detector.has_masks)
+        receiver, sender = context.Pipe(duplex=False)
+        others = copies, sizes[0] * frame[0] * frame[1] * 3  # and the images that wait
+        arguments = sender, on_cpu, recipe, batch, others, device, precision, _memory(device), torch.get_num_threads()
+        process = context.Process(target=_try, args=arguments, daemon=True)
+        process.start()
+        sender.close()
+        try:
+            answer = receiver.recv()
+        except EOFError:
+            answer = "was killed, for want of memory as it seems"
+        process.join()
+        if answer == "fits":
+            return size
     raise InputError(
-        f"--micro-batch-size auto: not even {sizes[-1]} image(s) of {frame[1]}x{frame[0]} fit; use "
+        f"--micro-batch-size auto: not even {sizes[-1]} image(s) of {frame[1]}x{frame[0]} fit ({answer}); use "
         "--gradient-checkpointing, a smaller --backbone or smaller images"
     )
+
+
+def _try(
+    sender: Connection,
+    detector: Detector,
+    recipe: Recipe,
+    batch: tuple[Any, ...],
+    others: tuple[int, int],
+    device: torch.device,
+    precision: str,
+    memory: int,
+    threads: int,
+) -> None:
+    """One training step; sends "fits", or why not."""
+    torch.set_num_threads(threads)
+    if device.type == "cpu":  # so that too large an allocation fails in place of waking the system's killer
+        limit = psutil.Process().memory_info().data + memory
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    try:
+        detector.to(device).to(memory_format=torch.channels_last).train()
+        optimizer = make_optimizer(detector, recipe, lr=0.0)
+        copies, waiting = others
+        kept = [torch.empty_like(parameter) for parameter in detector.parameters() for _ in range(copies)]
+        kept.append(torch.empty(waiting + int(SPARE * memory), dtype=torch.uint8, device=device))
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+            losses = detector(training_batch(*batch).to(device))
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        sender.send("fits")
+    except (RuntimeError, MemoryError) as error:
+        sender.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        if not is_out_of_memory(error):
+            raise
 
 
 def _largest_frame(table: AnnotationTable, preset: Preset) -> tuple[int, int]:
@@ -94,18 +120,8 @@ def _largest_frame(table: AnnotationTable, preset: Preset) -> tuple[int, int]:
     return max(height for height, _ in frames), max(width for _, width in frames)
 
 
-@contextmanager
-def _memory_limited(device: torch.device) -> Iterator[int]:
-    """Inside it too large an allocation raises, on the CPU too. Gives the bytes that are to stay free."""
+def _memory(device: torch.device) -> int:
+    """Bytes that a process on this device may have."""
     if device.type == "cuda":
-        yield int(SPARE * torch.cuda.get_device_properties(device).total_memory)
-        return
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
-    share = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limit = psutil.Process().memory_info().data + share
-    given = [value for value in limits if value != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min([limit, *given]), limits[1]))
-    try:
-        yield int(SPARE * share)
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

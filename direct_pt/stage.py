@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from direct_pt.backbone_weights import load_backbone
 from direct_pt.banner import banner, git_revision
@@ -32,14 +31,13 @@ from direct_pt.micro_batch import fitting_micro_batch_size
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
+from direct_pt.optimizers import make_optimizer
 from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.recipes import Recipe, recipe_for
 from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
 from direct_pt.training import Trainer, TrainingData
-
-POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
 
 
 def run_stage(settings: Settings) -> None:
@@ -130,15 +128,9 @@ def _fitting_micro_batch_size(
         return earlier.micro_batch_size
     copies = (processes.num_processes > 1) + (settings.ema is not None)
     found = fitting_micro_batch_size(
-        detector,
-        lambda trial: make_optimizer(trial, recipe, lr=0.0),
-        data.train,
-        data.preset,
-        sizes,
-        copies,
-        processes.device,
+        detector, recipe, data.train, data.preset, sizes, copies, processes.device,
         resolve_precision(settings.mixed_precision),
-    )
+    )  # fmt: skip
     return min(gather_object([found]))
 
 
@@ -158,32 +150,6 @@ def presets(settings: Settings) -> tuple[Preset, TestPreset]:
         return PretrainPreset(settings.image_size), TestPreset(settings.image_size, settings.image_size)
     sides = settings.short_side, settings.long_side
     return FinetunePreset(*sides), TestPreset(*sides)
-
-
-def make_optimizer(detector: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """The recipe's, for the parameters that train."""
-    groups = parameter_groups(detector, recipe.weight_decay)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-
-
-def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that train: with weight decay, and without it those of norm layers and position tables."""
-    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-    exempt = {
-        id(p) for layer in detector.modules() if isinstance(layer, norms) for p in layer.parameters(recurse=False)
-    }
-    exempt |= {id(p) for name, p in detector.named_parameters() if name.endswith(POSITION_TABLES)}
-    trained = [p for p in detector.parameters() if p.requires_grad]
-    return [
-        {"params": params, "weight_decay": decay}
-        for params, decay in (
-            ([p for p in trained if id(p) not in exempt], weight_decay),
-            ([p for p in trained if id(p) in exempt], 0.0),
-        )
-        if params  # none where BatchNorm is frozen
-    ]
 
 
 def _initial_detector(settings: Settings, table: AnnotationTable) -> tuple[Detector, History, str]:

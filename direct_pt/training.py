@@ -92,6 +92,7 @@ class Trainer:
         self.updates: int = gathered.get("updates", 0)  # the same, of steps that were not skipped
         self.logged_step = progress.step - gathered.get("steps", 0)
         self.logged_time = time.monotonic()
+        self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
         self.save_error = ""
         self.stop_signal, self.stop_time = 0, 0.0
@@ -150,10 +151,13 @@ class Trainer:
         gradients_finite = self.sharded.gradients_finite()
         checked = finite if gradients_finite is None else [*finite, gradients_finite]
         skip, stop = self._agree(torch.stack(checked).all())
-        skip = skip or self.sharded.update(self.settings.clip_grad_norm)
+        if not skip:
+            statistics, self.kept = self.kept, None
+            skip = self.sharded.update(self.settings.clip_grad_norm)
+            self.kept = statistics if skip else None
         self.sharded.optimizer.zero_grad()
         if skip:
-            self._restore_statistics()
+            self._undo()
             self._skipped([batch for batch, fine in zip(micro_batches, finite, strict=True) if not fine])
             return stop
         self.progress.skipped_in_a_row = 0
@@ -169,9 +173,11 @@ class Trainer:
         """BatchNorm's, as they are before a step: it is undone where it comes to nothing."""
         self.kept = [(statistic, statistic.clone()) for statistic in running_statistics(self.detector)]
 
-    def _restore_statistics(self) -> None:
-        for statistic, before in self.kept:
+    def _undo(self) -> None:
+        """The step under way, as long as the weights were not updated."""
+        for statistic, before in self.kept or ():
             statistic.copy_(before)
+        self.kept = None
 
     def _agree(self, all_finite: Tensor) -> tuple[bool, int]:
         """Whether any process found what is not finite, and the stop signal that any got: the same on all of them."""
@@ -425,8 +431,8 @@ class Trainer:
                 advice = "--resume"
             else:
                 raise
-            if self.plan.processes == 1:  # several could not agree on a save any more
-                self._restore_statistics()
+            if self.plan.processes == 1 and self.kept is not None:  # several could not agree on a save any more
+                self._undo()
                 self._save()
             raise TrainingStopped(
                 f"step {self.progress.step + 1}: {what}; {self._newest_checkpoint()}; go on with {advice}"

@@ -30,9 +30,9 @@ from direct_pt.memory import (
 from direct_pt.models.boxes import grouped_nms
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.roi_align import pyramid_roi_align
+from direct_pt.optimizers import make_optimizer
 from direct_pt.recipes import recipe_for
 from direct_pt.settings import parser
-from direct_pt.stage import make_optimizer
 
 KIB = 1024  # of float32: 256 numbers
 MIB = 2**20

@@ -31,7 +31,7 @@ from direct_pt.models.matching import Matches, Matching, Sampling, match, random
 from direct_pt.models.norms import batchnorms, use_groupnorm
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
 from direct_pt.models.roi_heads import SampledRoIs
-from direct_pt.stage import parameter_groups
+from direct_pt.optimizers import parameter_groups
 
 CLASSES = 10
 ROIS = 16

@@ -36,9 +36,9 @@ from direct_pt.memory import (
 )
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
+from direct_pt.optimizers import make_optimizer
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, recipe_for
 from direct_pt.settings import not_negative_integer, positive_float, positive_integer
-from direct_pt.stage import make_optimizer
 
 GIB = 2**30
 CLASSES, OBJECTS = 80, 100
