@@ -75,9 +75,14 @@ def save_model(folder: Path, detector: Detector, history: History) -> None:
     Raises:
         OSError: it cannot be written; what stood there is as it was.
     """
+    save_weights(folder, detector.config, detector.state_dict(), history)
+
+
+def save_weights(folder: Path, config: DetectorConfig, weights: Tensors, history: History) -> None:
+    """`save_model` of weights that are in no detector any more."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, detector.state_dict())
-    write_json(folder / CONFIG, {"detector": detector.config.to_dict(), "history": history})
+    write_tensors(folder / WEIGHTS, weights)
+    write_json(folder / CONFIG, {"detector": config.to_dict(), "history": history})
 
 
 def from_pretrained(

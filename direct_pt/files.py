@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Any = None) -> 
     """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(facts, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.partial")
+    # In a folder of its own: safetensors writes into a file of a random name first, which stays where it is killed.
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
+        temporary = partial / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as for any new file; safetensors' own is for this user alone
         save_file(content, temporary, {"format": "pt", FACTS: text, CHECKSUM: _checksum(content, text)})
+        temporary.chmod(mode)
         replace_file(temporary, path)
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)  # what is half there keeps a full disk full
         raise error if isinstance(error, OSError) else OSError(f"{path}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what is half there keeps a full disk full
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -71,9 +80,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text)
         replace_file(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that failed does not say where
 
 
 def replace_file(temporary: Path, final: Path) -> None:

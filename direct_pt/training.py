@@ -1,5 +1,6 @@
 """The training loop of both stages, on accelerate: accumulation, schedule, logging, evaluation, checkpoints, resume."""
 
+import copy
 import json
 import math
 import os
@@ -23,13 +24,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import History, Progress, TrainingState, checkpoints, save_model, save_training_state
+from direct_pt.checkpoint import (
+    History,
+    Progress,
+    TrainingState,
+    checkpoints,
+    read_history,
+    save_model,
+    save_training_state,
+    save_weights,
+)
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import SampleOrder, aspect_groups, training_loader, unreadable_reason
 from direct_pt.data.transforms import Preset, TestPreset
 from direct_pt.device import is_out_of_memory
-from direct_pt.errors import StopSignal, TrainingStopped
+from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
@@ -95,6 +105,7 @@ class Trainer:
         self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
         self.save_error = ""
+        self.unsaved_best: Callable[[], None] | None = None  # what a full disk kept from being written
         self.stop_signal, self.stop_time = 0, 0.0
 
     def train(self) -> None:
@@ -297,9 +308,11 @@ class Trainer:
             detector, self.data.val, self.data.test_preset, self.plan.micro_batch_size, self.accelerator,
             self.settings.num_workers, self._leave_if_asked,
         )  # fmt: skip
-        better = metrics["bbox"]["AP"] > self.best_ap and self.accelerator.is_main_process
-        if better and self._try_to_save(lambda: save_model(run / "best", detector, self.history)):
+        if metrics["bbox"]["AP"] > self.best_ap and self.accelerator.is_main_process:
             self.best_ap = metrics["bbox"]["AP"]
+            best = _copy_of_weights(detector), copy.deepcopy(self.history)
+            self.unsaved_best = lambda: save_weights(run / "best", detector.config, *best)
+            self._try_to_save(self._write_best)
         epoch = self.progress.step * self.plan.global_batch_size / self.plan.images
         self._write({"step": self.progress.step, "epoch": epoch, **metrics})
         self.evaluated_step = self.progress.step
@@ -340,11 +353,18 @@ class Trainer:
 
     def _write_state(self, state: TrainingState, result: Detector) -> None:
         run = self.settings.output_dir
-        save_model(run / "model", result, self.history)  # before the state: a run killed in between does it again
+        # Before the state, which a run goes on from: what a full disk kept from being written up to there.
+        self._write_best()
+        write_text(run / "metrics.jsonl", _lines(self.records))
+        save_model(run / "model", result, self.history)  # a run killed in between does it again
         save_training_state(run / "checkpoints", state, self.settings.keep_checkpoints)
         self.save_error = ""
-        write_text(run / "metrics.jsonl", _lines(self.records))  # whole again where a line could not be written
         plot_curves(self.records, run / "curves.png")
+
+    def _write_best(self) -> None:
+        if self.unsaved_best is not None:
+            self.unsaved_best()
+            self.unsaved_best = None
 
     def _try_to_save(self, save: Callable[[], None]) -> bool:
         """Training goes on where the disk is full or gone: it may be back at the next save. The last must succeed."""
@@ -378,6 +398,7 @@ class Trainer:
                 with (self.settings.output_dir / "metrics.jsonl").open("a") as file:
                     file.write(_lines([record]))
             except OSError as error:  # the next save writes all lines anew
+                self.save_error = str(error)
                 self.bar.write(f"warning: metrics.jsonl cannot be written: {error}", file=sys.stderr)
         if self.settings.report_to != "none":
             masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
@@ -474,12 +495,31 @@ def _read_records(run: Path, accelerator: Accelerator, last_step: int) -> tuple[
             if record["step"] <= last_step:
                 records.append(record)
         write_text(path, _lines(records))
-    # A best model that could not be written is evaluated anew.
-    evaluations = [record for record in records if "bbox" in record and (run / "best").exists()]
-    best = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
-    found = [best, max((record["step"] for record in evaluations), default=0)]
+    evaluations = [record for record in records if "bbox" in record]
+    if evaluations and accelerator.is_main_process:
+        best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training
+        if best["step"] == last_step and _step_of_model(run / "best") != last_step:
+            evaluations.remove(best)  # its model could not be written: it is evaluated anew
+            records.remove(best)
+            write_text(path, _lines(records))
+    found = [
+        max((record["bbox"]["AP"] for record in evaluations), default=-1.0),
+        max((record["step"] for record in evaluations), default=0),
+    ]
     broadcast_object_list(found)
     return records, found[0], int(found[1])
+
+
+def _copy_of_weights(detector: Detector) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in detector.state_dict().items()}
+
+
+def _step_of_model(folder: Path) -> int:
+    """0 where there is no model."""
+    try:
+        return read_history(folder)[-1]["steps"]
+    except (InputError, IndexError, KeyError):
+        return 0
 
 
 def _memory_gib() -> float:
