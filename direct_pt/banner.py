@@ -49,7 +49,7 @@ def banner(
         f"  images     {sizes}",
         f"  weights    {origin}",
         f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
-        f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in detector.parameters()):,} parameters",
+        f"{sum(map(_size, trained)):,} of {sum(map(_size, detector.parameters())):,} parameters",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
         f"  optimizer  {_optimizer(recipe)}",
@@ -69,6 +69,10 @@ def banner(
     lines += [f"             {i} {name}: {n}" for i, name, n in rows[:20]]
     lines += [f"             and {len(rows) - 20} more"] if len(rows) > 20 else []
     return "\n".join(lines)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO 3 a process holds none of it
 
 
 def _optimizer(recipe: Recipe) -> str:

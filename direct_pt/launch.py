@@ -46,8 +46,14 @@ def join_processes() -> PartialState:
         if not on_gpu():
             _choose_interface()
             options["backend"] = "gloo"
-        _call_the_roll(int(os.environ["RANK"]), world)
-        options["timeout"] = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+        rank = int(os.environ["RANK"])
+        torch.distributed.init_process_group(
+            options.get("backend", "nccl"),
+            store=_call_the_roll(rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+        )
     os.environ.pop("ACCELERATE_USE_CPU", None)  # read already; with it accelerate would leave out DeepSpeed
     return PartialState(cpu=not on_gpu() and not is_deepspeed(), **options)
 
@@ -179,29 +185,40 @@ def join_seconds() -> int:
     return int(os.environ.get("DIRECT_PT_JOIN_SECONDS", JOIN_SECONDS))
 
 
-def _call_the_roll(rank: int, world: int) -> None:
-    """Every process waits here until all have come, so that who is missing can be named."""
+def _call_the_roll(rank: int, world: int) -> torch.distributed.Store:
+    """Every process waits here until all have come, so that who is missing can be named.
+
+    Returns:
+        What they met in. A launcher that starts processes again keeps its store, with the addresses of those that died:
+        this part of it is new each time.
+    """
     seconds = join_seconds()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     interface = os.environ.get("NCCL_SOCKET_IFNAME" if on_gpu() else "GLOO_SOCKET_IFNAME") or interface_to(address)
     where = f"{address} port {port} over interface {interface or 'unknown'}"
     check = "start the same command there, and check the address, the port and the firewalls between"
-    try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+    timeout = datetime.timedelta(seconds=seconds)
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise the launcher does
+    try:  # torch's own rendezvous waits for the others, and cannot tell who is missing
+        whole = torch.distributed.TCPStore(
+            address, int(port), world, serves, timeout, wait_for_workers=False, multi_tenant=True
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"process {rank} of {world} did not reach the main process at {where} in {seconds} s: {check}"
         ) from error
-    start = f"direct_pt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    names = [f"{start}/{other}" for other in range(world)]
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"direct_pt/{start}", whole)
+    names = [f"here/{other}" for other in range(world)]
     store.set(names[rank], socket.gethostname())
     try:
-        store.wait(names, datetime.timedelta(seconds=seconds))
+        store.wait(names, timeout)
     except RuntimeError as error:
         missing = [str(other) for other, name in enumerate(names) if not store.check([name])]
         raise InputError(
             f"of {world} processes number {', '.join(missing[:8])} did not come to {where} in {seconds} s: {check}"
         ) from error
+    return store
 
 
 def _choose_interface() -> None:

@@ -24,6 +24,10 @@ RETRY_SECONDS = 0.5
 class MachineRendezvous(StaticTCPRendezvous):
     """PyTorch's static rendezvous, which says who is missing and where it was looked for."""
 
+    def get_backend(self) -> str:
+        """As the launcher asked for it."""
+        return "direct_pt"
+
     def next_rendezvous(self) -> RendezvousInfo:
         """Meet the other machines. Ends the launcher with one line where not all of them come in time."""
         seconds = round(self.timeout.total_seconds())

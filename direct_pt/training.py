@@ -350,6 +350,8 @@ class Trainer:
         self.saved_step = self.progress.step
         if self.accelerator.is_main_process:
             self._try_to_save(lambda: self._write_state(state, result))
+        # Who left before, told to stop, would have the launcher end the one that saves.
+        self.accelerator.wait_for_everyone()
 
     def _write_state(self, state: TrainingState, result: Detector) -> None:
         run = self.settings.output_dir

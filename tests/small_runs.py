@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -26,6 +27,7 @@ from direct_pt.settings import parse_training
 from direct_pt.stage import run_stage
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+CONFIGS = SCRIPTS.parent / "accelerate_configs"
 TRAIN_IMAGES, VAL_IMAGES, FILE_SIZE = 24, 9, 64  # 9: not divisible by two processes
 SIZE = 96  # pixels that the files are enlarged to, for objects that anchors fit
 MODEL = "faster_rcnn_r50_fpn"
@@ -114,8 +116,13 @@ def call_script(name: str, *flags: object) -> None:
 
 
 def start_script(name: str, *flags: object, **environment: object) -> subprocess.Popen[str]:
-    """A script in a process of its own, with more variables in its environment."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, flags)]
+    """A script of scripts/ in a process of its own, with more variables in its environment."""
+    return start(SCRIPTS / f"{name}.py", *flags, **environment)
+
+
+def start(script: Path, *flags: object, **environment: object) -> subprocess.Popen[str]:
+    """The same of any script."""
+    command = [sys.executable, str(script), *map(str, flags)]
     variables = {**ENVIRONMENT, **{key: str(value) for key, value in environment.items()}}
     return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -222,3 +229,58 @@ def records(run: Path) -> list[dict[str, Any]]:
 def steps_saved(run: Path) -> list[str]:
     """What stands in a run's checkpoints/, hidden entries too."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def launch_file(
+    config: Path, script: Path, *arguments: object, options: Sequence[str] = (), prefix: Sequence[str] = (),
+    **environment: object,
+) -> subprocess.Popen[str]:  # fmt: skip
+    """A script as a launcher's configuration says, in a group of its own.
+
+    Args:
+        config: the launcher's yaml file.
+        script: of scripts/.
+        arguments: the script's.
+        options: more of the launcher's.
+        prefix: a command that starts the command.
+        environment: more variables.
+    """
+    command = [*prefix, sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *options]
+    command += [str(script), *map(str, arguments)]
+    variables = {**ENVIRONMENT, **{key: str(value) for key, value in environment.items()}}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=variables, text=True, start_new_session=True, **pipes)
+
+
+def launcher_file(name: str, folder: Path, **changes: object) -> Path:
+    """A copy of a file of accelerate_configs/ for the CPU: at most two processes, on this machine, and no fp16."""
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    content.pop("gpu_ids", None)
+    content |= {"num_machines": 1, "num_processes": min(2, content["num_processes"]), "main_process_port": 0}
+    if content["mixed_precision"] == "fp16":
+        content["mixed_precision"] = "no"
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of a launcher and its workers, which have groups of their own."""
+    for pid in [*workers(process), process.pid]:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    process.wait()
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a launcher's workers, by their rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            parent = folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            variables = dict(
+                entry.split("=", 1) for entry in folder.joinpath("environ").read_text().split("\0") if "=" in entry
+            )
+            if int(parent) == process.pid and "RANK" in variables:
+                found[int(variables["RANK"])] = int(folder.name)
+    return [pid for _, pid in sorted(found.items())]
