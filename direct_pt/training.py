@@ -1,54 +1,41 @@
 """The training loop of both stages, on accelerate: accumulation, schedule, logging, evaluation, checkpoints, resume."""
 
-import copy
-import json
 import math
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import (
-    History,
-    Progress,
-    TrainingState,
-    checkpoints,
-    read_history,
-    save_model,
-    save_training_state,
-    save_weights,
-)
+from direct_pt.checkpoint import History, Progress, TrainingState
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import SampleOrder, aspect_groups, training_loader, unreadable_reason
 from direct_pt.data.transforms import Preset, TestPreset
 from direct_pt.device import is_out_of_memory
-from direct_pt.errors import InputError, StopSignal, TrainingStopped
+from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
-from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import running_statistics
 from direct_pt.plan import Plan, smaller_micro_batches
 from direct_pt.processes import gather_to_main
+from direct_pt.run_folder import RunFolder
 from direct_pt.settings import Settings
 from direct_pt.sharding import Sharded
-from direct_pt.visualize import plot_curves
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops
 MOST_SKIPPED = 10  # steps in a row without an update: the run stops
@@ -95,7 +82,7 @@ class Trainer:
             progress.skipped_in_a_row = 0
         self.history = history
         self.history[-1]["steps"] = progress.step
-        self.records, self.best_ap, self.evaluated_step = _read_records(settings.output_dir, accelerator, progress.step)
+        self.folder = RunFolder(settings.output_dir, accelerator, progress.step, settings.keep_checkpoints)
         self.unreadable: set[int] = set()
         self.named: set[int] = set()
         self.losses: dict[str, Any] = dict(gathered.get("losses", {}))  # summed since the last log
@@ -104,8 +91,6 @@ class Trainer:
         self.logged_time = time.monotonic()
         self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
-        self.save_error = ""
-        self.unsaved_best: Callable[[], None] | None = None  # what a full disk kept from being written
         self.stop_signal, self.stop_time = 0, 0.0
 
     def train(self) -> None:
@@ -136,7 +121,7 @@ class Trainer:
                     self._leave(stop)
                 if self._evaluation_due():
                     self._evaluate()
-        self._must_be_saved()
+        self.folder.must_be_saved(self.progress.step)
         if self.accelerator.is_main_process:
             skipped = f"; {self.progress.skipped} of {total} steps were skipped" if self.progress.skipped else ""
             print(f"done: {self.settings.output_dir / 'model'}{skipped}", flush=True)
@@ -211,7 +196,7 @@ class Trainer:
         if self.progress.skipped_in_a_row >= MOST_SKIPPED:
             self.progress.step += 1
             self._save()
-            self._must_be_saved()
+            self.folder.must_be_saved(self.progress.step)
             raise TrainingStopped(
                 f"{MOST_SKIPPED} steps in a row were skipped, as losses or gradients were not finite"
                 + (f", in the last one of images {names_text}" if names else "")
@@ -272,7 +257,8 @@ class Trainer:
             f"loss {record['loss'] or math.nan:.3f}, lr {record['lr']:.2g}, "
             f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
         )
-        self._write(record)
+        self.folder.add(record)
+        self._track(record)
         if means[-1] > 0:
             self._check_unreadable()
 
@@ -286,7 +272,7 @@ class Trainer:
         share = len(everywhere) / len(self.data.train)
         if share > UNREADABLE_SHARE and len(everywhere) > 1:
             self._save()
-            self._must_be_saved()
+            self.folder.must_be_saved(self.progress.step)
             raise TrainingStopped(
                 f"{len(everywhere)} of {len(self.data.train)} training images cannot be read (more than "
                 f"{UNREADABLE_SHARE:.0%}), first "
@@ -298,29 +284,24 @@ class Trainer:
         """Whether the step reached is one to evaluate at, and that was not done yet."""
         done = self.progress.step
         due = done > 0 and (done % self.plan.eval_steps == 0 or done == self.plan.total_steps)
-        return due and self.data.val is not None and self.evaluated_step != done
+        return due and self.data.val is not None and self.folder.evaluated_step != done
 
     def _evaluate(self) -> None:
         """Metrics of the weights as saved. A stop signal ends it: it is done anew after the resumption."""
         assert self.data.val is not None
-        detector, run = self._result(), self.settings.output_dir
+        detector = self._result()
         metrics, predictions = evaluate(
             detector, self.data.val, self.data.test_preset, self.plan.micro_batch_size, self.accelerator,
             self.settings.num_workers, self._leave_if_asked,
         )  # fmt: skip
-        if metrics["bbox"]["AP"] > self.best_ap and self.accelerator.is_main_process:
-            self.best_ap = metrics["bbox"]["AP"]
-            best = _copy_of_weights(detector), copy.deepcopy(self.history)
-            self.unsaved_best = lambda: save_weights(run / "best", detector.config, *best)
-            self._try_to_save(self._write_best)
         epoch = self.progress.step * self.plan.global_batch_size / self.plan.images
-        self._write({"step": self.progress.step, "epoch": epoch, **metrics})
-        self.evaluated_step = self.progress.step
+        record = {"step": self.progress.step, "epoch": epoch, **metrics}
+        self.folder.add_evaluation(record, detector, self.history)
+        self._track(record)
         if self.accelerator.is_main_process:
             self.bar.write(f"step {self.progress.step}: {metrics_table(metrics)}")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.data.val, image)}")
-            self._try_to_save(lambda: plot_curves(self.records, run / "curves.png"))
         self.logged_time = time.monotonic()
 
     def _result(self) -> Detector:
@@ -348,66 +329,18 @@ class Trainer:
             micro_batch_size=self.plan.micro_batch_size,
         )
         self.saved_step = self.progress.step
-        if self.accelerator.is_main_process:
-            self._try_to_save(lambda: self._write_state(state, result))
+        self.folder.save(state, result, self.history)
         # Who left before, told to stop, would have the launcher end the one that saves.
         self.accelerator.wait_for_everyone()
 
-    def _write_state(self, state: TrainingState, result: Detector) -> None:
-        run = self.settings.output_dir
-        # Before the state, which a run goes on from: what a full disk kept from being written up to there.
-        self._write_best()
-        write_text(run / "metrics.jsonl", _lines(self.records))
-        save_model(run / "model", result, self.history)  # a run killed in between does it again
-        save_training_state(run / "checkpoints", state, self.settings.keep_checkpoints)
-        self.save_error = ""
-        plot_curves(self.records, run / "curves.png")
-
-    def _write_best(self) -> None:
-        if self.unsaved_best is not None:
-            self.unsaved_best()
-            self.unsaved_best = None
-
-    def _try_to_save(self, save: Callable[[], None]) -> bool:
-        """Training goes on where the disk is full or gone: it may be back at the next save. The last must succeed."""
-        try:
-            save()
-        except OSError as error:
-            self.save_error = str(error)
-            self.bar.write(
-                f"warning: not saved: {error}; {self._newest_checkpoint()}; training goes on", file=sys.stderr
-            )
-            return False
-        return True
-
-    def _newest_checkpoint(self) -> str:
-        saved = checkpoints(self.settings.output_dir / "checkpoints")
-        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-
-    def _must_be_saved(self) -> None:
-        """At a run's end, whatever ends it."""
-        if self.save_error:
-            raise TrainingStopped(
-                f"step {self.progress.step} could not be saved: {self.save_error}; {self._newest_checkpoint()}. Make "
-                "room there, then go on with --resume"
-            )
-
-    def _write(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the trackers."""
-        self.records.append(record)
-        if self.accelerator.is_main_process:
-            try:
-                with (self.settings.output_dir / "metrics.jsonl").open("a") as file:
-                    file.write(_lines([record]))
-            except OSError as error:  # the next save writes all lines anew
-                self.save_error = str(error)
-                self.bar.write(f"warning: metrics.jsonl cannot be written: {error}", file=sys.stderr)
-        if self.settings.report_to != "none":
-            masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
-            figures = {**record, **record.get("losses", {}), **record.get("bbox", {}), **masks}
-            self.accelerator.log(
-                {name: value for name, value in figures.items() if isinstance(value, int | float)}, record["step"]
-            )
+    def _track(self, record: dict[str, Any]) -> None:
+        """Tell the trackers."""
+        if self.settings.report_to == "none":
+            return
+        masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
+        figures = {**record, **record.get("losses", {}), **record.get("bbox", {}), **masks}
+        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, record["step"])
 
     def _catch_signals(self) -> None:
         """The first stop signal asks for a stop after the step under way; another one, later, ends at once."""
@@ -428,7 +361,7 @@ class Trainer:
             self._leave(self.stop_signal)
 
     def _leave(self, number: int) -> NoReturn:
-        self._must_be_saved()
+        self.folder.must_be_saved(self.progress.step)
         status = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
         message = f"{signal.Signals(number).name}: the state of step {self.progress.step} is saved; go on with --resume"
         raise StopSignal(message, status)
@@ -458,7 +391,7 @@ class Trainer:
                 self._undo()
                 self._save()
             raise TrainingStopped(
-                f"step {self.progress.step + 1}: {what}; {self._newest_checkpoint()}; go on with {advice}"
+                f"step {self.progress.step + 1}: {what}; {self.folder.newest_checkpoint()}; go on with {advice}"
             ) from error
 
 
@@ -475,53 +408,6 @@ def average_running_statistics(detector: Detector, accelerator: Accelerator) -> 
 
 def _step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
-
-
-def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def _read_records(run: Path, accelerator: Accelerator, last_step: int) -> tuple[list[dict[str, Any]], float, int]:
-    """The records of metrics.jsonl up to `last_step`, and on all processes the best AP and the last step evaluated.
-
-    What a killed run wrote after its checkpoint is taken out.
-    """
-    path = run / "metrics.jsonl"
-    records: list[dict[str, Any]] = []
-    if accelerator.is_main_process and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # the last line of a killed run
-            if record["step"] <= last_step:
-                records.append(record)
-        write_text(path, _lines(records))
-    evaluations = [record for record in records if "bbox" in record]
-    if evaluations and accelerator.is_main_process:
-        best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training
-        if best["step"] == last_step and _step_of_model(run / "best") != last_step:
-            evaluations.remove(best)  # its model could not be written: it is evaluated anew
-            records.remove(best)
-            write_text(path, _lines(records))
-    found = [
-        max((record["bbox"]["AP"] for record in evaluations), default=-1.0),
-        max((record["step"] for record in evaluations), default=0),
-    ]
-    broadcast_object_list(found)
-    return records, found[0], int(found[1])
-
-
-def _copy_of_weights(detector: Detector) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in detector.state_dict().items()}
-
-
-def _step_of_model(folder: Path) -> int:
-    """0 where there is no model."""
-    try:
-        return read_history(folder)[-1]["steps"]
-    except (InputError, IndexError, KeyError):
-        return 0
 
 
 def _memory_gib() -> float:

@@ -1,0 +1,147 @@
+"""A run's folder, as the main process writes it while training goes on, also where the disk is full for a while."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from direct_pt.checkpoint import (
+    History,
+    TrainingState,
+    checkpoints,
+    read_history,
+    save_model,
+    save_training_state,
+    save_weights,
+)
+from direct_pt.errors import InputError, TrainingStopped
+from direct_pt.files import write_text
+from direct_pt.models.detector import Detector
+from direct_pt.visualize import plot_curves
+
+
+class RunFolder:
+    """What stands in a run's folder. Every process has one; the main process's alone reads and writes.
+
+    Training goes on where something cannot be written: it is tried again at the next save, and the last must succeed
+    (`must_be_saved`).
+
+    Attributes:
+        records: the lines of metrics.jsonl.
+        evaluated_step: the last step that was evaluated, known to every process.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, last_step: int, keep: int) -> None:
+        """Read what a run that goes on from `last_step` left; `keep` checkpoints stay. Every process must call it."""
+        self.path = path
+        self.keep = keep
+        self.is_main = accelerator.is_main_process
+        self.records: list[dict[str, Any]] = self._read_records(last_step) if self.is_main else []
+        evaluations = [record for record in self.records if "bbox" in record]
+        self.best_ap = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
+        told = [max((record["step"] for record in evaluations), default=0)]
+        broadcast_object_list(told)
+        self.evaluated_step = int(told[0])
+        self._error = ""
+        self._unsaved_best: Callable[[], None] | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self.records.append(record)
+
+        def append() -> None:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(_lines([record]))
+
+        self._try(append)  # the next save writes all lines anew
+
+    def add_evaluation(self, record: dict[str, Any], detector: Detector, history: History) -> None:
+        """The metrics of a step, and the detector where it is the best so far."""
+        if self.is_main and record["bbox"]["AP"] > self.best_ap:
+            self.best_ap = record["bbox"]["AP"]
+            # A copy: it may not find room before training has gone on.
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in detector.state_dict().items()}
+            steps = json.loads(json.dumps(history))
+            self._unsaved_best = lambda: save_weights(self.path / "best", detector.config, weights, steps)
+            self._try(self._write_best)
+        self.add(record)
+        self.evaluated_step = record["step"]
+        self._try(lambda: plot_curves(self.records, self.path / "curves.png"))
+
+    def save(self, state: TrainingState, result: Detector, history: History) -> None:
+        """A checkpoint, and the model that the run would hand on now."""
+
+        def write() -> None:
+            # Before the state, which a run goes on from: what a full disk kept from being written up to there.
+            self._write_best()
+            write_text(self.path / "metrics.jsonl", _lines(self.records))
+            save_model(self.path / "model", result, history)  # a run killed in between does it again
+            save_training_state(self.path / "checkpoints", state, self.keep)
+            self._error = ""
+            plot_curves(self.records, self.path / "curves.png")
+
+        self._try(write)
+
+    def newest_checkpoint(self) -> str:
+        """In words."""
+        saved = checkpoints(self.path / "checkpoints")
+        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def must_be_saved(self, step: int) -> None:
+        """At a run's end, whatever ends it. Raises TrainingStopped."""
+        if self._error:
+            raise TrainingStopped(
+                f"step {step} could not be saved: {self._error}; {self.newest_checkpoint()}. Make room there, then go "
+                "on with --resume"
+            )
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if not self.is_main:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._error = str(error)
+            message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training goes on"
+            tqdm.write(message, file=sys.stderr)
+
+    def _write_best(self) -> None:
+        if self._unsaved_best is not None:
+            self._unsaved_best()
+            self._unsaved_best = None
+
+    def _read_records(self, last_step: int) -> list[dict[str, Any]]:
+        """Up to `last_step`: what a killed run wrote after its checkpoint is taken out."""
+        path = self.path / "metrics.jsonl"
+        records: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the last line of a killed run
+            if record["step"] <= last_step:
+                records.append(record)
+        evaluations = [record for record in records if "bbox" in record]
+        if evaluations:
+            best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training
+            if best["step"] == last_step and self._step_of_best() != last_step:
+                records.remove(best)  # its model could not be written: it is evaluated anew
+        if path.exists():
+            write_text(path, _lines(records))
+        return records
+
+    def _step_of_best(self) -> int:
+        """0 where there is none."""
+        try:
+            return read_history(self.path / "best")[-1]["steps"]
+        except (InputError, IndexError, KeyError):
+            return 0
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
