@@ -1,13 +1,35 @@
 """What processes tell each other: the main one alone reads and writes the run's folder, which others may not see."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from direct_pt.errors import InputError
+
 Value = TypeVar("Value")
+
+
+def one_a_machine_first(read: Callable[[], Value], processes: PartialState) -> Value:
+    """What `read` returns, on every process: the others find it quickly, in a cache of this machine. All must call it.
+
+    Raises:
+        InputError: of `read`, on every process.
+    """
+    first: list[Value] = []
+    failure: InputError | None = None
+    if processes.is_local_main_process:
+        try:
+            first.append(read())
+        except InputError as error:
+            failure = error
+    processes.wait_for_everyone()
+    if failure is not None:
+        raise failure
+    return first[0] if first else read()
 
 
 def gather_to_main(value: Value, accelerator: Accelerator) -> list[Value]:

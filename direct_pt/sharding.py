@@ -80,13 +80,14 @@ class Sharded:
         return bool(self.zero_stage) and self.optimizer.step_was_skipped
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's state by "parameter name/entry". Every process must call it."""
+        """The optimizer's state by "parameter name/entry", on the main process. Every process must call it."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.detector.named_parameters():
             if not parameter.requires_grad:
                 continue
             if self.zero_stage:
-                found |= {f"{name}/{key}": value for key, value in self._gathered(parameter)}
+                gathered = {f"{name}/{key}": value for key, value in self._gathered(parameter)}
+                found |= gathered if self.accelerator.is_main_process else {}
             else:
                 state = self.optimizer.optimizer.state.get(parameter, {})
                 found |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
@@ -128,7 +129,7 @@ class Sharded:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for key in self._keys:
-            yield key, safe_get_full_optimizer_state(parameter, key).cpu()
+            yield key, safe_get_full_optimizer_state(parameter, key).cpu()  # all processes take part
         for state in self._zero_states():
             if "step" in state:
                 yield "step", state["step"].cpu().clone()

@@ -33,6 +33,7 @@ from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.optimizers import make_optimizer
 from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
+from direct_pt.processes import one_a_machine_first
 from direct_pt.recipes import Recipe, recipe_for
 from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
@@ -56,14 +57,16 @@ def run_stage(settings: Settings) -> None:
             "no training split: the data have no instances_train file; add it, or give --train-images and "
             "--train-annotations in place of --data"
         )
-    train_table = load_split(splits["train"])
-    val_table = load_split(splits["val"], like=train_table) if "val" in splits else None
+    processes = join_processes()
+    train_table = one_a_machine_first(lambda: load_split(splits["train"]), processes)
+    val_table = None
+    if "val" in splits:
+        val_table = one_a_machine_first(lambda: load_split(splits["val"], like=train_table), processes)
     if settings.drop_empty:
         train_table = train_table.without_empty_images()
     if not len(train_table):
         raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
 
-    processes = join_processes()
     earlier = Resumption.find(settings, processes)
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train_table)

@@ -36,6 +36,8 @@ COUNTS = ("--rois-per-image", "16", "--proposals", "64")
 MACHINE = ("--num-workers", "0", "--mixed-precision", "no")
 PRETRAIN = (*DETECTOR, *COUNTS, *MACHINE, "--image-size", str(SIZE), "--lr", "0.002")
 FINETUNE = (*COUNTS, *MACHINE, "--short-side", str(SIZE), "--long-side", "128", "--lr", "0.002")
+# Smaller still, where a test makes many runs or saves: a checkpoint of 10 MB, not 100.
+TINY = (*PRETRAIN, "--backbone", "test_resnet", "--channels", "16")
 EIGHT = ("--global-batch-size", "8", "--micro-batch-size", "8")
 NO_EVALUATION = ("--eval-every", "1000")  # but for the one at the end
 # Three steps whose weights are compared: without BatchNorm, which sees micro-batches.

@@ -43,6 +43,26 @@ def test_input_beside_its_peers(tmp_path: Path) -> None:
         assert row["part"] == "input" and row["device"] and {"torch", "pillow"} <= set(row["versions"])
 
 
+def test_steps_in_two_processes_and_the_parts_of_scaling(tmp_path: Path) -> None:
+    small = {
+        "images": 1, "side": 64, "repeats": 1, "rounds": 1, "order": 1000, "table": 20, "evaluated": 3, "roll-call": 5,
+        "model": "retinanet_r50_fpn", "folder": tmp_path,
+    }  # fmt: skip
+    flags = [part for name, value in small.items() for part in (f"--{name}", value)]
+    rows = measured(tmp_path / "rows.json", "scaling", *flags)
+    by_setting = {row["setting"].strip(): row for row in rows}
+    assert len(by_setting) == len(rows) and all(row["part"] == "scaling" and row["unit"] for row in rows)
+    assert [row["peer"] for row in rows[:5]] == ["one process"] * 4 + [None]
+    shares = [row for row in rows if row["unit"].startswith("% of a step")]  # differences: of a step this small, noise
+    assert len(shares) == 2 and all(row["value"] < 100 for row in shares)
+    assert all(row["value"] > 0 for row in rows if row not in shares)
+    for name in ("model/ on disk", "training state on disk"):  # tensors, and some kilobytes of names
+        assert by_setting[name]["peer"] == "by formula" and 1 < by_setting[name]["ratio"] < 1.01
+    parameters = by_setting["retinanet_r50_fpn: parameters"]["value"]
+    assert by_setting["pretrain: gradients"]["value"] == 4 * parameters / 1e6
+    assert by_setting["sampler, 1,000 images: kept"]["value"] == 8 * 1000 / 1e6
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_part_for_a_gpu_says_that_there_is_none() -> None:
     process = runs.start_script("benchmark", "gpu")

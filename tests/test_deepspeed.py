@@ -30,7 +30,7 @@ ALIKE = 2e-3
 
 
 def flags(demo: Path, run: Path, model: str, *more: object) -> tuple[object, ...]:
-    return ("--data", demo, *runs.PRETRAIN, *STEPS, *BF16, "--model", model, "--output-dir", run, *more)
+    return ("--data", demo, *runs.TINY, *STEPS, *BF16, "--model", model, "--output-dir", run, *more)
 
 
 def deepspeed(stage: int, processes: int, *flags: object, script: str = "pretrain") -> str:

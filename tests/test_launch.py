@@ -27,7 +27,7 @@ SCRIPT = runs.SCRIPTS / "pretrain.py"
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 FOURS = ("--micro-batch-size", 4, "--log-every", 1)  # a process
 STEPS = 12  # of the run that is interrupted
-PERIOD = (*runs.PRETRAIN, *FOURS, "--global-batch-size", 8, "--max-steps", STEPS, *runs.NO_EVALUATION)
+PERIOD = (*runs.TINY, *FOURS, "--global-batch-size", 8, "--max-steps", STEPS, *runs.NO_EVALUATION)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 without_deepspeed = not all(importlib.util.find_spec(name) for name in ("deepspeed", "transformers"))
@@ -86,7 +86,7 @@ def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("launched")
 
     def start(name: str) -> subprocess.Popen[str]:
-        flags = (*runs.PRETRAIN, *FOURS, "--global-batch-size", 4 * processes_of(name), "--max-steps", 1)
+        flags = (*runs.TINY, *FOURS, "--global-batch-size", 4 * processes_of(name), "--max-steps", 1)
         flags = (*runs.train_part(demo), *flags, "--mixed-precision", "auto", "--output-dir", folder / name)
         several = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["distributed_type"] == "MULTI_GPU"
         return runs.launch_file(runs.launcher_file(name, folder), SCRIPT, *flags, **(ON_CPU if several else {}))
@@ -134,7 +134,7 @@ def test_file_starts_a_run_on_gpus(name: str, demo: Path, tmp_path: Path) -> Non
     processes = min(torch.cuda.device_count(), content["num_processes"])
     config = tmp_path / "launcher.yaml"
     config.write_text(yaml.safe_dump(content | {"num_machines": 1, "num_processes": processes, "main_process_port": 0}))
-    flags = (*runs.PRETRAIN, *FOURS, "--global-batch-size", 4 * processes, "--max-steps", 1)
+    flags = (*runs.TINY, *FOURS, "--global-batch-size", 4 * processes, "--max-steps", 1)
     flags = (*runs.train_part(demo), *flags, "--mixed-precision", "auto", "--output-dir", tmp_path / "run")
     outcome = finish(runs.launch_file(config, SCRIPT, *flags, CUDA_VISIBLE_DEVICES=visible_gpus()))
     assert outcome.status == 0, outcome.errors[-3000:]
@@ -203,7 +203,7 @@ def refused(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, O
     folder = tmp_path_factory.mktemp("refused")
 
     def flags(name: str) -> tuple[object, ...]:
-        return (*runs.train_part(demo), *runs.PRETRAIN, *FOURS, "--max-steps", 1, "--output-dir", folder / name)
+        return (*runs.train_part(demo), *runs.TINY, *FOURS, "--max-steps", 1, "--output-dir", folder / name)
 
     def start(name: str) -> subprocess.Popen[str]:
         config, text = folder / f"{name}.yaml", json.dumps(REFUSED[name][0])
@@ -257,7 +257,7 @@ def test_fp16_by_flag_is_refused_on_the_cpu(refused: dict[str, Outcome]) -> None
 def test_more_processes_than_gpus(demo: Path, tmp_path: Path) -> None:
     gpus = torch.cuda.device_count()
     config = runs.launcher_file("multi_gpu", tmp_path, num_processes=gpus + 1)
-    flags = (*runs.train_part(demo), *runs.PRETRAIN, "--max-steps", 1, "--output-dir", tmp_path / "run")
+    flags = (*runs.train_part(demo), *runs.TINY, "--max-steps", 1, "--output-dir", tmp_path / "run")
     outcome = finish(runs.launch_file(config, SCRIPT, *flags, CUDA_VISIBLE_DEVICES=visible_gpus()))
     message = f"{gpus + 1} processes were started on this machine, which has {gpus} GPU(s): --num_processes {gpus}"
     assert outcome.status == 1 and f"error: {message}\n" in outcome.errors

@@ -17,7 +17,7 @@ from direct_pt.errors import TrainingStopped
 SCRIPT = Path(__file__).with_name("poisoned.py")
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 EVERY_STEP = ("--save-every", 1, "--keep-checkpoints", 20, "--log-every", 1, *runs.NO_EVALUATION)
-FLAGS = (*runs.PRETRAIN, "--global-batch-size", 8, "--micro-batch-size", 2, *EVERY_STEP)
+FLAGS = (*runs.TINY, "--global-batch-size", 8, "--micro-batch-size", 2, *EVERY_STEP)
 
 
 def saved(run: Path, step: int) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def test_ten_in_a_row_stop_the_run(demo: Path, tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A learning rate out of this world: weights of 1e28 whose losses, or else gradients, are not finite."""
     run = tmp_path / "run"
-    flags = (*runs.PRETRAIN, *runs.EIGHT, "--lr", 1e30, "--max-steps", 30, *EVERY_STEP, "--output-dir", run)
+    flags = (*runs.TINY, *runs.EIGHT, "--lr", 1e30, "--max-steps", 30, *EVERY_STEP, "--output-dir", run)
     with pytest.raises(TrainingStopped, match=r"10 steps in a row were skipped.*the state of step 11"):
         runs.train("pretrain", "--data", demo, *flags)
     assert all(value.isfinite().all() for value in saved(run, 11).values())

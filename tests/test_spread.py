@@ -14,7 +14,7 @@ VAL_IMAGES = 72
 SPREADS = ((1, 8, 8), (2, 4, 8), (2, 8, 4))
 STEPS = 2
 FLAGS = (
-    *runs.PRETRAIN, "--norm", "group", "--global-batch-size", 64, "--max-steps", STEPS, "--image-size", 64,
+    *runs.TINY, "--norm", "group", "--global-batch-size", 64, "--max-steps", STEPS, "--image-size", 64,
     "--warmup-steps", 0, "--log-every", 1,
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ import small_runs as runs
 SCRIPT = runs.SCRIPTS / "pretrain.py"
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 PORT = 29500
-FLAGS = (*runs.PRETRAIN, "--global-batch-size", 8, "--micro-batch-size", 4, "--max-steps", 2, "--log-every", 1)
+FLAGS = (*runs.TINY, "--global-batch-size", 8, "--micro-batch-size", 4, "--max-steps", 2, "--log-every", 1)
 MEET = ("--rdzv_backend", "direct_pt")  # in place of PyTorch's own, which does not say who is missing, and where
 
 
