@@ -20,13 +20,14 @@ from direct_pt.launch import make_accelerator
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """One core for this process and those it starts: sums in another order round differently, and some tests compare
     one process with several to the last digits. pytest-xdist's workers have one each."""
-    cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})
-    torch.set_num_threads(1)
+    worker = getattr(config, "workerinput", {}).get("workerid", "")
+    if worker or not getattr(config.option, "numprocesses", None):  # but for the process that starts the workers
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw") or -1) % len(cores)]})
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

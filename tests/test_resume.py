@@ -190,7 +190,7 @@ def without_batchnorm(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def copy_at(run: Path, folder: Path, step: int) -> Path:
     """As it is when it dies soon after a step."""
     later = [f"step-{number}" for number in range(step + 1, 10)]
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*later, "model", "best"))
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*later))
     return folder
 
 
