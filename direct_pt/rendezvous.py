@@ -63,9 +63,9 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     address, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29500)
     if not parameters.endpoint:
         sys.exit("error: --main_process_ip is missing: the main machine's address")
-    timeout: Any = parameters.config.get("timeout", join_seconds())
+    # The launcher's own timeout, 900 seconds, stands in the parameters whether somebody asked for it or not.
     return MachineRendezvous(
-        address, port, _machine_rank(), parameters.max_nodes, parameters.run_id, timeout=int(timeout)
+        address, port, _machine_rank(), parameters.max_nodes, parameters.run_id, timeout=join_seconds()
     )
 
 

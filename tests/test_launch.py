@@ -119,7 +119,7 @@ def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]])
     wanted = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["mixed_precision"]
     assert precision[1] == "bf16" or wanted != "bf16"
     assert f"{4 * processes} images a step = {processes} process(es) x 4" in outcome.output
-    assert re.search(r"trainable +96 of 96 tensors, (12,\d+,\d+) of \1 parameters", outcome.output)
+    assert re.search(r"trainable +(\d+) of \1 tensors, ([1-9][\d,]{6,}) of \2 parameters", outcome.output)
     assert runs.weights(folder / name)
     assert runs.records(folder / name)[-1]["step"] == 1
 

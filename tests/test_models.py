@@ -803,8 +803,9 @@ def test_parameter_groups(name: str, norm: str, frozen: bool) -> None:
     detector = small_detector(name, norm)
     if frozen:
         detector.freeze_for_finetuning()
-    decayed, exempt = parameter_groups(detector, 1e-4)
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (1e-4, 0.0)
+    nothing = {"params": [], "weight_decay": 0.0}
+    decayed, exempt, *more = [*parameter_groups(detector, 1e-4), nothing]
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (1e-4, 0.0) and more in ([], [nothing])
     listed = [id(parameter) for parameter in decayed["params"] + exempt["params"]]
     trained = {id(parameter) for parameter in detector.parameters() if parameter.requires_grad}
     assert len(listed) == len(set(listed)) and set(listed) == trained
