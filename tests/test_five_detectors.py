@@ -15,14 +15,17 @@ import small_runs as runs
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from safetensors.torch import load_file
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 from direct_pt import from_pretrained
 from direct_pt.checkpoint import read_history
 from direct_pt.evaluation import METRICS
 from direct_pt.models.detector import MODELS, DetectorConfig, RetinaNet, TwoStage, build_detector
 from direct_pt.models.norms import batchnorms
+from direct_pt.optimizers import make_optimizer
+from direct_pt.recipes import recipe_for
 
 SHORT, LONG = 75, 110  # of stage 2: no multiples of Swin's windows, nor of any stride
 RPN, ROI = {"rpn_objectness", "rpn_box"}, {"roi_class", "roi_box"}
@@ -111,8 +114,9 @@ def stage_two(case: Case, stage_one: Path, demo: Path, tmp_path_factory: pytest.
     shutil.rmtree(run)
 
 
-def optimizer_state(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints/step-2/optimizer.bin")
+def optimizer_state(run: Path) -> dict[str, Tensor]:
+    """By "parameter name/entry"."""
+    return load_file(run / "checkpoints/step-2/optimizer.safetensors")
 
 
 # Training
@@ -125,10 +129,7 @@ def test_resumed_is_uninterrupted(case: Case, stage_one: Path, demo: Path, tmp_p
     shutil.copytree(stage_one, run, ignore=shutil.ignore_patterns("step-2", "model"))
     runs.train("pretrain", *stage_one_flags(case, demo), "--output-dir", run, "--resume")
     assert runs.largest_difference(runs.weights(run), runs.weights(stage_one)) == 0
-    mine, theirs = (optimizer_state(folder)["state"] for folder in (run, stage_one))
-    assert mine.keys() == theirs.keys()
-    for key, moments in mine.items():
-        assert all(torch.equal(torch.as_tensor(moments[name]), torch.as_tensor(theirs[key][name])) for name in moments)
+    assert runs.largest_difference(*map(optimizer_state, (run, stage_one))) == 0
     assert runs.records(run) == runs.records(stage_one) and read_history(run) == read_history(stage_one)
     first = runs.weights(stage_one / "checkpoints/step-1")
     assert runs.largest_difference(runs.weights(run), first) > 0
@@ -136,28 +137,32 @@ def test_resumed_is_uninterrupted(case: Case, stage_one: Path, demo: Path, tmp_p
 
 
 def test_optimizers_and_weight_decay(case: Case, stage_one: Path, stage_two: Path) -> None:
-    """As saved: which optimizer, and which parameters are in the group with weight decay, which in that without."""
+    """What it keeps of each parameter that trains, as saved; and which of them decay, as it was built."""
     parameters = dict(from_pretrained(stage_one).named_parameters())
-    for run, trained in (
-        (stage_one, list(parameters)),
-        (stage_two, [name for name in parameters if not case.is_frozen(name)]),
+    entries = ("exp_avg", "exp_avg_sq", "step") if case.has_layernorm else ("momentum_buffer",)
+    for stage, run, trained in (
+        ("pretrain", stage_one, list(parameters)),
+        ("finetune", stage_two, [name for name in parameters if not case.is_frozen(name)]),
     ):
         saved = optimizer_state(run)
-        decayed, exempt = saved["param_groups"]
+        assert saved.keys() == {f"{name}/{entry}" for name in trained for entry in entries}
+        assert all(saved[f"{name}/{entries[0]}"].shape == parameters[name].shape for name in trained)
+
+        detector = from_pretrained(run)
+        if stage == "finetune":
+            detector.freeze_for_finetuning()
+        recipe = recipe_for(stage, detector.config.name, detector.backbone.has_layernorm)
+        optimizer = make_optimizer(detector, recipe, recipe.lr)
+        names = {id(parameter): name for name, parameter in detector.named_parameters()}
+        decayed, exempt, *_ = [*optimizer.param_groups, {"params": [], "weight_decay": 0}]
         assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05 if case.has_layernorm else 1e-4, 0)
-        for group, expected in (
-            (decayed, [name for name in trained if not re.search(case.exempt, name)]),
-            (exempt, [name for name in trained if re.search(case.exempt, name)]),
-        ):
-            moment = "exp_avg" if case.has_layernorm else "momentum_buffer"
-            shapes = [saved["state"][number][moment].shape for number in group["params"]]
-            assert shapes == [parameters[name].shape for name in expected]
-            assert group["lr"] == [record["lr"] for record in runs.records(run) if "lr" in record][-1]
-            if case.has_layernorm:
-                assert group["betas"] == (0.9, 0.999)
-            else:
-                assert group["momentum"] == 0.9
+        assert [names[id(p)] for p in decayed["params"]] == [n for n in trained if not re.search(case.exempt, n)]
+        assert [names[id(p)] for p in exempt["params"]] == [n for n in trained if re.search(case.exempt, n)]
         assert len(exempt["params"]) == (0 if trained != list(parameters) else case.exempt_count)
+        if case.has_layernorm:
+            assert isinstance(optimizer, torch.optim.AdamW) and decayed["betas"] == (0.9, 0.999)
+        else:
+            assert isinstance(optimizer, torch.optim.SGD) and decayed["momentum"] == 0.9
 
 
 def test_losses_and_frozen_parts(case: Case, stage_one: Path, stage_two: Path) -> None:
