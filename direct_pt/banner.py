@@ -52,7 +52,7 @@ def banner(
         f"{sum(map(_size, trained)):,} of {sum(map(_size, detector.parameters())):,} parameters",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
-        f"  optimizer  {_optimizer(recipe)}",
+        f"  optimizer  {_optimizer(recipe)}{_options(settings)}",
         f"  schedule   {plan.total_steps} steps = {plan.epochs:.1f} epochs, from step {progress.step}; lr {plan.lr:g}, "
         f"warm-up {plan.warmup_steps}, x0.1 after {list(plan.decay_steps) or 'no step'}; "
         f"evaluation every {plan.eval_steps}",
@@ -78,6 +78,11 @@ def _size(parameter: torch.nn.Parameter) -> int:
 def _optimizer(recipe: Recipe) -> str:
     name = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}[recipe.optimizer]
     return f"{name}, weight decay {recipe.weight_decay:g} but on norms and position tables"
+
+
+def _options(settings: Settings) -> str:
+    clip = "" if settings.clip_grad_norm is None else f"; gradients clipped at a norm of {settings.clip_grad_norm:g}"
+    return clip + ("" if settings.ema is None else f"; moving average of the weights, decay {settings.ema:g}")
 
 
 def _describe(table: AnnotationTable) -> str:
