@@ -124,7 +124,7 @@ def make_accelerator(
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """ "no", "fp16" or "bf16": what training computes in."""
+    """What training computes in: "no", "fp16" or "bf16"."""
     if is_deepspeed():  # whose own 16-bit modes, which accelerate looks at, are off
         return "bf16" if accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"] else "no"
     return accelerator.mixed_precision
@@ -181,8 +181,11 @@ def _refuse_what_cannot_be(world: int, local: int) -> None:
 
 
 def join_seconds() -> int:
-    """How long processes and machines wait for each other at the start."""
-    return int(os.environ.get("DIRECT_PT_JOIN_SECONDS", JOIN_SECONDS))
+    """How long processes and machines wait for each other at the start. Raises InputError."""
+    given = os.environ.get("DIRECT_PT_JOIN_SECONDS", str(JOIN_SECONDS))
+    if not given.isdecimal() or int(given) == 0:
+        raise InputError(f"DIRECT_PT_JOIN_SECONDS={given}: give whole seconds from 1, such as {JOIN_SECONDS}")
+    return int(given)
 
 
 def _call_the_roll(rank: int, world: int) -> torch.distributed.Store:

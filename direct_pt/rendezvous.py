@@ -4,7 +4,6 @@ PyTorch's launcher, which accelerate's is, knows this one as `--rdzv_backend dir
 pyproject.toml). The machines are numbered by accelerate's --machine_rank.
 """
 
-import os
 import socket
 import sys
 import time
@@ -16,6 +15,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from direct_pt.errors import InputError
 from direct_pt.launch import interface_to, join_seconds
 
 RETRY_SECONDS = 0.5
@@ -63,10 +63,11 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     address, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29500)
     if not parameters.endpoint:
         sys.exit("error: --main_process_ip is missing: the main machine's address")
-    # The launcher's own timeout, 900 seconds, stands in the parameters whether somebody asked for it or not.
-    return MachineRendezvous(
-        address, port, _machine_rank(), parameters.max_nodes, parameters.run_id, timeout=join_seconds()
-    )
+    try:  # not the launcher's own, 900 seconds, which stands in the parameters whether somebody asked for it or not
+        seconds = join_seconds()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    return MachineRendezvous(address, port, _machine_rank(), parameters.max_nodes, parameters.run_id, seconds)
 
 
 def entry_point() -> Any:
@@ -79,4 +80,4 @@ def _machine_rank() -> int:
     for flag, value in pairwise([*" ".join(sys.argv).replace("=", " ").split(), ""]):
         if flag.replace("-", "_") == "__machine_rank":
             return int(value)
-    return int(os.environ.get("MACHINE_RANK", "0"))
+    sys.exit("error: --machine_rank is missing: give it on the command line, 0 on the main machine, from 1 elsewhere")

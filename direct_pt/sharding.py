@@ -61,18 +61,24 @@ class Sharded:
             loss = loss * torch.where(all_finite, 1.0, math.nan)
         self.accelerator.backward(loss)
 
-    def gradients_finite(self) -> Tensor | None:
-        """Whether a step's gradients are finite, on all processes alike; None where another part looks after that."""
+    def gradient_norm(self) -> Tensor | None:
+        """Of a step's whole gradient, on all processes alike; None where fp16's scaler or DeepSpeed looks after it."""
         if self.zero_stage or self.accelerator.scaler is not None:
             return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None]).isfinite()
+        return torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
 
-    def update(self, clip_grad_norm: float | None) -> bool:
+    def update(self, clip_grad_norm: float | None, norm: Tensor | None) -> bool:
         """One step of the optimizer; whether it was left out, as a gradient was not finite.
 
         What fp16's scaler leaves out while it looks for its scale does not count.
+
+        Args:
+            clip_grad_norm: the most that the gradient may measure.
+            norm: what it measures, if `gradient_norm` told.
         """
-        if clip_grad_norm is not None and not self.zero_stage:  # DeepSpeed does it by itself
+        if clip_grad_norm is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained(), clip_grad_norm, norm)
+        elif clip_grad_norm is not None and not self.zero_stage:  # DeepSpeed does it by itself
             self.accelerator.clip_grad_norm_(self._trained(), clip_grad_norm)
         self.optimizer.step()
         if self.accelerator.scaler is not None:

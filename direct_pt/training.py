@@ -144,12 +144,12 @@ class Trainer:
             for name, part in losses.items():
                 sums[name] = sums.get(name, 0) + part.detach()
             self.unreadable.update(batch.unreadable)
-        gradients_finite = self.sharded.gradients_finite()
-        checked = finite if gradients_finite is None else [*finite, gradients_finite]
+        norm = self.sharded.gradient_norm()
+        checked = finite if norm is None else [*finite, norm.isfinite()]
         skip, stop = self._agree(torch.stack(checked).all())
         if not skip:
             statistics, self.kept = self.kept, None
-            skip = self.sharded.update(self.settings.clip_grad_norm)
+            skip = self.sharded.update(self.settings.clip_grad_norm, norm)
             self.kept = statistics if skip else None
         self.sharded.optimizer.zero_grad()
         if skip:
@@ -383,6 +383,8 @@ class Trainer:
             elif "DataLoader worker" in str(error):
                 what, advice = f"a process that reads images ended ({first_line})", "--resume and fewer --num-workers"
             elif self.plan.processes > 1 and any(word in str(error) for word in PEER_IS_GONE):
+                if self.stop_signal and self.saved_step == self.progress.step:  # the others left an evaluation first
+                    self._leave(self.stop_signal)
                 what = f"another of the {self.plan.processes} processes is gone or stuck ({first_line})"
                 advice = "--resume"
             else:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from direct_pt.checkpoint import from_pretrained, read_history
 
-pytest.importorskip("deepspeed")
 pytestmark = runs.cpu_only
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"

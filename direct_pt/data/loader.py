@@ -204,9 +204,12 @@ def _loader(images: Dataset[Sample], batches: _MicroBatches, num_workers: int) -
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """A Ctrl-C reaches the whole process group; workers go on so that the step under way can be finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A stop signal may reach all processes; workers go on so that the step under way can be finished.
+
+    They end when their parent tells them, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _size(table: AnnotationTable, image: int) -> Size:

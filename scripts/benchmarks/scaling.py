@@ -171,9 +171,9 @@ def timed_steps(precision: str, images: int, side: int, repeats: int, output: Pa
         with nullcontext() if exchange else accelerator.no_sync(sharded.model):
             loss = torch.stack(list(sharded.model(batch).values())).sum()
             sharded.backward(loss, loss.detach().isfinite())
-        finite = sharded.gradients_finite()
-        skip = flags(loss.detach().isfinite() if finite is None else finite)
-        if skip or sharded.update(None):
+        norm = sharded.gradient_norm()
+        skip = flags((loss.detach() if norm is None else norm).isfinite())
+        if skip or sharded.update(None, norm):
             raise RuntimeError("a loss or a gradient is not finite")
         sharded.optimizer.zero_grad()
         average_running_statistics(sharded.detector, accelerator)
@@ -284,7 +284,7 @@ def checkpoint(model: Detector, optimizer: torch.optim.Optimizer, folder: Path, 
     sharded = Sharded(accelerator, model.to(accelerator.device), optimizer)
     for parameter in trained(model):
         parameter.grad = torch.zeros_like(parameter)
-    sharded.update(None)
+    sharded.update(None, None)
     state = TrainingState(Progress(step=1), model.state_dict(), sharded.optimizer_state(), micro_batch_size=8)
     state.of_processes = [{"losses": {}, "updates": 0, "steps": 0}]
 
