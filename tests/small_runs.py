@@ -117,16 +117,17 @@ def call_script(name: str, *flags: object) -> None:
         sys.argv = arguments
 
 
-def start_script(name: str, *flags: object, **environment: object) -> subprocess.Popen[str]:
+def start_script(name: str, *flags: object, new_session: bool = False, **environment: object) -> subprocess.Popen[str]:
     """A script of scripts/ in a process of its own, with more variables in its environment."""
-    return start(SCRIPTS / f"{name}.py", *flags, **environment)
+    return start(SCRIPTS / f"{name}.py", *flags, new_session=new_session, **environment)
 
 
-def start(script: Path, *flags: object, **environment: object) -> subprocess.Popen[str]:
+def start(script: Path, *flags: object, new_session: bool = False, **environment: object) -> subprocess.Popen[str]:
     """The same of any script."""
     command = [sys.executable, str(script), *map(str, flags)]
     variables = {**ENVIRONMENT, **{key: str(value) for key, value in environment.items()}}
-    return subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=variables, text=True, start_new_session=new_session, **pipes)
 
 
 def launch(processes: int, script: Path, *arguments: object, **environment: object) -> subprocess.Popen[str]:

@@ -117,6 +117,22 @@ def test_stopped_in_an_evaluation(
     assert_same_run(run, reference)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run(number: signal.Signals, demo: Path, tmp_path: Path) -> None:
+    """Also to those that read images, as Slurm does: the step under way needs what they read."""
+    flags = (*runs.TINY, *LENGTH, "--max-steps", 400, "--num-workers", 2, "--log-every", 1, *runs.NO_EVALUATION)
+    process = runs.start_script(
+        "pretrain", "--data", demo, *flags, "--output-dir", tmp_path / "run", new_session=True
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors[-2000:]
+    assert errors.splitlines()[-1].startswith(f"stopped: {number.name}: the state of step")
+
+
 def test_a_second_signal_ends_at_once(demo: Path, tmp_path: Path) -> None:
     """But not the launcher's echo of the first one."""
     process = runs.start_script(
