@@ -1,11 +1,10 @@
 """How many images a device takes at once, found by training steps on the heaviest micro-batch that can come."""
 
-import copy
 import multiprocessing
 import os
 import resource
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 import psutil
@@ -17,51 +16,60 @@ from direct_pt.data.transforms import Preset
 from direct_pt.device import is_out_of_memory
 from direct_pt.errors import InputError
 from direct_pt.memory import training_batch
-from direct_pt.models.detector import Detector
+from direct_pt.models.detector import DetectorConfig, build_detector
+from direct_pt.models.recompute import recompute_blocks
 from direct_pt.optimizers import make_optimizer
 from direct_pt.recipes import Recipe
 
 SPARE = 0.05  # of the memory, left free: batches of other shapes leave gaps
 
 
-def fitting_micro_batch_size(
-    detector: Detector,
-    recipe: Recipe,
-    table: AnnotationTable,
-    preset: Preset,
-    sizes: list[int],
-    copies: int,
-    device: torch.device,
-    precision: str,
-) -> int:
+@dataclass(frozen=True)
+class Trial:
+    """What a training step is tried with.
+
+    Attributes:
+        config: of the detector.
+        frozen: whether it is fine-tuned, with BatchNorm, stem and first stage fixed.
+        gradient_checkpointing: whether the backbone's activations are made twice.
+        recipe: whose optimizer keeps its state on the device.
+        copies: of the weights that training keeps besides: gradients in several processes' buckets, a moving average.
+        device: to try on.
+        precision: "no", "fp16" or "bf16".
+    """
+
+    config: DetectorConfig
+    frozen: bool
+    gradient_checkpointing: bool
+    recipe: Recipe
+    copies: int
+    device: torch.device
+    precision: str
+
+
+def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Preset, sizes: list[int]) -> int:
     """The first of `sizes` that a whole training step fits with.
 
     Each is tried in a process of its own: one that ran out of memory is good for nothing more, and on the CPU the
     system may kill it.
 
     Args:
-        detector: as it will be trained; it stays as it is.
-        recipe: whose optimizer keeps its state on the device.
+        trial: what is tried.
         table: of the training images; the largest image and the most objects of one are what is tried.
         preset: of the stage.
         sizes: images at once, largest first.
-        copies: of the weights that training keeps besides: gradients in several processes' buckets, a moving average.
-        device: to try on.
-        precision: "no", "fp16" or "bf16".
 
     Raises:
         InputError: none fits.
     """
     frame = _largest_frame(table, preset)
     objects = max(1, int(np.diff(table.starts).max()))
-    on_cpu = copy.deepcopy(detector).cpu()
+    waiting = sizes[0] * frame[0] * frame[1] * 3  # bytes of a step's images, which lie on the device too
     context = multiprocessing.get_context("spawn")  # a fork has no GPU, and no threads of the CPU's libraries
     answer = ""
     for size in sizes:
-        batch = (size, frame, objects, len(table.class_names), detector.has_masks)
         receiver, sender = context.Pipe(duplex=False)
-        others = copies, sizes[0] * frame[0] * frame[1] * 3  # and the images that wait
-        arguments = sender, on_cpu, recipe, batch, others, device, precision, _memory(device), torch.get_num_threads()
+        arguments = sender, trial, (size, frame, objects), waiting, _memory(trial.device), torch.get_num_threads()
         process = context.Process(target=_try, args=arguments, daemon=True)
         process.start()
         sender.close()
@@ -79,30 +87,27 @@ def fitting_micro_batch_size(
 
 
 def _try(
-    sender: Connection,
-    detector: Detector,
-    recipe: Recipe,
-    batch: tuple[Any, ...],
-    others: tuple[int, int],
-    device: torch.device,
-    precision: str,
-    memory: int,
-    threads: int,
+    sender: Connection, trial: Trial, batch: tuple[int, tuple[int, int], int], waiting: int, memory: int, threads: int
 ) -> None:
     """One training step; sends "fits", or why not."""
     torch.set_num_threads(threads)
-    if device.type == "cpu":  # so that too large an allocation fails in place of waking the system's killer
+    if trial.device.type == "cpu":  # so that too large an allocation fails in place of waking the system's killer
         limit = psutil.Process().memory_info().data + memory
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
-        detector.to(device).to(memory_format=torch.channels_last).train()
-        optimizer = make_optimizer(detector, recipe, lr=0.0)
-        copies, waiting = others
-        kept = [torch.empty_like(parameter) for parameter in detector.parameters() for _ in range(copies)]
-        kept.append(torch.empty(waiting + int(SPARE * memory), dtype=torch.uint8, device=device))
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype, enabled=precision != "no"):
-            losses = detector(training_batch(*batch).to(device))
+        detector = build_detector(trial.config.name, config=trial.config).train()
+        if trial.frozen:
+            detector.freeze_for_finetuning()
+        if trial.gradient_checkpointing:
+            recompute_blocks(detector.backbone.network)
+        detector.to(trial.device).to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(detector, trial.recipe, lr=0.0)
+        kept = [torch.empty_like(parameter) for parameter in detector.parameters() for _ in range(trial.copies)]
+        kept.append(torch.empty(waiting + int(SPARE * memory), dtype=torch.uint8, device=trial.device))
+        images = training_batch(*batch, len(trial.config.class_names), detector.has_masks).to(trial.device)
+        dtype = torch.float16 if trial.precision == "fp16" else torch.bfloat16
+        with torch.autocast(trial.device.type, dtype, enabled=trial.precision != "no"):
+            losses = detector(images)
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         sender.send("fits")

@@ -1,7 +1,7 @@
 """What processes tell each other: the main one alone reads and writes the run's folder, which others may not see."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -11,6 +11,24 @@ from torch import Tensor
 from direct_pt.errors import InputError
 
 Value = TypeVar("Value")
+
+
+def main_decides(decide: Callable[[], Value], processes: PartialState) -> Value:
+    """What `decide` returns on the main process, on every process. All must call it.
+
+    Raises:
+        InputError: of `decide`, on every process.
+    """
+    told: list[Any] = [None]
+    if processes.is_main_process:
+        try:
+            told = [decide()]
+        except InputError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], InputError):
+        raise told[0]
+    return told[0]
 
 
 def one_a_machine_first(read: Callable[[], Value], processes: PartialState) -> Value:

@@ -4,14 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 
 from direct_pt.checkpoint import CONFIG, Progress, Tensors, TrainingState, load_training_state
-from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector
 from direct_pt.plan import Plan
-from direct_pt.processes import share_tensors
+from direct_pt.processes import main_decides, share_tensors
 from direct_pt.settings import MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
 
@@ -43,23 +41,19 @@ class Resumption:
         Raises:
             InputError: all checkpoints are damaged.
         """
-        state: TrainingState | None = None
-        told: list[Any] = [None]
-        if processes.is_main_process and settings.resumes:
-            try:
-                state = load_training_state(settings.output_dir / "checkpoints")
-            except InputError as error:
-                told = [error]
-        if state is not None:
-            told = [
-                cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, _other_flags(settings))
-            ]
-        broadcast_object_list(told)
-        found = told[0]
-        if isinstance(found, InputError):
-            raise found
-        if found is not None:
-            found.state = state
+        read: list[TrainingState] = []  # on the main process
+
+        def look() -> Resumption | None:
+            state = load_training_state(settings.output_dir / "checkpoints") if settings.resumes else None
+            if state is None:
+                return None
+            read.append(state)
+            notes = _other_flags(settings)
+            return cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, notes)
+
+        found = main_decides(look, processes)
+        if found is not None and read:
+            found.state = read[0]
         return found
 
     def put_weights(self, detector: Detector, accelerator: Accelerator) -> None:

@@ -122,10 +122,10 @@ class RunFolder:
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 record = json.loads(line)
-            except ValueError:
+                if record["step"] <= last_step:
+                    records.append(record)
+            except (ValueError, KeyError, TypeError):
                 break  # the last line of a killed run
-            if record["step"] <= last_step:
-                records.append(record)
         evaluations = [record for record in records if "bbox" in record]
         if evaluations:
             best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training

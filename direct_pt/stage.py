@@ -27,13 +27,13 @@ from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, Te
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
 from direct_pt.launch import is_deepspeed, join_processes, make_accelerator, resolve_precision
-from direct_pt.micro_batch import fitting_micro_batch_size
+from direct_pt.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.optimizers import make_optimizer
 from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
-from direct_pt.processes import one_a_machine_first
+from direct_pt.processes import main_decides, one_a_machine_first
 from direct_pt.recipes import Recipe, recipe_for
 from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
@@ -50,14 +50,14 @@ def run_stage(settings: Settings) -> None:
         StopSignal: a stop signal came; the state is saved.
     """
     run = settings.output_dir
-    _check_output(settings)
+    processes = join_processes()
+    main_decides(lambda: _check_output(settings), processes)  # it alone writes there; the others may not see it
     splits = settings.splits()
     if "train" not in splits:
         raise InputError(
             "no training split: the data have no instances_train file; add it, or give --train-images and "
             "--train-annotations in place of --data"
         )
-    processes = join_processes()
     train_table = one_a_machine_first(lambda: load_split(splits["train"]), processes)
     val_table = None
     if "val" in splits:
@@ -102,10 +102,9 @@ def run_stage(settings: Settings) -> None:
     average = ModelEmaV3(detector, settings.ema, use_warmup=True) if settings.ema is not None else None
     sharded = Sharded(accelerator, detector, make_optimizer(detector, recipe, plan.lr))
     progress = Progress() if earlier is None else earlier.put_state(sharded, average, accelerator)
+    main_decides(lambda: _write_config(settings, plan), processes)
     if accelerator.is_main_process:
-        _write_config(settings, plan)
         print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress), flush=True)
-    accelerator.wait_for_everyone()
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
     gathered = {} if earlier is None else earlier.of_process(accelerator)
@@ -130,11 +129,19 @@ def _fitting_micro_batch_size(
     if earlier is not None and earlier.micro_batch_size in sizes:
         return earlier.micro_batch_size
     copies = (processes.num_processes > 1) + (settings.ema is not None)
-    found = fitting_micro_batch_size(
-        detector, recipe, data.train, data.preset, sizes, copies, processes.device,
+    trial = Trial(
+        detector.config, detector.batchnorm_frozen, settings.gradient_checkpointing, recipe, copies, processes.device,
         resolve_precision(settings.mixed_precision),
     )  # fmt: skip
-    return min(gather_object([found]))
+    failure = "another process found none that fits"
+    try:
+        found = fitting_micro_batch_size(trial, data.train, data.preset, sizes)
+    except InputError as error:
+        found, failure = 0, str(error)
+    least = min(gather_object([found]))
+    if not least:
+        raise InputError(failure)
+    return least
 
 
 def _transform_backbone(backbone: Backbone, settings: Settings) -> None:
@@ -218,13 +225,12 @@ def _check_output(settings: Settings) -> None:
     path = settings.output_dir / CONFIG
     if settings.output_dir.exists() and not settings.output_dir.is_dir():
         raise InputError(f"--output-dir {settings.output_dir}: is a file")
-    if int(os.environ.get("RANK", "0")) == 0:  # the main process alone writes there; the others may not see it
-        there = next(path for path in (settings.output_dir, *settings.output_dir.absolute().parents) if path.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise InputError(f"--output-dir {settings.output_dir}: cannot be written ({error.strerror})") from error
+    there = next(path for path in (settings.output_dir, *settings.output_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"--output-dir {settings.output_dir}: cannot be written ({error.strerror})") from error
     if not path.exists():
         return
     if not settings.resumes:

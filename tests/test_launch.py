@@ -1,7 +1,6 @@
 """The launcher's configurations, each started for real; what is refused in plain words; processes that do not come,
 die, or are told to stop."""
 
-import importlib.util
 import json
 import os
 import re
@@ -30,7 +29,6 @@ STEPS = 12  # of the run that is interrupted
 PERIOD = (*runs.TINY, *FOURS, "--global-batch-size", 8, "--max-steps", STEPS, *runs.NO_EVALUATION)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-without_deepspeed = not all(importlib.util.find_spec(name) for name in ("deepspeed", "transformers"))
 
 
 class Outcome(NamedTuple):
@@ -91,8 +89,7 @@ def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         several = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["distributed_type"] == "MULTI_GPU"
         return runs.launch_file(runs.launcher_file(name, folder), SCRIPT, *flags, **(ON_CPU if several else {}))
 
-    names = [name for name in FILES if not (name.startswith("deepspeed") and without_deepspeed)]
-    return folder, side_by_side({name: lambda name=name: start(name) for name in names})  # type: ignore[misc]
+    return folder, side_by_side({name: lambda name=name: start(name) for name in FILES})  # type: ignore[misc]
 
 
 def test_files_are_read_by_the_launcher() -> None:
@@ -108,8 +105,6 @@ def test_files_are_read_by_the_launcher() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]]) -> None:
-    if name.startswith("deepspeed") and without_deepspeed:
-        pytest.skip("needs deepspeed and transformers")
     folder, outcomes = launched
     outcome, processes = outcomes[name], processes_of(name)
     assert outcome.status == 0, outcome.errors[-3000:]
@@ -128,8 +123,6 @@ def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]])
 @pytest.mark.parametrize("name", GPU_FILES)
 def test_file_starts_a_run_on_gpus(name: str, demo: Path, tmp_path: Path) -> None:
     """Whole, but for the number of GPUs and of machines."""
-    if name.startswith("deepspeed") and without_deepspeed:
-        pytest.skip("needs deepspeed and transformers")
     content = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())
     processes = min(torch.cuda.device_count(), content["num_processes"])
     config = tmp_path / "launcher.yaml"
@@ -237,8 +230,6 @@ PORTS = (free_port(), free_port())
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_under_the_launcher(name: str, refused: dict[str, Outcome]) -> None:
     """With status 2, which the launcher reports in a traceback of its own, and one line."""
-    if name.startswith("deepspeed") and without_deepspeed:
-        pytest.skip("needs deepspeed and transformers")
     outcome = refused[name]
     lines = {line for line in outcome.errors.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1, outcome.errors  # the same of several processes
