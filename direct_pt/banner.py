@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 
 from direct_pt.checkpoint import Progress
-from direct_pt.data.annotations import AnnotationTable
 from direct_pt.launch import precision_of
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
@@ -28,7 +27,7 @@ def banner(
     progress: Progress,
 ) -> str:
     """What is about to happen, for a person to check before the hours are spent."""
-    config, train_table, val_table, cache = detector.config, data.train, data.val, data.cache
+    config, cache = detector.config, data.cache
     trained = [p for p in detector.parameters() if p.requires_grad]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     sizes = (
@@ -44,8 +43,8 @@ def banner(
         f"  device     {plan.processes} x {device}, precision {precision_of(accelerator)}, torch {torch.__version__}"
         + ", gradient checkpointing" * settings.gradient_checkpointing
         + ", compiled backbone" * settings.compile,
-        f"  train      {_describe(train_table)}",
-        f"  val        {_describe(val_table) if val_table else 'none: no evaluation'}",
+        f"  train      {data.feed.describe()}",
+        f"  val        {data.val.describe() if data.val else 'none: no evaluation'}",
         f"  images     {sizes}",
         f"  weights    {origin}",
         f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
@@ -63,10 +62,11 @@ def banner(
             f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
             f"{LEAST_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
         )
-    counts = torch.bincount(torch.from_numpy(train_table.labels[~train_table.crowd]), minlength=len(config.class_names))
-    lines.append(f"  classes    {len(config.class_names)} (id name: training objects)")
-    rows = list(zip(config.category_ids, config.class_names, counts.tolist(), strict=True))
-    lines += [f"             {i} {name}: {n}" for i, name, n in rows[:20]]
+    counts = data.feed.objects_a_class()
+    lines.append(f"  classes    {len(config.class_names)} (id name{': training objects' if counts else ''})")
+    names = [f"{number} {name}" for number, name in zip(config.category_ids, config.class_names, strict=True)]
+    rows = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)] if counts else names
+    lines += [f"             {row}" for row in rows[:20]]
     lines += [f"             and {len(rows) - 20} more"] if len(rows) > 20 else []
     return "\n".join(lines)
 
@@ -83,14 +83,6 @@ def _optimizer(recipe: Recipe) -> str:
 def _options(settings: Settings) -> str:
     clip = "" if settings.clip_grad_norm is None else f"; gradients clipped at a norm of {settings.clip_grad_norm:g}"
     return clip + ("" if settings.ema is None else f"; moving average of the weights, decay {settings.ema:g}")
-
-
-def _describe(table: AnnotationTable) -> str:
-    repairs = "".join(f"; {what}: {count}" for what, count in table.repairs.items())
-    return (
-        f"{len(table)} images ({int((table.targets_per_image() == 0).sum())} without objects), {len(table.boxes)} "
-        f"objects ({int(table.crowd.sum())} crowd regions) from {table.source}{repairs}"
-    )
 
 
 def git_revision() -> str:

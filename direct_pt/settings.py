@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from direct_pt.data.image_cache import KINDS
-from direct_pt.data.sources import SplitPaths, find_splits
+from direct_pt.data.sources import VAL_SHARE, DataOptions
 from direct_pt.errors import InputError
 from direct_pt.launch import PRECISIONS
 from direct_pt.models.detector import BOX_HEADS, MODELS
@@ -32,18 +32,14 @@ WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(DataOptions):
     """The flags of pretrain.py and finetune.py as given; None where a default depends on the data or the stage."""
 
     stage: str
     output_dir: Path
-    data: Path | None = None
-    train_images: Path | None = None
-    train_annotations: Path | None = None
-    val_images: Path | None = None
-    val_annotations: Path | None = None
     drop_empty: bool = False
+    repeat_threshold: float | None = None
     model: str | None = None
     backbone: str | None = None
     norm: str | None = None
@@ -93,36 +89,13 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-    def splits(self) -> dict[str, SplitPaths]:
-        """Where the images and annotations of "train" and, if there, "val" are. Raises InputError."""
-        return split_paths(self.data, self.train_images, self.train_annotations, self.val_images, self.val_annotations)
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
 
-def split_paths(
-    data: Path | None,
-    train_images: Path | None,
-    train_annotations: Path | None,
-    val_images: Path | None,
-    val_annotations: Path | None,
-) -> dict[str, SplitPaths]:
-    """The splits that the flags name. Raises InputError where they are incomplete or contradict each other."""
-    explicit = {"train": (train_images, train_annotations), "val": (val_images, val_annotations)}
-    if data is not None:
-        if any(path is not None for pair in explicit.values() for path in pair):
-            raise InputError("give either --data or the explicit --train-... and --val-... paths, not both")
-        return find_splits(data)
-    splits = {}
-    for split, (images, annotations) in explicit.items():
-        if (images is None) != (annotations is None):
-            missing = "images" if images is None else "annotations"
-            raise InputError(f"--{split}-{missing} is missing: images and annotations of a split belong together")
-        if images is not None and annotations is not None:
-            splits[split] = SplitPaths(images, annotations)
-    if not splits:
-        raise InputError("no data given: use --data DIR, or --train-images and --train-annotations")
-    return splits
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -138,14 +111,32 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_data_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flags that say where the data are, in a group of their own."""
+    """The flags that say which data and how they are read, in a group of their own: those of DataOptions."""
     data = p.add_argument_group("data")
-    layouts = "COCO 2017's layout, or images/ with annotations/instances_{train,val}.json"
-    data.add_argument("--data", type=Path, metavar="DIR", help=f"a COCO-format folder: {layouts}")
+    kinds = "COCO, Roboflow, YOLO, Pascal VOC or Hugging Face"
+    data.add_argument("--data", type=Path, metavar="DIR|NAME", help=f"a folder ({kinds}), or a data set on the hub")
     for split in ("train", "val"):
-        data.add_argument(f"--{split}-images", type=Path, metavar="DIR", help="in place of --data")
-        data.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="in place of --data")
+        text = "COCO in place of --data; several sets are joined by class name"
+        data.add_argument(f"--{split}-images", type=Path, nargs="+", metavar="DIR", help=text)
+        data.add_argument(f"--{split}-annotations", type=Path, nargs="+", metavar="FILE", help=text)
+    data.add_argument("--classes", type=_names, metavar="A,B,...", help="learn these alone (all)")
+    text = f"of the training images, held out where there is no validation split; 0: no evaluation ({VAL_SHARE:g})"
+    data.add_argument("--val-share", type=_share, default=VAL_SHARE, metavar="X", help=text)
+    text = "of hub data: x, y, width, height, or x1, y1, x2, y2 (coco)"
+    data.add_argument("--bbox-format", choices=["coco", "voc"], default="coco", help=text)
+    text = "turn photographs upright, unless their annotation says otherwise; or leave them as stored (apply)"
+    data.add_argument("--exif", choices=["apply", "ignore"], default="apply", help=text)
+    data.add_argument("--alpha", choices=["black", "white"], default="black", help="behind transparent pixels (black)")
     return data
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """What add_data_arguments' flags say."""
+    return DataOptions(**{field.name: _frozen(getattr(args, field.name)) for field in fields(DataOptions)})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_training(stage: str, description: str, argv: list[str] | None = None) -> Settings:
@@ -158,6 +149,8 @@ def parse_training(stage: str, description: str, argv: list[str] | None = None) 
     p.add_argument("--config", type=Path, metavar="FILE", help="a run's config.json: its flags become the defaults")
     data = add_data_arguments(p)
     data.add_argument("--drop-empty", action="store_true", help="leave out images without objects, else negatives")
+    text = "show images of classes that fewer than this share of the images have more often, such as 0.001 (off)"
+    data.add_argument("--repeat-threshold", type=_share, metavar="X", help=text)
     _add_detector_arguments(p.add_argument_group("detector"), stage)
     _add_image_arguments(p.add_argument_group("images"), stage)
     _add_schedule_arguments(p.add_argument_group("schedule and batch"), STAGES[stage])
@@ -169,7 +162,7 @@ def parse_training(stage: str, description: str, argv: list[str] | None = None) 
         if any(getattr(given, name) is not None for name in LENGTHS):  # it replaces the saved one, of whatever kind
             saved = {name: value for name, value in saved.items() if name not in LENGTHS}
         p.set_defaults(**saved)
-    values = vars(p.parse_args(argv))
+    values = {name: _frozen(value) for name, value in vars(p.parse_args(argv)).items()}
     values.pop("config")
     values["schedule"] = values["schedule"] or "1x"
     if values["output_dir"] is None:
@@ -283,7 +276,16 @@ def _saved_flags(path: Path, stage: str) -> dict[str, Any]:
     if unknown:
         raise InputError(f"--config {path}: has unknown settings: {', '.join(sorted(unknown))}")
     saved.pop("resume", None)
-    return {key: Path(v) if v is not None and "Path" in str(kinds[key]) else v for key, v in saved.items()}
+    return {key: _parsed(value, str(kinds[key])) for key, value in saved.items()}
+
+
+def _parsed(value: Any, kind: str) -> Any:
+    """A value of config.json as the flag gives it."""
+    if value is None or "Path" not in kind:
+        return _frozen(value)
+    if "tuple" in kind:  # earlier runs have one alone
+        return tuple(map(Path, value if isinstance(value, list) else [value]))
+    return Path(value)
 
 
 def _checked(settings: Settings) -> Settings:
@@ -310,6 +312,17 @@ def _checked(settings: Settings) -> Settings:
 
 def _micro_batch_size(text: str) -> int | str:
     return text if text == "auto" else positive_integer(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
+    return value
 
 
 def _decay(text: str) -> float:

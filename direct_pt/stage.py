@@ -22,7 +22,8 @@ from direct_pt.checkpoint import (
 )
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
-from direct_pt.data.sources import load_split
+from direct_pt.data.loader import TableFeed
+from direct_pt.data.sources import load_tables
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
@@ -52,21 +53,7 @@ def run_stage(settings: Settings) -> None:
     run = settings.output_dir
     processes = join_processes()
     main_decides(lambda: _check_output(settings), processes)  # it alone writes there; the others may not see it
-    splits = settings.splits()
-    if "train" not in splits:
-        raise InputError(
-            "no training split: the data have no instances_train file; add it, or give --train-images and "
-            "--train-annotations in place of --data"
-        )
-    train_table = one_a_machine_first(lambda: load_split(splits["train"]), processes)
-    val_table = None
-    if "val" in splits:
-        val_table = one_a_machine_first(lambda: load_split(splits["val"], like=train_table), processes)
-    if settings.drop_empty:
-        train_table = train_table.without_empty_images()
-    if not len(train_table):
-        raise InputError(f"{train_table.source}: no image has an object to learn, and --drop-empty leaves none")
-
+    train_table, val_table = _tables(settings, processes)
     earlier = Resumption.find(settings, processes)
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train_table)
@@ -75,16 +62,21 @@ def run_stage(settings: Settings) -> None:
             table.require_masks()
     _transform_backbone(detector.backbone, settings)
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
-    data = TrainingData(train_table, val_table, *presets(settings))
+    preset, test_preset = presets(settings)
     fitting = None
     if settings.micro_batch_size == "auto":
-        fitting = _fitting_micro_batch_size(settings, recipe, detector, data, processes, earlier)
+        fitting = _fitting_micro_batch_size(settings, recipe, detector, train_table, preset, processes, earlier)
     plan = make_plan(settings, recipe, len(train_table), processes.num_processes, fitting)
+    cache = None
     if settings.cache != "none":
         cache = open_image_cache(
             train_table, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
         )
-        data = replace(data, cache=cache)
+    feed = TableFeed(
+        train_table, preset, settings.seed, detector.has_masks, settings.num_workers, cache,
+        grouped=settings.stage == "finetune", repeat_threshold=settings.repeat_threshold,
+    )  # fmt: skip
+    data = TrainingData(feed, val_table, test_preset, cache)
     accelerator = make_accelerator(
         settings.mixed_precision,
         plan.micro_batch_size,
@@ -113,11 +105,28 @@ def run_stage(settings: Settings) -> None:
     accelerator.end_training()
 
 
+def _tables(settings: Settings, processes: PartialState) -> tuple[AnnotationTable, AnnotationTable | None]:
+    """What is trained on, and validated on. Every process must call it. Raises InputError."""
+    tables = one_a_machine_first(lambda: load_tables(settings), processes)
+    if "train" not in tables:
+        raise InputError(
+            "no training split: the data have none of that name; add it, or give --train-images and "
+            "--train-annotations in place of --data"
+        )
+    table = tables["train"]
+    if not table.targets_per_image().any():
+        raise InputError(
+            f"{table.source}: no image has an object to learn ({len(table)} images, {len(table.boxes)} objects)"
+        )
+    return table.without_empty_images() if settings.drop_empty else table, tables.get("val")
+
+
 def _fitting_micro_batch_size(
     settings: Settings,
     recipe: Recipe,
     detector: Detector,
-    data: TrainingData,
+    table: AnnotationTable,
+    preset: Preset,
     processes: PartialState,
     earlier: Resumption | None,
 ) -> int:
@@ -135,7 +144,7 @@ def _fitting_micro_batch_size(
     )  # fmt: skip
     failure = "another process found none that fits"
     try:
-        found = fitting_micro_batch_size(trial, data.train, data.preset, sizes)
+        found = fitting_micro_batch_size(trial, table, preset, sizes)
     except InputError as error:
         found, failure = 0, str(error)
     least = min(gather_object([found]))

@@ -24,8 +24,8 @@ from direct_pt.batch import Batch
 from direct_pt.checkpoint import History, Progress, TrainingState
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
-from direct_pt.data.loader import SampleOrder, aspect_groups, training_loader, unreadable_reason
-from direct_pt.data.transforms import Preset, TestPreset
+from direct_pt.data.loader import Feed, Share, unreadable_reason
+from direct_pt.data.transforms import TestPreset
 from direct_pt.device import is_out_of_memory
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate, metrics_table
@@ -46,11 +46,10 @@ ECHO_SECONDS = 5  # in which a signal that comes again is the launcher's, which 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on, out of a cache where there is one, what is validated on, and the transforms of both."""
+    """What is trained on, out of a cache where there is one, what is validated on, and how."""
 
-    train: AnnotationTable
+    feed: Feed
     val: AnnotationTable | None
-    preset: Preset
     test_preset: TestPreset
     cache: ImageCache | None = None
 
@@ -84,7 +83,8 @@ class Trainer:
         self.history[-1]["steps"] = progress.step
         self.folder = RunFolder(settings.output_dir, accelerator, progress.step, settings.keep_checkpoints)
         self.unreadable: set[int] = set()
-        self.named: set[int] = set()
+        self.named: set[int] = set()  # of this process's
+        self.reasons: dict[int, str] = {}  # of all processes'
         self.losses: dict[str, Any] = dict(gathered.get("losses", {}))  # summed since the last log
         self.updates: int = gathered.get("updates", 0)  # the same, of steps that were not skipped
         self.logged_step = progress.step - gathered.get("steps", 0)
@@ -188,7 +188,7 @@ class Trainer:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         images = [image for batch in batches for image in batch.indices.tolist()]
-        names = [self.data.train.path(image).name for image in gather_object(images)]
+        names = gather_object([self.data.feed.image_name(image) for image in images])
         names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         if self.accelerator.is_main_process:
             where = f"the loss of images {names_text}" if names else "a gradient"
@@ -214,21 +214,12 @@ class Trainer:
         return [weight / mean for weight in weights]
 
     def _batches(self) -> Iterator[Batch]:
-        plan, settings = self.plan, self.settings
-        groups = aspect_groups(self.data.train) if settings.stage == "finetune" else None
-        order = SampleOrder(len(self.data.train), settings.seed, plan.micro_batch_size, groups)
+        plan, process = self.plan, self.accelerator.process_index
         a_step = plan.accumulation * plan.processes  # micro-batches
-        part = (
-            self.progress.step * a_step,
-            plan.total_steps * a_step,
-            self.accelerator.process_index,
-            plan.processes,
+        steps = self.progress.step, plan.total_steps
+        return self.data.feed.batches(
+            Share(plan.micro_batch_size, steps[0] * a_step, steps[1] * a_step, process, plan.processes)
         )
-        masks = self.detector.has_masks
-        loader = training_loader(
-            self.data.train, self.data.preset, order, part, masks, settings.num_workers, self.data.cache
-        )
-        return iter(loader)
 
     def _log(self) -> None:
         """Average the losses since the last time over the processes, write them down. Every process must call it."""
@@ -264,19 +255,19 @@ class Trainer:
 
     def _check_unreadable(self) -> None:
         """Name the images that could not be read; stop where they are too many. Every process must call it."""
-        everywhere = set(gather_object(sorted(self.unreadable)))
-        new = sorted(everywhere - self.named)
-        self.named = everywhere
-        for image in new if self.accelerator.is_main_process else []:
-            self.bar.write(f"unreadable image, replaced by another: {unreadable_reason(self.data.train, image)}")
-        share = len(everywhere) / len(self.data.train)
-        if share > UNREADABLE_SHARE and len(everywhere) > 1:
+        mine = [(image, self.data.feed.unreadable_reason(image)) for image in sorted(self.unreadable - self.named)]
+        self.named |= self.unreadable
+        new = {image: reason for image, reason in gather_object(mine) if image not in self.reasons}
+        self.reasons |= new
+        for image in sorted(new) if self.accelerator.is_main_process else []:
+            self.bar.write(f"unreadable image, replaced by another: {new[image]}")
+        share = len(self.reasons) / len(self.data.feed)
+        if share > UNREADABLE_SHARE and len(self.reasons) > 1:
             self._save()
             self.folder.must_be_saved(self.progress.step)
             raise TrainingStopped(
-                f"{len(everywhere)} of {len(self.data.train)} training images cannot be read (more than "
-                f"{UNREADABLE_SHARE:.0%}), first "
-                f"{unreadable_reason(self.data.train, min(everywhere))}; the state of step "
+                f"{len(self.reasons)} of {len(self.data.feed)} training images cannot be read (more than "
+                f"{UNREADABLE_SHARE:.0%}), first {self.reasons[min(self.reasons)]}; the state of step "
                 f"{self.progress.step} is saved. Mend or remove them, then go on with --resume"
             )
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.data.loader import unreadable_reason
-from direct_pt.data.sources import load_split
+from direct_pt.data.sources import SPLITS, find_sources, load_tables
 from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError, run_program
 from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.files import write_json
 from direct_pt.launch import make_accelerator
-from direct_pt.settings import add_data_arguments, add_device_arguments, parser, positive_integer, split_paths
+from direct_pt.settings import add_data_arguments, add_device_arguments, data_options, parser, positive_integer
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
     add_data_arguments(p)
-    p.add_argument("--split", choices=["train", "val"], default="val")
+    p.add_argument("--split", choices=SPLITS, default="val")
     p.add_argument("--short-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
@@ -39,16 +39,17 @@ def main() -> None:
     if output.is_file():
         raise InputError(f"--output-dir {output}: is a file")
     detector = from_pretrained(args.checkpoint)
-    splits = split_paths(args.data, args.train_images, args.train_annotations, args.val_images, args.val_annotations)
-    if args.split not in splits:
-        raise InputError(f"--split {args.split}: the data have no such split, only {', '.join(splits)}")
-    table = load_split(splits[args.split])
+    options = data_options(args)
+    tables = load_tables(options, [args.split])
+    if args.split not in tables:
+        raise InputError(f"--split {args.split}: the data have no such split, only {', '.join(find_sources(options))}")
+    table = tables[args.split]
     config = detector.config
     classes = [dict(zip(of.category_ids, of.class_names, strict=True)) for of in (config, table)]
     if classes[0] != classes[1]:
         raise InputError(
             f"{table.source}: its categories are not the {len(config.class_names)} classes that {args.checkpoint} was "
-            "trained for; evaluate on the data set that it was trained on"
+            "trained for; evaluate on the data set that it was trained on, with the same --classes"
         )
     preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
     if preset.short_side > preset.long_side:

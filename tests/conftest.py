@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.coco import CocoSplit
+from direct_pt.data.sources import load_split
 from direct_pt.launch import make_accelerator
 
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
@@ -59,7 +60,7 @@ class CocoFolder:
     """Images of noise on disk, and the annotation file's `content`, to be changed at will before `load`."""
 
     def __init__(self, folder: Path, sizes: Sequence[tuple[int, int]], annotations: Sequence[dict[str, Any]]) -> None:
-        self.paths = SplitPaths(folder / "pictures", folder / "labels.json")
+        self.paths = CocoSplit(folder / "pictures", folder / "labels.json")
         self.paths.images.mkdir(parents=True)
         rng = np.random.default_rng(0)
         images = []
@@ -70,7 +71,7 @@ class CocoFolder:
         numbered = [{"id": 100 + row, "category_id": 7, **record} for row, record in enumerate(annotations)]
         self.content = {"images": images, "annotations": numbered, "categories": list(map(dict, CATEGORIES))}
 
-    def write(self) -> SplitPaths:
+    def write(self) -> CocoSplit:
         """The annotation file as `content` stands."""
         self.paths.annotations.write_text(json.dumps(self.content))
         return self.paths

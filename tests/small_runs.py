@@ -159,7 +159,8 @@ def float64() -> Iterator[None]:
 
 def train_part(data: Path) -> tuple[object, ...]:
     """The flags for a data folder's training split alone, so that nothing is evaluated."""
-    return ("--train-images", data / "images", "--train-annotations", data / "annotations/instances_train.json")
+    paths = ("--train-images", data / "images", "--train-annotations", data / "annotations/instances_train.json")
+    return (*paths, "--val-share", 0)
 
 
 def make_eager(run: Path, folder: Path) -> Path:

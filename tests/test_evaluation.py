@@ -16,8 +16,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.coco import CocoSplit
 from direct_pt.data.images import read_image
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset
 from direct_pt.evaluation import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
@@ -174,7 +175,7 @@ def test_reference_figures(tmp_path: Path) -> None:
     truth = json.loads((REFERENCE / "instances_20.json").read_text())
     for image in truth["images"]:
         (tmp_path / image["file_name"]).touch()  # metrics do not look into the images
-    table = load_split(SplitPaths(tmp_path, REFERENCE / "instances_20.json"))
+    table = load_split(CocoSplit(tmp_path, REFERENCE / "instances_20.json"))
     results = json.loads((REFERENCE / "bbox_results_20.json").read_text())
     predictions = predictions_of(table, results)
     expected = json.loads((REFERENCE / "expected_bbox.json").read_text())["bbox"]

@@ -24,9 +24,10 @@ from PIL import Image
 from direct_pt.batch import Batch, Sample
 from direct_pt.data import image_cache
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.coco import find_coco
 from direct_pt.data.image_cache import KINDS, RECORD, ImageCache, open_image_cache
-from direct_pt.data.loader import SampleOrder, TrainingImages, training_loader
-from direct_pt.data.sources import find_splits, load_split
+from direct_pt.data.loader import Share, TableFeed, TrainingImages
+from direct_pt.data.sources import load_split
 from direct_pt.data.table_cache import cache_root
 from direct_pt.data.transforms import PretrainPreset
 
@@ -153,7 +154,7 @@ def test_photographs(tmp_path: Path, kind: str) -> None:
     """COCO images at the paper's size: the means of 64x64 areas stay; pixels to within 5 of 255, 12 in the sharpest."""
     if not DATA.is_dir():
         pytest.skip("the real data sets do not lie beside the project")
-    table, preset = load_split(find_splits(DATA / "coco_permissive")["train"]), PretrainPreset()
+    table, preset = load_split(find_coco(DATA / "coco_permissive")["train"]), PretrainPreset()
     cache = open_image_cache(table, kind, preset.image_size, tmp_path, 0)
     from_files, from_cache = (TrainingImages(table, preset, 0, True, there) for there in (None, cache))
     found = []
@@ -168,8 +169,7 @@ def test_photographs(tmp_path: Path, kind: str) -> None:
 
 def batches_of(table: AnnotationTable, cache: ImageCache | None, workers: int = 0, count: int = 14) -> Iterator[Batch]:
     """Single images, for two epochs."""
-    order = SampleOrder(len(table), 0, micro_batch_size=1)
-    return iter(training_loader(table, PretrainPreset(SIDE), order, (0, count, 0, 1), True, workers, cache))
+    return TableFeed(table, PretrainPreset(SIDE), 0, True, workers, cache).batches(Share(1, 0, count))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,7 +227,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
 
 
 def load(folder: Path) -> AnnotationTable:
-    return load_split(find_splits(folder)["train"])
+    return load_split(find_coco(folder)["train"])
 
 
 @pytest.fixture

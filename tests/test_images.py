@@ -1,15 +1,29 @@
 """From image files of every kind to RGB pixels, and files that give none."""
 
+import io
+import struct
+import threading
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, TiffImagePlugin
 
-from direct_pt.data.images import UnreadableImage, image_size, read_image
+from direct_pt.data.images import (
+    MAX_PIXELS,
+    Decoding,
+    UnreadableImage,
+    decode_image,
+    encoded_size,
+    header_sizes,
+    image_size,
+    read_image,
+)
 
 HEIGHT, WIDTH = 24, 32
 ORIENTATION_TAG = 0x0112
@@ -24,6 +38,20 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda upright: upright.transpose(1, 0, 2)[::-1, ::-1],
     8: lambda upright: upright.transpose(1, 0, 2)[:, ::-1],
 }
+
+
+@pytest.fixture(autouse=True)
+def quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Nothing warns, nothing is written, and Pillow's settings stay as they were."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        filters = list(warnings.filters)
+        yield
+        assert warnings.filters == filters
+    assert capfd.readouterr().err == ""
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def grey() -> np.ndarray:
@@ -57,10 +85,22 @@ def cmyk() -> Image.Image:
     return Image.frombytes("CMYK", (48, 8), values.tobytes())
 
 
-def palette(transparent: bool) -> Image.Image:
+def ycck_jpeg(path: Path) -> None:
+    """As image editors write them: inks as brightness and colour, all inverted."""
+    inks = np.asarray(cmyk())
+    coded = np.asarray(Image.fromarray(inks[:, :, :3]).convert("YCbCr"))  # cyan in the place of red, and so on
+    values = np.concatenate([255 - coded, inks[:, :, 3:]], axis=2)  # written inverted: brightness as it is, black not
+    file = io.BytesIO()
+    Image.frombytes("CMYK", (48, 8), values.tobytes()).save(file, "JPEG", quality=100, subsampling=0)
+    marker = b"Adobe\0\x64\0\0\0\0"
+    assert file.getvalue().count(marker + b"\0") == 1  # plain CMYK; 2 is YCCK
+    path.write_bytes(file.getvalue().replace(marker + b"\0", marker + b"\2"))
+
+
+def palette(alphas: bytes | int | None = None) -> Image.Image:
     image = Image.fromarray(colours()).quantize(8)
-    if transparent:
-        image.info["transparency"] = 0
+    if alphas is not None:
+        image.info["transparency"] = alphas
     return image
 
 
@@ -71,22 +111,73 @@ def with_alpha(mode: str) -> Image.Image:
     return image
 
 
+def over_black(values: np.ndarray) -> np.ndarray:
+    """RGB values under `with_alpha`'s alpha."""
+    return (values * (grey()[:, :, None] / 255)).round().astype(np.uint8)
+
+
+def lab() -> Image.Image:
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    changed = ImageCms.profileToProfile(Image.fromarray(colours()), *profiles, outputMode="LAB")
+    assert changed is not None
+    return changed
+
+
+def save_tiff(path: Path, values: bytes, bits: int, photometric: int, samples: int = 1, extra: int | None = None) -> None:
+    """An uncompressed TIFF of a kind that Pillow does not write. `extra` says what the last sample of a pixel is."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[256], tags[257], tags[258], tags[262] = WIDTH, HEIGHT, (bits,) * samples, photometric
+    tags[273], tags[277], tags[278], tags[279] = 0, samples, HEIGHT, len(values)
+    if extra is not None:
+        tags[338] = extra
+    tags[273] = 8 + len(tags.tobytes(8))
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + tags.tobytes(8) + values)
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Two of them in three bytes."""
+    first, second = values.reshape(-1, 2).astype(int).T
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+
+
 WIDE = grey().astype(np.uint16) * 257  # 16 bits: 65535 is white
 KINDS: dict[str, tuple[str, Callable[[], Image.Image], np.ndarray, dict[str, Any], int]] = {
     # file, image, its RGB values, how it is saved, by how much values may differ
     "grey png": ("a.png", lambda: Image.fromarray(grey()), as_rgb(grey()), {}, 0),
     "grey jpeg": ("a.jpg", lambda: Image.fromarray(grey()), as_rgb(grey()), {"quality": 100}, 2),
-    "grey with alpha": ("a.png", lambda: with_alpha("LA"), as_rgb(grey()), {}, 0),
+    "grey with alpha": ("a.png", lambda: with_alpha("LA"), over_black(as_rgb(grey())), {}, 1),
     "one bit": ("a.png", lambda: Image.fromarray(grey() > 99), as_rgb((grey() > 99) * np.uint8(255)), {}, 0),
     "16 bits png": ("a.png", lambda: Image.fromarray(WIDE), as_rgb(grey()), {}, 0),
     "16 bits tiff": ("a.tiff", lambda: Image.fromarray(WIDE), as_rgb(grey()), {}, 0),
     "16 bits, rounded": ("a.png", lambda: Image.fromarray(np.minimum(WIDE, 65000) + np.uint16(100)),
                          as_rgb(np.minimum(grey(), 253)), {}, 0),
     "32 bits tiff": ("a.tif", lambda: Image.fromarray(WIDE.astype(np.int32)), as_rgb(grey()), {}, 0),
-    "palette": ("a.png", lambda: palette(False), colours(), {}, 0),
-    "palette, transparent": ("a.png", lambda: palette(True), colours(), {}, 0),
-    "palette bmp": ("a.bmp", lambda: palette(False), colours(), {}, 0),
-    "rgba": ("a.png", lambda: with_alpha("RGBA"), colours(), {}, 0),
+    "16 bits, big-endian": ("a.tif", lambda: Image.frombytes("I;16B", (WIDTH, HEIGHT), WIDE.astype(">u2").tobytes()),
+                            as_rgb(grey()), {}, 0),
+    "16 bits, packed": ("a.tif", lambda: Image.fromarray(WIDE), as_rgb(grey()), {"compression": "tiff_lzw"}, 0),
+    "16 bits, dark": ("a.png", lambda: Image.fromarray(WIDE // 16), as_rgb((grey() / 16).round().astype(np.uint8)), {},
+                      1),
+    "16 bits, white is zero": ("a.tif", lambda: Image.fromarray(65535 - WIDE), as_rgb(grey()), {"tiffinfo": {262: 0}},
+                               0),
+    "32 bits, out of range": ("a.tif", lambda: Image.fromarray(WIDE.astype(np.int32) * 3 - 65535),
+                              as_rgb((grey() * 3.0 - 255).clip(0, 255).astype(np.uint8)), {}, 0),
+    "float, 0 to 1": ("a.tif", lambda: Image.fromarray(grey().astype(np.float32) / 255), as_rgb(grey()), {}, 0),
+    "float, 0 to 255": ("a.tif", lambda: Image.fromarray(grey().astype(np.float32)), as_rgb(grey()), {}, 0),
+    "float, out of range": ("a.tif", lambda: Image.fromarray(grey().astype(np.float32) * 3 - 255),
+                            as_rgb((grey() * 3.0 - 255).clip(0, 255).astype(np.uint8)), {}, 0),
+    "palette": ("a.png", palette, colours(), {}, 0),
+    "palette tiff": ("a.tif", palette, colours(), {}, 0),
+    "palette bmp": ("a.bmp", palette, colours(), {}, 0),
+    "gif": ("a.gif", palette, colours(), {}, 0),
+    "one bit bmp": ("a.bmp", lambda: Image.fromarray(grey() > 99), as_rgb((grey() > 99) * np.uint8(255)), {}, 0),
+    "one bit tiff": ("a.tif", lambda: Image.fromarray(grey() > 99), as_rgb((grey() > 99) * np.uint8(255)),
+                     {"compression": "group4"}, 0),
+    "rgba": ("a.png", lambda: with_alpha("RGBA"), over_black(colours()), {}, 1),
+    "rgba webp": ("a.webp", lambda: with_alpha("RGBA"), over_black(colours()), {"lossless": True, "exact": True}, 1),
+    "rgba tiff": ("a.tif", lambda: with_alpha("RGBA"), over_black(colours()), {"tiffinfo": {338: 2}}, 1),
+    "palette with alpha tiff": ("a.tif", lambda: with_alpha("RGBA").convert("PA"), over_black(colours()), {}, 1),
+    "ycbcr tiff": ("a.tif", lambda: Image.fromarray(colours()).convert("YCbCr"), colours(), {}, 2),
+    "lab tiff": ("a.tif", lab, colours(), {}, 24),
     "cmyk tiff": ("a.tif", cmyk, CYAN_AS_RGB.repeat(8, axis=0).repeat(8, axis=1), {}, 1),
     "cmyk jpeg": ("a.jpg", cmyk, CYAN_AS_RGB.repeat(8, axis=0).repeat(8, axis=1), {"quality": 100}, 4),
     "rgb png": ("a.png", lambda: Image.fromarray(colours()), colours(), {}, 0),
@@ -108,6 +199,126 @@ def test_every_kind_becomes_rgb(tmp_path: Path, kind: str) -> None:
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= tolerance
     assert image_size(tmp_path / name) == expected.shape[:2]
+
+
+def test_tiffs_that_pillow_does_not_write(tmp_path: Path) -> None:
+    path, alpha = tmp_path / "a.tif", grey()[:, :, None]
+    save_tiff(path, twelve_bits(np.round(grey() / 255 * 4095)), 12, photometric=1)
+    np.testing.assert_array_equal(pixels(path), as_rgb(grey()))
+    wide = (colours().astype("<u2") * 257).tobytes()
+    save_tiff(path, wide, 16, photometric=2, samples=3)
+    np.testing.assert_array_equal(pixels(path), colours())
+    for values, photometric in ((colours(), 2), (grey()[:, :, None], 1)):  # multiplied by alpha: as they are over black
+        weighted = np.concatenate([(values * (alpha / 255)).round().astype(np.uint8), alpha], axis=2)
+        samples = weighted.shape[2]
+        save_tiff(path, weighted.tobytes(), 8, photometric, samples, extra=1)
+        difference = pixels(path).astype(int) - weighted[:, :, :-1]
+        assert np.abs(difference).max() <= 1
+    save_tiff(path, np.concatenate([colours(), alpha], axis=2).tobytes(), 8, photometric=2, samples=4, extra=0)
+    np.testing.assert_array_equal(pixels(path), colours())  # the fourth sample, perhaps infrared, is no alpha
+
+
+def test_wide_colour_pngs(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), colours()[:, :, ::-1].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(pixels(path), colours())
+    values = np.concatenate([colours()[:, :, ::-1], grey()[:, :, None]], axis=2)
+    cv2.imwrite(str(path), values.astype(np.uint16) * 257)
+    assert np.abs(pixels(path).astype(int) - over_black(colours())).max() <= 1
+
+
+def test_inverted_inks(tmp_path: Path) -> None:
+    ycck_jpeg(tmp_path / "a.jpg")
+    expected = CYAN_AS_RGB.repeat(8, axis=0).repeat(8, axis=1)
+    assert np.abs(pixels(tmp_path / "a.jpg").astype(int) - expected).max() <= 6
+    half = read_image(tmp_path / "a.jpg", least=(4, 24))
+    assert np.abs(half.astype(int) - expected[::2, ::2]).max() <= 6
+
+
+def test_floats_that_are_none(tmp_path: Path) -> None:
+    """NaN is black, infinity is white, and neither decides on the scale."""
+    values = grey().astype(np.float32) / 255
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    expected = grey()
+    expected[0, :3] = 0, 255, 0
+    np.testing.assert_array_equal(pixels(tmp_path / "a.tif"), as_rgb(expected))
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "b.tif")
+    assert not pixels(tmp_path / "b.tif").any()
+
+
+# Transparency
+
+
+def two_halves(mode: str) -> Image.Image:
+    """Left: a colour that nobody is to see. Right: another one, without transparency."""
+    if mode == "I;16":
+        values = np.repeat(np.array([[40_000] * 8 + [20_046] * 8], np.uint16), 8, axis=0)
+        return Image.fromarray(values)
+    image = Image.new("RGB", (16, 8), (200, 10, 90))
+    image.paste((78, 78, 78), (8, 0, 16, 8))
+    if mode in ("LA", "RGBA", "PA"):
+        alpha = Image.new("L", (16, 8))
+        alpha.paste(255, (8, 0, 16, 8))
+        image.putalpha(alpha)
+    return image.quantize(2) if mode == "P" else image.convert(mode)
+
+
+HIDDEN: dict[str, tuple[str, str, Callable[[Image.Image], object]]] = {
+    # file, mode, what of it is transparent
+    "png": ("a.png", "RGBA", lambda image: None),
+    "webp": ("a.webp", "RGBA", lambda image: None),
+    "tiff": ("a.tif", "RGBA", lambda image: None),
+    "grey png": ("a.png", "LA", lambda image: None),
+    "palette tiff": ("a.tif", "PA", lambda image: None),
+    "palette": ("a.png", "P", lambda image: image.getpixel((0, 0))),
+    "palette gif": ("a.gif", "P", lambda image: image.getpixel((0, 0))),
+    "palette with alpha": ("a.png", "P", lambda image: bytes([0, 255] if image.getpixel((0, 0)) == 0 else [255, 0])),
+    "one colour": ("a.png", "RGB", lambda image: image.getpixel((0, 0))),
+    "one grey": ("a.png", "L", lambda image: image.getpixel((0, 0))),
+    "one grey, 16 bits": ("a.png", "I;16", lambda image: image.getpixel((0, 0))),
+}
+
+
+@pytest.mark.parametrize("alpha", ["black", "white"])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_hidden_colours_stay_hidden(tmp_path: Path, kind: str, alpha: str) -> None:
+    name, mode, transparent = HIDDEN[kind]
+    image = two_halves(mode)
+    seen = transparent(image)
+    options = {} if seen is None else {"transparency": seen}
+    image.save(tmp_path / name, **options, **({"lossless": True, "exact": True} if kind == "webp" else {}))
+    found = read_image(tmp_path / name, decoding=Decoding(alpha=alpha))
+    assert (found[:, :8] == {"black": 0, "white": 255}[alpha]).all()
+    assert (found[:, 8:] == 78).all()
+
+
+def test_half_transparent_colours(tmp_path: Path) -> None:
+    with_alpha("RGBA").save(tmp_path / "a.png")
+    weight = grey()[:, :, None] / 255
+    for alpha, ground in {"black": 0, "white": 255}.items():
+        found = read_image(tmp_path / "a.png", decoding=Decoding(alpha=alpha))
+        assert np.abs(found - (colours() * weight + ground * (1 - weight))).max() <= 1
+
+
+# Several images in a file
+
+
+@pytest.mark.parametrize("suffix", ["tif", "webp", "png", "gif", "jpg"])
+def test_the_first_image_counts(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    options = {"jpg": {"format": "MPO", "quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    others = [Image.fromarray(255 - colours()), Image.fromarray(colours()[::-1])]
+    Image.fromarray(colours()).save(path, save_all=True, append_images=others, **options)
+    with Image.open(path) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert np.abs(pixels(path).astype(int) - colours()).max() <= (3 if suffix == "jpg" else 0)
+    assert image_size(path) == (HEIGHT, WIDTH)
+    half = read_image(path, least=(HEIGHT // 2, WIDTH // 2))
+    assert half.shape == (HEIGHT // 2, WIDTH // 2, 3)
+
+
+# EXIF
 
 
 def save_turned(path: Path, upright: np.ndarray, orientation: int) -> np.ndarray:
@@ -156,6 +367,92 @@ def test_another_size_than_annotated(tmp_path: Path, suffix: str) -> None:
             read_image(path, size)
         for word in (str(path), f"is {WIDTH}x{HEIGHT}", f"annotation says {size[1]}x{size[0]}"):
             assert word in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_disregarded(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path, ignoring = tmp_path / f"a.{suffix}", Decoding(exif=False)
+    stored = save_turned(path, colours(), orientation)
+    tolerance = 3 if suffix == "jpg" else 0
+    for size in (None, stored.shape[:2]):
+        found = read_image(path, size, decoding=ignoring)
+        assert found.shape == stored.shape and np.abs(found.astype(int) - stored).max() <= tolerance
+    assert image_size(path, ignoring) == encoded_size(path.read_bytes(), "a", ignoring) == stored.shape[:2]
+    assert image_size(path) == encoded_size(path.read_bytes(), "a") == (HEIGHT, WIDTH)
+    for sizes in (header_sizes(path, "a"), header_sizes(path.read_bytes(), "a")):
+        assert sizes == (stored.shape[:2], (HEIGHT, WIDTH), orientation)
+    half = stored.shape[0] // 2, stored.shape[1] // 2
+    assert read_image(path, least=half, decoding=ignoring).shape == (*half, 3)
+    if stored.shape != colours().shape:
+        with pytest.raises(UnreadableImage, match=r"24x32 pixels, but .* 32x24.*orientation.*--exif ignore.*leave") as error:
+            read_image(path, (HEIGHT, WIDTH), decoding=ignoring)
+        assert str(error.value).startswith(f"{path}: ")
+    with pytest.raises(UnreadableImage, match="annotation says 31x24") as error:
+        read_image(path, (HEIGHT, WIDTH - 1), decoding=ignoring)
+    assert "--exif" not in str(error.value)
+
+
+def test_exif_behind_the_pixels(tmp_path: Path) -> None:
+    """Where some editors put a PNG's."""
+    path = tmp_path / "a.png"
+    stored = save_turned(path, colours(), 6)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    assert header_sizes(path, "a") == (stored.shape[:2], (HEIGHT, WIDTH), 6)
+    np.testing.assert_array_equal(pixels(path), colours())
+    np.testing.assert_array_equal(read_image(path, decoding=Decoding(exif=False)), stored)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp"])
+def test_sizes_come_from_the_header(tmp_path: Path, suffix: str) -> None:
+    """Nothing is decoded: not even damage to the pixels is found."""
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **{"webp": {"lossless": True}, "tif": {"tiffinfo": {274: 6}}}.get(suffix, {}))
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(len(content) - middle))
+    stored, upright = (HEIGHT, WIDTH), (WIDTH, HEIGHT) if suffix == "tif" else (HEIGHT, WIDTH)
+    assert header_sizes(path, "a")[:2] == header_sizes(path.read_bytes(), "a")[:2] == (stored, upright)
+
+
+def exif_block(**changes: int) -> bytes:
+    """Of a camera: orientation 6, the resolution a fraction; `changes` name tags and give them another type."""
+    types = {"orientation": 3, "resolution": 5, "unit": 3} | changes
+    entries = [(274, types["orientation"], 1, 6), (282, types["resolution"], 1, 50), (296, types["unit"], 1, 2)]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + struct.pack("<II", 72, 1)
+
+
+BROKEN_EXIF = {
+    "noise": b"Exif\0\0" + np.random.default_rng(0).bytes(200),
+    "nothing": b"Exif\0\0",
+    "cut short": exif_block()[:20],
+    "circular": exif_block()[:10] + struct.pack("<I", 0) + exif_block()[14:],
+    "resolution of another type": exif_block(resolution=2),
+    "orientation of another type": exif_block(orientation=2),
+    "orientation 9": exif_block().replace(struct.pack("<HHII", 274, 3, 1, 6), struct.pack("<HHII", 274, 3, 1, 9)),
+    "huge count": exif_block().replace(struct.pack("<HHI", 282, 5, 1), struct.pack("<HHI", 282, 5, 2**31)),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("damage", BROKEN_EXIF)
+def test_broken_exif_does_not_matter(tmp_path: Path, suffix: str, damage: str) -> None:
+    path, options = tmp_path / f"a.{suffix}", {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True}
+    Image.fromarray(colours()).save(path, exif=exif_block(), **options)
+    assert header_sizes(path, "a").orientation == 6
+    Image.fromarray(colours()).save(path, exif=BROKEN_EXIF[damage], **options)
+    orientation = 6 if damage in ("resolution of another type", "huge count") and suffix != "jpg" else 1
+    found = pixels(path, (HEIGHT, WIDTH))
+    assert np.abs(found.astype(int) - colours()).max() <= (3 if suffix == "jpg" else 0)
+    assert header_sizes(path, "a").stored == (HEIGHT, WIDTH)
+
+
+# Files that give no pixels
 
 
 def cut_short(suffix: str, **options: Any) -> Callable[[Path], None]:
@@ -314,7 +611,7 @@ def test_jpegs_are_decoded_as_by_pillow(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read_image(path), np.asarray(expected.convert("RGB")))
 
 
-def test_corrupt_jpegs_are_read_as_by_pillow(tmp_path: Path) -> None:
+def test_corrupt_jpegs_are_read_as_by_pillow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Damage that it puts up with, and damage that it refuses, wherever the file is cut off or overwritten."""
     path, outcomes = tmp_path / "a.jpg", set()
     photo().save(path, quality=90)
@@ -336,3 +633,4 @@ def test_corrupt_jpegs_are_read_as_by_pillow(tmp_path: Path) -> None:
                     np.testing.assert_array_equal(read_image(path, None, least), expected)
                     outcomes.add("read")
     assert outcomes == {"refused", "read"}
+    capfd.readouterr()  # the fast decoder says what it puts up with

@@ -12,7 +12,7 @@ from conftest import MakeCocoFolder
 
 from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import SampleOrder, aspect_groups, evaluation_loader, training_loader, unreadable_reason
+from direct_pt.data.loader import SampleOrder, Share, TableFeed, aspect_groups, evaluation_loader, unreadable_reason
 from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here
@@ -127,8 +127,7 @@ def table(coco_folder: MakeCocoFolder) -> AnnotationTable:
 def batches_of(
     table: AnnotationTable, part: tuple[int, int, int, int], size: int = 2, workers: int = 0, with_masks: bool = True
 ) -> list[Batch]:
-    order = SampleOrder(len(table), 0, size)
-    return list(training_loader(table, PretrainPreset(48), order, part, with_masks, workers))
+    return list(TableFeed(table, PretrainPreset(48), 0, with_masks, workers).batches(Share(size, *part)))
 
 
 def as_lists(batch: Batch) -> dict[str, Any]:
@@ -190,8 +189,7 @@ def test_loading_draws_nothing_from_the_global_generators(table: AnnotationTable
 
 
 def test_batches_hold_what_the_table_says(table: AnnotationTable) -> None:
-    order = SampleOrder(7, 0, 3)
-    for batch in training_loader(table, TestPreset(64, 64), order, (0, 7, 0, 1), False, 0):
+    for batch in TableFeed(table, TestPreset(64, 64), 0, False, num_workers=0).batches(Share(3, 0, 7)):
         assert batch.masks is None and batch.mask_rows is None and batch.images.dtype == torch.uint8
         for row, image in enumerate(batch.indices.tolist()):
             objects = table.objects(image, with_masks=False)
@@ -356,8 +354,8 @@ def test_mask_rows_name_the_right_masks() -> None:
 
 
 def test_finetuning_batches_of_unequal_images(table: AnnotationTable) -> None:
-    order = SampleOrder(7, 0, 2, aspect_groups(table))
-    for batch in training_loader(table, FinetunePreset(64, 96), order, (0, 7, 0, 1), True, 0):
+    feed = TableFeed(table, FinetunePreset(64, 96), 0, True, num_workers=0, grouped=True)
+    for batch in feed.batches(Share(2, 0, 7)):
         assert batch.images.shape[2] % 32 == 0 and batch.images.shape[3] % 32 == 0
         assert (batch.padded_sizes >= batch.sizes).all()
         limits = batch.sizes[:, None, [1, 0, 1, 0]]

@@ -20,8 +20,9 @@ from test_evaluation import REFERENCE, needs_reference, predictions_of, pycocoto
 from direct_pt import evaluation, visualize
 from direct_pt.checkpoint import save_model
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.coco import CocoSplit, find_coco
 from direct_pt.data.images import read_image
-from direct_pt.data.sources import SplitPaths, find_splits, load_split
+from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError
 from direct_pt.evaluation import (
@@ -137,7 +138,7 @@ def test_equal_to_pycocotools_on_coco_images(tmp_path: Path) -> None:
         mask = noisy(rng, truth.annToMask(annotation))
         row = result(annotation["image_id"], annotation["category_id"], round(float(rng.random()), 3), mask)
         results.append({**row, "bbox": np.add(annotation["bbox"], [1, 1, 2, 2]).tolist()})
-    metrics = assert_equal_to_pycocotools(load_split(SplitPaths(tmp_path, path)), truth.dataset, results, every=8)
+    metrics = assert_equal_to_pycocotools(load_split(CocoSplit(tmp_path, path)), truth.dataset, results, every=8)
     assert 0.2 < metrics["segm"]["AP"] < 0.9
 
 
@@ -411,7 +412,7 @@ def evaluated(eager: Path, truth_data: Path, tmp_path_factory: pytest.TempPathFa
 def test_evaluate(evaluated: Path, truth_data: Path) -> None:
     rows = runs.read_json(evaluated / "predictions.json")
     assert set(rows[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"} and len(rows) > 9 * 50
-    table = load_split(find_splits(truth_data)["val"])
+    table = load_split(find_coco(truth_data)["val"])
     truth = runs.read_json(truth_data / "annotations/instances_val.json")
     metrics = assert_equal_to_pycocotools(table, truth, rows, every=4)
     assert metrics == runs.read_json(evaluated / "metrics.json")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.batch import Batch, Detections, Objects, PackedMasks, collate
+from direct_pt.data.coco import find_coco
 from direct_pt.data.images import read_image
 from direct_pt.data.loader import TrainingImages
-from direct_pt.data.sources import find_splits, load_split
+from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset, TestPreset, has_extent
 from direct_pt.errors import InputError
 from direct_pt.models import matching, rpn
@@ -92,7 +93,7 @@ def without_drop_path(detector: Detector) -> Detector:
 
 @pytest.fixture(scope="session")
 def images(demo: Path) -> TrainingImages:
-    return TrainingImages(load_split(find_splits(demo)["train"]), PretrainPreset(SIDE), seed=0, with_masks=True)
+    return TrainingImages(load_split(find_coco(demo)["train"]), PretrainPreset(SIDE), seed=0, with_masks=True)
 
 
 @pytest.fixture

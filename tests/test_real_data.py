@@ -7,8 +7,9 @@ import pytest
 import small_runs as runs
 
 from direct_pt.checkpoint import from_pretrained, save_model
-from direct_pt.data.loader import SampleOrder, training_loader
-from direct_pt.data.sources import find_splits, load_split
+from direct_pt.data.coco import find_coco
+from direct_pt.data.loader import Share, TableFeed
+from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -49,12 +50,12 @@ def test_coco_images_train_and_evaluate(model: str, kinds: list[str], tmp_path: 
     [("cbc", 288, 3861, 3), ("rice_leaf", 91, 563, 3), ("coco_permissive", 33, 246, 80)],
 )
 def test_every_image_becomes_a_sample(name: str, images: int, objects: int, classes: int) -> None:
-    table = load_split(find_splits(DATA / name)["train"])
+    table = load_split(find_coco(DATA / name)["train"])
     assert (len(table), len(table.boxes), len(table.class_names)) == (images, objects, classes)
     with_masks = bool(table.segmentations.present().all())
-    order = SampleOrder(images, seed=0, micro_batch_size=8)
+    feed = TableFeed(table, PretrainPreset(96), 0, with_masks, num_workers=0)
     seen = []
-    for batch in training_loader(table, PretrainPreset(96), order, (0, -(-images // 8), 0, 1), with_masks, 0):
+    for batch in feed.batches(Share(8, 0, -(-images // 8))):
         assert batch.images.shape[1:] == (3, 96, 96) and not batch.unreadable
         sides = batch.boxes[batch.valid][:, 2:] - batch.boxes[batch.valid][:, :2]
         assert (sides > 0).all() and batch.boxes.min() >= 0 and batch.boxes.max() <= 96

@@ -10,7 +10,7 @@ from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
 from direct_pt.plan import Plan, make_plan
 from direct_pt.recipes import STAGES, Recipe, recipe_for
-from direct_pt.settings import Settings, parse_training, split_paths
+from direct_pt.settings import Settings, parse_training
 
 COCO_IMAGES = 118_287
 WITH_LAYERNORM = {"mask_rcnn_swin_t_fpn"}  # detectors whose own backbone normalises so
@@ -327,24 +327,3 @@ def test_refused_command_lines(stage: str, argv: list[str], message: str) -> Non
     with pytest.raises(InputError, match=message) as error:
         parse_training(stage, "", argv)
     assert_one_line(error.value)
-
-
-@pytest.mark.parametrize(
-    ("paths", "message"),
-    [
-        ((None,) * 5, "no data given: use --data DIR"),
-        ((Path("absent"), None, None, None, None), "--data absent: no such folder"),
-        ((Path(), Path("a"), None, None, None), "not both"),
-        ((None, Path("a"), None, None, None), "--train-annotations is missing"),
-        ((None, Path("a"), Path("b"), None, Path("c")), "--val-images is missing"),
-    ],
-)
-def test_incomplete_data_paths(paths: tuple[Path | None, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        split_paths(*paths)
-    assert_one_line(error.value)
-
-
-def test_explicit_data_paths() -> None:
-    splits = split_paths(None, Path("a"), Path("b"), None, None)
-    assert list(splits) == ["train"] and (splits["train"].images, splits["train"].annotations) == (Path("a"), Path("b"))

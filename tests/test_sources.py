@@ -15,9 +15,9 @@ from pycocotools import mask as coco_mask
 
 from direct_pt.data import json_stream
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.sources import SplitPaths, find_splits, load_split
+from direct_pt.data.coco import CocoSplit, find_coco
+from direct_pt.data.sources import DataOptions, find_sources, load_split, load_tables
 from direct_pt.errors import InputError
-from direct_pt.settings import split_paths
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES = ((20, 30), (40, 25), (16, 16))  # of the images 10, 20, 30, (height, width)
@@ -71,32 +71,38 @@ def test_both_layouts(tmp_path: Path, train_file: str, train_images: str, val_fi
     (tmp_path / "annotations").mkdir()
     for name in (train_file, val_file):
         (tmp_path / "annotations" / name).touch()
-    assert find_splits(tmp_path) == {
-        "train": SplitPaths(tmp_path / train_images, tmp_path / "annotations" / train_file),
-        "val": SplitPaths(tmp_path / val_images, tmp_path / "annotations" / val_file),
+    assert find_coco(tmp_path) == {
+        "train": CocoSplit(tmp_path / train_images, tmp_path / "annotations" / train_file),
+        "val": CocoSplit(tmp_path / val_images, tmp_path / "annotations" / val_file),
     }
     (tmp_path / "annotations" / val_file).unlink()
-    assert set(find_splits(tmp_path)) == {"train"}
+    assert set(find_coco(tmp_path)) == {"train"}
+
+
+def explicit(train: CocoSplit, val: CocoSplit | None = None, **flags: Any) -> DataOptions:
+    more = {} if val is None else {"val_images": (val.images,), "val_annotations": (val.annotations,)}
+    return DataOptions(train_images=(train.images,), train_annotations=(train.annotations,), **more, **flags)
 
 
 def test_explicit_paths(folder: CocoFolder, coco_folder: MakeCocoFolder) -> None:
     train, val = folder.write(), coco_folder(SIZES, name="elsewhere").write()
-    splits = split_paths(None, train.images, train.annotations, val.images, val.annotations)
-    assert splits == {"train": train, "val": val}
-    assert len(load_split(splits["train"]).boxes) == 4
-    assert len(load_split(splits["val"], like=load_split(splits["train"])).boxes) == 0
-    assert split_paths(None, train.images, train.annotations, None, None) == {"train": train}
+    assert find_sources(explicit(train, val)) == {"train": [train], "val": [val]}
+    tables = load_tables(explicit(train, val))
+    assert (len(tables["train"].boxes), len(tables["val"].boxes)) == (4, 0)
+    assert find_sources(explicit(train)) == {"train": [train]}
 
 
 def test_explicit_paths_incomplete_or_too_many(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--train-annotations is missing"):
-        split_paths(None, tmp_path, None, None, None)
-    with pytest.raises(InputError, match="--val-images is missing"):
-        split_paths(None, tmp_path, tmp_path, None, tmp_path)
-    with pytest.raises(InputError, match="use --data DIR, or --train-images"):
-        split_paths(None, None, None, None, None)
-    with pytest.raises(InputError, match="not both"):
-        split_paths(tmp_path, tmp_path, tmp_path, None, None)
+    here = (tmp_path,)
+    for flags, message in (
+        ({"train_images": here}, "--train-annotations is missing"),
+        ({"train_images": here, "train_annotations": here, "val_annotations": here}, "--val-images is missing"),
+        ({}, "use --data DIR, or --train-images"),
+        ({"data": tmp_path, "train_images": here, "train_annotations": here}, "not both"),
+        ({"train_images": here * 2, "train_annotations": here * 3}, "2 folders, --train-annotations 3 files"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_sources(DataOptions(**flags))
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "file"])
@@ -104,7 +110,7 @@ def test_no_layout(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(InputError) as error:
-        find_splits(tmp_path / name)
+        find_sources(DataOptions(data=tmp_path / name))
     assert f"--data {tmp_path / name}" in str(error.value)
     if name == "empty":
         for word in ("instances_train2017.json", "instances_train.json", "--train-images", "--val-annotations"):
@@ -282,7 +288,7 @@ def assert_what_json_says(table: AnnotationTable, content: dict[str, Any]) -> No
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", ["cbc", "coco_permissive", "rice_leaf"])
 def test_real_data_in_small_pieces(name: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = find_splits(REAL / name)[split]
+    paths = find_coco(REAL / name)[split]
     content = json.loads(paths.annotations.read_bytes())
     assert_what_json_says(load_split(paths), content)
     monkeypatch.setattr(json_stream, "CHUNK", 7)
@@ -607,9 +613,9 @@ def test_byte_order_mark(folder: CocoFolder) -> None:
 def test_paths_that_are_not_there(folder: CocoFolder, tmp_path: Path) -> None:
     paths = folder.write()
     with pytest.raises(InputError, match=r"absent\.json: no such annotation file"):
-        load_split(SplitPaths(paths.images, tmp_path / "absent.json"))
+        load_split(CocoSplit(paths.images, tmp_path / "absent.json"))
     with pytest.raises(InputError, match="absent: no such image folder") as error:
-        load_split(SplitPaths(tmp_path / "absent", paths.annotations))
+        load_split(CocoSplit(tmp_path / "absent", paths.annotations))
     assert str(paths.annotations) in str(error.value)  # whose images they are
 
 
@@ -619,12 +625,13 @@ def test_paths_that_are_not_there(folder: CocoFolder, tmp_path: Path) -> None:
 def test_splits_must_list_the_same_categories(
     folder: CocoFolder, coco_folder: MakeCocoFolder, change: Callable[[Content], None]
 ) -> None:
-    train, val = folder.load(), coco_folder(SIZES, name="val")
+    folder.write()
+    val = coco_folder(SIZES, name="val")
     val.content["categories"].reverse()  # another order is no difference
-    assert load_split(val.write(), like=train).category_ids == train.category_ids
+    assert len(load_tables(explicit(folder.paths, val.write()))) == 2
     val.content["categories"].reverse()
     change(val.content)
     with pytest.raises(InputError) as error:
-        load_split(val.write(), like=train)
+        load_tables(explicit(folder.paths, val.write()))
     for word in (str(val.paths.annotations), str(folder.paths.annotations), "categories", "the same"):
         assert word in str(error.value)

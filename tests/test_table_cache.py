@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from direct_pt.data import table_cache
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import SampleOrder, training_loader
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.coco import CocoSplit
+from direct_pt.data.loader import Share, TableFeed
+from direct_pt.data.sources import load_split
 from direct_pt.data.table_cache import MANIFEST, OUTLINES, ROWS, CachedTable, cache_root
 from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
@@ -68,7 +69,7 @@ def assert_equal(found: AnnotationTable, expected: AnnotationTable) -> None:
         assert getattr(found, name) == getattr(expected, name), name
 
 
-def uncached(paths: SplitPaths) -> AnnotationTable:
+def uncached(paths: CocoSplit) -> AnnotationTable:
     """Read from the file, whatever the cache holds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_cache, "LEAST_BYTES", 2**60)
@@ -83,7 +84,7 @@ def cached_folder(root: Path) -> Path:
     return folder
 
 
-def other_content(paths: SplitPaths) -> None:
+def other_content(paths: CocoSplit) -> None:
     """Another area for annotation 100; size and time of the file stay."""
     status, text = paths.annotations.stat(), paths.annotations.read_text()
     assert text.count("33.5") == 1
@@ -145,7 +146,7 @@ def test_the_same_file_under_other_names(
     monkeypatch.chdir(tmp_path)
     other_content(paths)
     for name in ("link", "set"):
-        table = load_split(SplitPaths(Path(name) / "pictures", Path(name) / "labels.json"))
+        table = load_split(CocoSplit(Path(name) / "pictures", Path(name) / "labels.json"))
         assert (table.source, table.folder) == (f"{name}/labels.json", Path(name) / "pictures")
         assert area(table) == 33.5 and table.path(0) == Path(f"{name}/pictures/0.png")
     cached_folder(root)
@@ -157,7 +158,7 @@ def test_another_image_folder(folder: CocoFolder, root: Path, tmp_path: Path) ->
     load_split(paths)
     shutil.copytree(paths.images, tmp_path / "others")
     other_content(paths)
-    assert area(load_split(SplitPaths(tmp_path / "others", paths.annotations))) == 44.5
+    assert area(load_split(CocoSplit(tmp_path / "others", paths.annotations))) == 44.5
     assert area(load_split(paths)) == 33.5
     assert len(list((root / "annotations").iterdir())) == 2
 
@@ -268,7 +269,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest without arrays": (edit(lambda m: m.pop("arrays")), "manifest.json is damaged: KeyError('arrays')"),
     "manifest without a name": (edit(lambda m: m["arrays"].pop("crowd")), "manifest.json is damaged: KeyError('crowd"),
     "manifest with other things": (edit(lambda m: m.update(class_names=3)), "manifest.json is damaged: TypeError"),
-    "another version": (edit(lambda m: m.update(version=99)), "of version 99, this program's is 1"),
+    "another version": (edit(lambda m: m.update(version=99)), "of version 99, this program's is 2"),
     "no version": (edit(lambda m: m.pop("version")), "of version None"),
 }
 
@@ -302,7 +303,7 @@ def test_a_folder_without_a_manifest(folder: CocoFolder, root: Path) -> None:
 # Where it cannot be written
 
 
-def refused_to_write(paths: SplitPaths, capsys: pytest.CaptureFixture[str]) -> str:
+def refused_to_write(paths: CocoSplit, capsys: pytest.CaptureFixture[str]) -> str:
     """The line that says so, at every start; the table is the file's."""
     lines = set()
     for _ in range(2):
@@ -370,7 +371,7 @@ def test_a_full_disk(
     small_disk: Path, folder: CocoFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DIRECT_PT_CACHE", str(small_disk))
-    folder.content["annotations"][0]["segmentation"] = [np.arange(100_000.0).tolist()]
+    folder.content["annotations"][0]["segmentation"] = [(np.arange(100_000.0) % 16).tolist()]
     line = refused_to_write(folder.write(), capsys)
     assert str(small_disk) in line and "cannot be cached" in line
     assert "is the disk full?" in line or "No space left" in line
@@ -380,7 +381,7 @@ def test_a_full_disk(
 # Several processes
 
 
-def _load_at(barrier: Any, paths: SplitPaths, sender: Any) -> None:
+def _load_at(barrier: Any, paths: CocoSplit, sender: Any) -> None:
     barrier.wait()
     for _ in range(5):
         sender.send(load_split(paths).coco(with_masks=True))
@@ -496,7 +497,7 @@ def test_training_batches_are_the_same(workers: int, folder: CocoFolder) -> None
     paths = folder.write()
     load_split(paths)
     found, expected = (
-        list(training_loader(table, PretrainPreset(32), SampleOrder(4, 0, 2), (0, 4, 0, 1), True, workers))
+        list(TableFeed(table, PretrainPreset(32), 0, True, workers).batches(Share(2, 0, 4)))
         for table in (load_split(paths), uncached(paths))
     )
     assert len(found) == 4

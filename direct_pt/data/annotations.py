@@ -6,15 +6,30 @@ page, as their reference counts change.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from direct_pt.batch import Objects
+from direct_pt.data.images import DEFAULT, Decoding, Size, UnreadableImage, decode_image
 from direct_pt.errors import InputError
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
 SIZES_FROM_FILES = "image sizes read from the image files"  # among `repairs`
+
+
+class EncodedImages(Protocol):
+    """Images that are no files of their own, such as those in Arrow files, by row."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one where any image is another."""
+
+    def content(self, row: int) -> bytes:
+        """What a file of the image would hold. Raises OSError."""
+
+    def select(self, rows: np.ndarray) -> "EncodedImages":
+        """Only those of some rows [n] int64."""
 
 
 @dataclass
@@ -82,6 +97,8 @@ class AnnotationTable:
         class_names: in the order of the category ids.
         category_ids: the source's own id of each class.
         repairs: what was mended while reading, and how often.
+        encoded: the images, where they are no files; `file_names` are then what messages call them.
+        decoding: how they become pixels.
     """
 
     source: str
@@ -99,6 +116,8 @@ class AnnotationTable:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     repairs: dict[str, int]
+    encoded: EncodedImages | None = None
+    decoding: Decoding = DEFAULT
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -106,6 +125,29 @@ class AnnotationTable:
     def path(self, image: int) -> Path:
         """The image file."""
         return self.folder / decode_name(self.file_names[image])
+
+    def image_name(self, image: int) -> str:
+        """For messages: its file, or what stands for that."""
+        name = decode_name(self.file_names[image])
+        return str(self.folder / name) if self.encoded is None else f"{self.source}: {name}"
+
+    def image_content(self, image: int) -> bytes:
+        """The encoded image. Raises OSError."""
+        return self.path(image).read_bytes() if self.encoded is None else self.encoded.content(image)
+
+    def image_size(self, image: int) -> Size:
+        """(height, width)."""
+        height, width = self.sizes[image].tolist()
+        return height, width
+
+    def read_image(self, image: int, least: Size | None = None) -> np.ndarray:
+        """Pixels [h, w, 3] uint8 RGB of one image, or of a smaller copy: see decode_image. Raises UnreadableImage."""
+        name = self.image_name(image)
+        try:
+            content = self.image_content(image)
+        except OSError as error:
+            raise UnreadableImage(f"{name}: cannot be read ({error})") from error
+        return decode_image(content, name, self.image_size(image), least, self.decoding)
 
     def corner_boxes(self) -> np.ndarray:
         """[M, 4] float64 (x1, y1, x2, y2), clipped to the images."""
@@ -147,15 +189,38 @@ class AnnotationTable:
 
     def without_empty_images(self) -> "AnnotationTable":
         """Only the images that have something to learn."""
-        keep = self.targets_per_image() > 0
-        object_rows = np.repeat(keep, np.diff(self.starts))
-        counts = np.diff(self.starts)[keep]
-        chosen = {name: getattr(self, name)[keep] for name in ("file_names", "image_ids", "sizes")} | {
-            name: getattr(self, name)[object_rows] for name in ("boxes", "labels", "areas", "crowd", "annotation_ids")
-        }
-        chosen["starts"] = starts_of(counts)
-        chosen["segmentations"] = self.segmentations.select(np.flatnonzero(object_rows))
+        return self.select(np.flatnonzero(self.targets_per_image() > 0))
+
+    def select(self, images: np.ndarray) -> "AnnotationTable":
+        """Only some images: rows [n] int64, in that order."""
+        objects = _ranges(self.starts, images)
+        chosen: dict[str, Any] = {name: getattr(self, name)[images] for name in ("file_names", "image_ids", "sizes")}
+        chosen |= self._objects_at(objects)
+        chosen["starts"] = starts_of(np.diff(self.starts)[images])
+        chosen["encoded"] = None if self.encoded is None else self.encoded.select(images)
         return replace(self, **chosen)
+
+    def with_classes(self, names: tuple[str, ...], category_ids: tuple[int, ...]) -> "AnnotationTable":
+        """In terms of other classes, by name; objects of classes that are not among them are left out."""
+        rows = {name: row for row, name in enumerate(names)}
+        new = np.array([rows.get(name, -1) for name in self.class_names])[self.labels]
+        kept = np.flatnonzero(new >= 0)
+        starts = starts_of(new >= 0)[self.starts]
+        labels = {"labels": new[kept], "starts": starts, "class_names": names, "category_ids": category_ids}
+        return replace(self, **self._objects_at(kept) | labels)
+
+    def _objects_at(self, rows: np.ndarray) -> dict[str, Any]:
+        """What the table says of some objects."""
+        values = {name: getattr(self, name)[rows] for name in ("boxes", "labels", "areas", "crowd", "annotation_ids")}
+        return {**values, "segmentations": self.segmentations.select(rows)}
+
+    def describe(self) -> str:
+        """Counts, and what was mended."""
+        repairs = "".join(f"; {what}: {count}" for what, count in self.repairs.items())
+        return (
+            f"{len(self)} images ({int((self.targets_per_image() == 0).sum())} without objects), {len(self.boxes)} "
+            f"objects ({int(self.crowd.sum())} crowd regions) from {self.source}{repairs}"
+        )
 
     def coco(self, with_masks: bool = False) -> dict[str, Any]:
         """The annotations as a COCO dictionary, values as the source gave them, for the metrics."""

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.io import encode_jpeg
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import Size, UnreadableImage, read_image
+from direct_pt.data.images import Size, UnreadableImage
 from direct_pt.data.transforms import fit
 
 JPEG_QUALITY = 90
@@ -31,10 +31,9 @@ class Copies(Dataset[tuple[bytes, Size]]):
     side: int
 
     def __getitem__(self, row: int) -> tuple[bytes, Size]:
-        height, width = self.table.sizes[row].tolist()
-        size = copy_size((height, width), self.side)
+        size = copy_size(self.table.image_size(row), self.side)
         try:
-            pixels = torch.tensor(read_image(self.table.path(row), (height, width), least=size)).permute(2, 0, 1)
+            pixels = torch.tensor(self.table.read_image(row, least=size)).permute(2, 0, 1)
         except UnreadableImage:
             return b"", (0, 0)
         copy = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]

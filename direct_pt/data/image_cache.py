@@ -119,7 +119,10 @@ def open_image_cache(
 def _made_from(table: AnnotationTable, kind: str, image_size: int) -> Manifest:
     """The manifest: whatever would change the copies."""
     files = hashlib.sha256(table.sizes.tobytes() + table.file_names.tobytes())
-    for row in range(len(table)):
+    files.update(repr(table.decoding).encode())
+    if table.encoded is not None:
+        files.update(table.encoded.fingerprint.encode())
+    for row in range(len(table)) if table.encoded is None else ():
         with suppress(OSError):  # a missing file has no copy, and training names it
             status = table.path(row).stat()
             files.update(b"%d %d %d\n" % (row, status.st_size, status.st_mtime_ns))

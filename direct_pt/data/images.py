@@ -1,61 +1,134 @@
-"""From an image file to pixels."""
+"""From an image file, or its bytes, to pixels."""
 
 import contextlib
 import io
+import logging
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 Size = tuple[int, int]
 
 FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Told by the content, whatever its name. Not all that Pillow knows: some of that starts other programs.
+READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+MAX_PIXELS = 20_000 * 20_000
 ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+OPPOSITE = {6: 8, 8: 6}  # the others undo themselves
+BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0  # of a TIFF
+WIDTH_TAG, HEIGHT_TAG = 256, 257
 
 
 class UnreadableImage(Exception):
-    """The file is missing, cut short, no image, or of another size than its annotation says."""
+    """The file is missing, cut short, no image, too large, or of another size than its annotation says."""
 
 
-def read_image(path: Path, size: Size | None = None, least: Size | None = None) -> np.ndarray:
-    """An image file as [h, w, 3] uint8 RGB.
+@dataclass(frozen=True)
+class Decoding:
+    """What an image file leaves open.
+
+    Attributes:
+        exif: turn and mirror the pixels as the EXIF orientation says; otherwise they stay as stored, whatever it says.
+        alpha: "black" or "white", what transparent pixels lie over.
+    """
+
+    exif: bool = True
+    alpha: str = "black"
+
+
+class Sizes(NamedTuple):
+    """What an image file's header says of its size.
+
+    Attributes:
+        stored: (height, width) of the pixels in the file.
+        upright: (height, width) once the EXIF orientation is applied.
+        orientation: of EXIF, 1 to 8; 1 where there is none, or a damaged one.
+    """
+
+    stored: Size
+    upright: Size
+    orientation: int
+
+
+DEFAULT = Decoding()
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error it raises too
+
+
+def read_image(
+    path: Path, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+) -> np.ndarray:
+    """An image file as [h, w, 3] uint8 RGB: `decode_image` of its content. Raises UnreadableImage."""
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise _unreadable(str(path), error) from error
+    return decode_image(content, str(path), size, least, decoding)
+
+
+def decode_image(
+    content: bytes, name: str, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+) -> np.ndarray:
+    """An image file's content as [h, w, 3] uint8 RGB; the first image of those that it holds.
+
+    All modes are scaled to 0 to 255. Integers of more than 8 bits count as 16 bits wide, 65535 is white, even if no
+    value comes near that (12 bits if a TIFF says so). Floating-point values count as 0 to 1 if none is larger, as 0 to
+    255 otherwise. What lies outside is clipped, NaN is black. Colour profiles are not applied.
 
     Args:
-        path: of the file.
+        content: of a JPEG, PNG, WebP, TIFF, BMP or GIF file.
+        name: of the file, for messages.
         size: (height, width) that the annotation states. The EXIF orientation is applied unless only the unrotated
             image has this size: then the annotation was made without regard to it.
         least: (height, width) that will do: of a larger image every few pixels may be read as one, which is faster.
+        decoding: whether the EXIF orientation counts, and what transparent pixels lie over.
 
     Raises:
-        UnreadableImage: with the file's name and what is wrong with it.
+        UnreadableImage: with the name and what is wrong; nothing else, whatever the content.
     """
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            upright = _upright_size(image)
-            stored = (image.height, image.width)
-            if size is not None and size not in (stored, upright):
-                raise UnreadableImage(
-                    f"{path}: is {upright[1]}x{upright[0]} pixels, but its annotation says {size[1]}x{size[0]}"
-                )
-            turn = (size is None or size == upright) and image.getexif().get(ORIENTATION_TAG, 1) != 1
-            whole = upright if turn else stored
-            wanted = least or whole
-            shrink = max(1, min(whole[0] // wanted[0], whole[1] // wanted[1]))
-            if image.format == "JPEG" and shrink > 1:
-                image.draft(image.mode, (stored[1] // shrink, stored[0] // shrink))
-            elif image.format == "JPEG" and image.mode == "RGB" and not turn:
-                with contextlib.suppress(RuntimeError):  # what this fast decoder refuses, the other one decides on
-                    return decode_jpeg(content)
-            image.load()
-            if turn:
-                ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
-            return np.asarray(rgb.reduce(shrink) if image.format != "JPEG" and shrink > 1 else rgb)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: cannot be read as an image ({error})") from error
+    file = io.BytesIO(content)
+    with _opened(file, name) as image:
+        sizes = _sizes(image, file)
+        upright = _is_upright(sizes, size, name, decoding)
+        whole = sizes.upright if upright else sizes.stored
+        wanted = least or whole
+        shrink = max(1, min(whole[0] // wanted[0], whole[1] // wanted[1]))
+        jpeg = isinstance(image, JpegImageFile)
+        if jpeg and shrink > 1:
+            image.draft(image.mode, (sizes.stored[1] // shrink, sizes.stored[0] // shrink))
+        elif jpeg and image.mode == "RGB" and not (upright and sizes.orientation > 1):
+            with contextlib.suppress(RuntimeError):  # what this fast decoder refuses, the other one decides on
+                return decode_jpeg(content)
+        image.load()
+        rgb = _to_rgb(image, decoding.alpha)
+        turn = sizes.orientation if upright else 1
+        if isinstance(image, TiffImageFile):  # Pillow has turned it upright by itself
+            turn = 1 if upright else OPPOSITE.get(sizes.orientation, sizes.orientation)
+        if turn > 1:
+            rgb = rgb.transpose(UPRIGHT[turn])
+        return np.asarray(rgb if jpeg or shrink == 1 else rgb.reduce(shrink))
 
 
 def decode_jpeg(content: bytes) -> np.ndarray:
@@ -64,24 +137,177 @@ def decode_jpeg(content: bytes) -> np.ndarray:
     return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the file's header (a TIFF is decoded). Raises UnreadableImage."""
+def image_size(path: Path, decoding: Decoding = DEFAULT) -> Size:
+    """(height, width) that the whole image is read with, from the file's header. Raises UnreadableImage."""
+    sizes = header_sizes(path, str(path))
+    return sizes.upright if decoding.exif else sizes.stored
+
+
+def encoded_size(content: bytes, name: str, decoding: Decoding = DEFAULT) -> Size:
+    """The same of a file's content; messages use `name`. Raises UnreadableImage."""
+    sizes = header_sizes(content, name)
+    return sizes.upright if decoding.exif else sizes.stored
+
+
+def header_sizes(source: Path | bytes, name: str) -> Sizes:
+    """Both sizes of an image, without decoding it: an annotation may mean either.
+
+    Args:
+        source: the file, or its content.
+        name: of the file, for messages.
+
+    Raises:
+        UnreadableImage: the header cannot be read or states too many pixels. The rest of the file may be damaged.
+    """
     try:
-        with Image.open(path) as image:
-            return _upright_size(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: cannot be read as an image ({error})") from error
+        file: BinaryIO = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+    with file, _opened(file, name) as image:
+        return _sizes(image, file)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    if image.format == "TIFF":
-        image.load()  # Pillow itself turns TIFFs upright, and forgets that it did
-    rotated = image.getexif().get(ORIENTATION_TAG, 1) >= 5
-    return (image.width, image.height) if rotated else (image.height, image.width)
+class _QuietPillow:
+    """Around every use of Pillow here: no limit of pixels but ours, no warnings of damage that it reads past.
+
+    Both are settings of the whole process, and who imports this module may use Pillow too, with its own limit: they are
+    put back as soon as no thread is reading.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.readers = 0
+        self.put_back = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.readers:
+                self.put_back.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                self.put_back.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+            self.readers += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                self.put_back.close()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+_quiet_pillow = _QuietPillow()
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO, name: str) -> Iterator[ImageFile]:
+    """An image of at most MAX_PIXELS, not decoded yet. Whatever goes wrong with it, then too, is an UnreadableImage."""
+    try:
+        with _quiet_pillow, _open(file) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise UnreadableImage(
+                    f"{name}: has {image.width}x{image.height} = {pixels} pixels, more than the {MAX_PIXELS} that are "
+                    "read; cut it into tiles, or shrink it, and its annotations too"
+                )
+            yield image
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        empty = not file.seek(0, io.SEEK_END)
+        what = "is empty" if empty else "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged"
+        raise UnreadableImage(f"{name}: {what}; replace or convert it, or leave it out") from error
+    # Damaged bytes make Pillow's plugins fail in nearly every way there is (struct.error, IndexError, KeyError,
+    # EOFError, TypeError, OverflowError, MemoryError ...), and in each version in others.
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _open(file: BinaryIO) -> ImageFile:
+    try:
+        return Image.open(file, formats=READABLE)
+    except UnidentifiedImageError:  # some damage to its EXIF block makes Pillow give up a JPEG
+        file.seek(0)
+        return Image.open(io.BytesIO(file.read().replace(b"Exif\0\0", bytes(6))), formats=READABLE)
+
+
+def _unreadable(name: str, error: Exception) -> UnreadableImage:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace the file or leave it out")
+
+
+def _is_upright(sizes: Sizes, size: Size | None, name: str, decoding: Decoding) -> bool:
+    """Whether the EXIF orientation is applied to an image whose annotation states `size`. Raises UnreadableImage."""
+    usual = sizes.upright if decoding.exif else sizes.stored
+    if size is None or size == usual or (decoding.exif and size == sizes.stored):
+        return decoding.exif and size in (None, usual)
+    message = f"{name}: is {usual[1]}x{usual[0]} pixels, but its annotation says {size[1]}x{size[0]}"
+    if size == sizes.upright:
+        raise UnreadableImage(
+            f"{message}, as it is once its EXIF orientation ({sizes.orientation}) is applied: --exif ignore leaves it "
+            "as stored; leave that option out"
+        )
+    raise UnreadableImage(f"{message}; put the image in place that was annotated, or correct the annotation")
+
+
+def _sizes(image: ImageFile, file: BinaryIO) -> Sizes:
+    """Of an image that is not decoded yet."""
+    orientation = _orientation(image, file)
+    stored = image.height, image.width
+    if isinstance(image, TiffImageFile):  # some versions of Pillow give the upright size, others the stored one
+        stored = image.tag_v2[HEIGHT_TAG], image.tag_v2[WIDTH_TAG]
+    return Sizes(stored, stored[::-1] if orientation >= 5 else stored, orientation)
+
+
+def _orientation(image: ImageFile, file: BinaryIO) -> int:
+    with contextlib.suppress(Exception):  # this block is damaged in as many ways as images are, and matters less
+        exif = Image.Image.getexif(image)  # a PNG's own method would decode its pixels
+        if image.format == "PNG" and not exif:
+            exif.load(_exif_of_png(file))
+        value = exif.get(ORIENTATION_TAG, 1)
+        return int(value) if value in range(1, 9) else 1
+    return 1
+
+
+def _exif_of_png(file: BinaryIO) -> bytes:
+    """The EXIF block wherever it stands: behind the pixels too, where Pillow looks once it has decoded them."""
+    place, block = file.tell(), b""
+    file.seek(8)
+    while not block and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf":
+            block = file.read(length)
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(place)
+    return block
+
+
+def _to_rgb(image: Image.Image, alpha: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip at 255
+        return _grey(image, alpha).convert("RGB")
+    if not image.has_transparency_data:
+        return _as_mode(image, "RGB")
+    rgba = _as_mode(image.convert("LA") if image.mode == "La" else image, "RGBA")
+    ground = Image.new("RGB", image.size, alpha)
+    ground.paste(rgba, mask=rgba)
+    return ground
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # convert would copy a large image
+
+
+def _grey(image: Image.Image, alpha: str) -> Image.Image:
+    """An image of one channel with more than 8 bits as one with 8."""
+    stored, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1.0 if stored.max(where=np.isfinite(stored), initial=0) <= 1 else 255.0
+        values = np.nan_to_num(np.clip(stored, 0, white))
+    else:
+        white = 4095 if tags.get(BITS_TAG) == (12,) else 65535
+        values = np.clip(stored, 0, white).astype(np.uint16, copy=False)
+    grey = cv2.convertScaleAbs(values, alpha=255 / white)
+    if tags.get(PHOTOMETRIC_TAG) == WHITE_IS_ZERO:  # Pillow sees to that with 8 bits only
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey[stored == image.info["transparency"]] = 255 if alpha == "white" else 0
+    return Image.fromarray(grey)

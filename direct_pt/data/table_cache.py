@@ -19,7 +19,7 @@ import numpy as np
 
 from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable, Segmentations
 
-VERSION = 1  # of what is written; another one is not read
+VERSION = 2  # of what is written; another one is not read
 LEAST_BYTES = 8 * 2**20  # smaller annotation files are read in under a second, and not cached
 MANIFEST = "manifest.json"
 ROWS = ("file_names", "image_ids", "sizes", "starts", "boxes", "labels", "areas", "crowd", "annotation_ids")
@@ -87,12 +87,13 @@ class CachedTable(AnnotationTable):
 
     def __getstate__(self) -> Json:
         if self.cache is not None and _holds(self.cache, self.manifest):
-            return {name: getattr(self, name) for name in ("cache", "manifest", "source", "folder")}
+            return {name: getattr(self, name) for name in ("cache", "manifest", "source", "folder", "decoding")}
         return self.__dict__
 
     def __setstate__(self, state: Json) -> None:
         if "boxes" not in state:
-            state = vars(_map(state["cache"], state["manifest"], state["source"], state["folder"]))
+            mapped = vars(_map(state["cache"], state["manifest"], state["source"], state["folder"]))
+            state = {**mapped, "decoding": state["decoding"]}
         self.__dict__.update(state)
 
 
@@ -136,7 +137,9 @@ def _load(folder: Path, made_from: Json, annotations: Path, images: Path) -> Cac
 def _map(folder: Path, manifest: Json, source: str, images: Path) -> CachedTable:
     """The table in `folder`, whose manifest is known. Raises OSError, ValueError or _Outdated."""
     try:
-        arrays = {name: _map_array(folder / f"{name}.npy", *manifest["arrays"][name]) for name in (*ROWS, *OUTLINES)}
+        arrays: Json = {
+            name: _map_array(folder / f"{name}.npy", *manifest["arrays"][name]) for name in (*ROWS, *OUTLINES)
+        }
         table = CachedTable(
             source=source,
             folder=images,

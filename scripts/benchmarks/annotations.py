@@ -25,7 +25,8 @@ from pycocotools.coco import COCO
 
 from benchmarks.rows import Row, in_process, peak_gib, row
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.coco import CocoSplit
+from direct_pt.data.sources import load_split
 from direct_pt.settings import positive_integer
 
 PART = "annotations"
@@ -140,7 +141,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 def main(what: str, folder: str, cache: str) -> None:
     """One measurement, printed as JSON."""
-    paths = SplitPaths(Path(folder, "pictures"), Path(folder, "labels.json"))
+    paths = CocoSplit(Path(folder, "pictures"), Path(folder, "labels.json"))
     os.environ["DIRECT_PT_CACHE"] = cache
     start, start_at_work = time.perf_counter(), time.process_time()
     if what == "pycocotools":

@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import Row, in_process, peak_gib, row, seconds
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.coco import CocoSplit
+from direct_pt.data.sources import load_split
 from direct_pt.evaluation import METRICS, Predictions, coco_metrics, mask_run_lengths
 from direct_pt.settings import positive_integer
 
@@ -224,7 +225,7 @@ def run_lengths(coco_mask: Any, polygon: list[float]) -> dict[str, Any]:
 def from_files(folder: Path) -> dict[str, Any]:
     """Ours, from both files."""
     start = time.process_time()
-    table = load_split(SplitPaths(folder / "images", folder / "annotations.json"))
+    table = load_split(CocoSplit(folder / "images", folder / "annotations.json"))
     predictions = read_results(folder / "results.json")
     figures = coco_metrics(table, predictions)
     return {"s": time.process_time() - start, "gib": peak_gib(), "figures": flat(figures)}
@@ -232,7 +233,7 @@ def from_files(folder: Path) -> dict[str, Any]:
 
 def from_arrays(folder: Path) -> dict[str, Any]:
     """Ours, the table and the detections in memory."""
-    table = load_split(SplitPaths(folder / "images", folder / "annotations.json"))
+    table = load_split(CocoSplit(folder / "images", folder / "annotations.json"))
     with np.load(folder / "arrays.npz") as arrays:
         counts, ends = arrays["counts"].tobytes().decode(), np.cumsum(arrays["lengths"]).tolist()
         predictions = Predictions(*(arrays[name] for name in ("images", "boxes", "scores", "labels")))

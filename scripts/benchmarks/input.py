@@ -30,9 +30,10 @@ from torchvision.transforms import v2
 from benchmarks.rows import Row, row, seconds
 from direct_pt.batch import collate
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.coco import CocoSplit
 from direct_pt.data.image_cache import KINDS, ImageCache, open_image_cache
 from direct_pt.data.loader import TrainingImages
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD
 from direct_pt.settings import positive_integer
@@ -177,7 +178,7 @@ def made_up(folder: Path, count: int, size: tuple[int, int]) -> AnnotationTable:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, **box})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (folder / "labels.json").write_text(json.dumps(content))
-    return load_split(SplitPaths(folder / "images", folder / "labels.json"))
+    return load_split(CocoSplit(folder / "images", folder / "labels.json"))
 
 
 def picture(rng: np.random.Generator, size: tuple[int, int]) -> bytes:

@@ -49,8 +49,9 @@ from benchmarks.rows import Row, row, seconds
 from benchmarks.step import detector, made_up
 from direct_pt.checkpoint import Progress, TrainingState, load_training_state, save_model, save_training_state
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.coco import CocoSplit
 from direct_pt.data.loader import SampleOrder
-from direct_pt.data.sources import SplitPaths, load_split
+from direct_pt.data.sources import load_split
 from direct_pt.evaluation import Predictions, mask_run_lengths
 from direct_pt.files import write_json, write_tensors
 from direct_pt.launch import make_accelerator
@@ -340,7 +341,7 @@ def allocated(function: Callable[[], Any]) -> tuple[int, int]:
 def table(folder: Path, images: int) -> list[Row]:
     """The annotation table's bytes an image, with and without outlines."""
     annotations.make_data(folder, images)
-    found = load_split(SplitPaths(folder / "pictures", folder / "labels.json"))
+    found = load_split(CocoSplit(folder / "pictures", folder / "labels.json"))
     arrays = [getattr(found, field.name) for field in fields(AnnotationTable)]
     plain = nbytes(array for array in arrays if isinstance(array, np.ndarray))
     outlines = nbytes(vars(found.segmentations).values())

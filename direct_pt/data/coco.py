@@ -1,0 +1,80 @@
+"""COCO annotation files, and the folder layouts that they come in."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from direct_pt.data.json_stream import NotAnObject, read_members
+from direct_pt.data.problems import DataError, Problems
+from direct_pt.data.records import Chunk
+
+LAYOUTS = (  # annotation file, folder of its images
+    ("annotations/instances_{split}2017.json", "{split}2017"),  # COCO 2017's
+    ("annotations/instances_{split}.json", "images"),
+)
+ROBOFLOW = "_annotations.coco.json"  # beside the images, in train/, valid/ and test/
+FOLDERS = {"train": "train", "val": "valid", "test": "test"}  # Roboflow's
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """One split: the folder of its images and its annotation file."""
+
+    images: Path
+    annotations: Path
+
+    @property
+    def source(self) -> str:
+        """The annotation file."""
+        return str(self.annotations)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the images."""
+        return self.images
+
+    def require_files(self) -> None:
+        """Raises DataError."""
+        if not self.annotations.is_file():
+            raise DataError("missing file", self.annotations, "no such annotation file")
+        if not self.images.is_dir():
+            text = f"no such image folder (the images of {self.annotations})"
+            raise DataError("missing file", self.images, text)
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """The file's lists, piece by piece. Raises DataError."""
+        self.require_files()
+        with _no_garbage_collection():
+            try:
+                yield from read_members(self.annotations)
+            except NotAnObject as error:
+                text = "is no COCO file: expected an object with 'images', 'annotations', 'categories'"
+                raise DataError("JSON", self.annotations, text) from error
+            except (OSError, ValueError, RecursionError) as error:
+                raise DataError("JSON", self.annotations, f"cannot be read as JSON ({error})") from error
+
+
+def find_coco(folder: Path) -> dict[str, CocoSplit]:
+    """The splits of a COCO tree, in COCO 2017's layout, the plain one, or Roboflow's export; none where it is none."""
+    splits = {}
+    for split, exported in FOLDERS.items():
+        for annotations, images in (*LAYOUTS, (f"{exported}/{ROBOFLOW}", exported)):
+            path = folder / annotations.format(split=split)
+            if path.is_file():
+                splits[split] = CocoSplit(folder / images.format(split=split), path)
+                break
+    return splits
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Objects made from JSON hold no cycles; to look for some takes a third of the time that reading takes."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -1,0 +1,147 @@
+"""Data sets of the Hugging Face `datasets` library: off the hub, or a folder (imagefolder, parquet, save_to_disk)."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from direct_pt.data.hub_rows import ROWS, Layout, find_layout
+from direct_pt.data.problems import Problems
+from direct_pt.data.records import Chunk
+from direct_pt.errors import InputError
+
+NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}  # what splits are called
+SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+LOCAL = (*SAVED, "metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet")  # what tells a folder of a data set
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+
+
+class ArrowImages:
+    """The images of a data set, by row."""
+
+    def __init__(self, rows: datasets.Dataset, column: str, root: Path | None) -> None:
+        """`rows` have an undecoded image `column`; files that it names are read in `root` alone."""
+        self.rows = rows
+        self.column = column
+        self.root = root
+
+    @property
+    def fingerprint(self) -> str:
+        """The library's: another one for other rows."""
+        return str(self.rows._fingerprint)
+
+    def content(self, row: int) -> bytes:
+        """What a file of the image would hold. Raises OSError."""
+        return image_bytes(self.rows[int(row)][self.column], self.root)
+
+    def select(self, rows: np.ndarray) -> "ArrowImages":
+        """Only those of some rows."""
+        return ArrowImages(self.rows.select(rows), self.column, self.root)
+
+
+def image_bytes(cell: dict[str, Any] | None, root: Path | None) -> bytes:
+    """The encoded image of an undecoded cell of an image column. Raises OSError."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise OSError("there is no image")
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    path = Path(os.path.normpath(cell["path"]))
+    if root is None or not path.is_relative_to(root):
+        raise OSError(f"{path} lies outside of the data set")
+    return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class ArrowSplit:
+    """One split, read by rows.
+
+    Attributes:
+        rows: with undecoded images.
+        layout: of their columns.
+        source: for messages.
+        root: that image files lie in, where the images are files.
+        folder: of none.
+    """
+
+    rows: datasets.Dataset
+    layout: Layout
+    source: str
+    root: Path | None
+    folder: Path = Path()
+
+    @property
+    def encoded(self) -> ArrowImages:
+        """The images."""
+        return ArrowImages(self.rows.select_columns([self.layout.image]), self.layout.image, self.root)
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """As in COCO files."""
+        yield "categories", 0, self.layout.category_records()
+        first, first_object = 0, 0
+        for key in ("images", "annotations"):
+            yield key, 0, []
+        for rows in self.rows.with_format("arrow").iter(ROWS):
+            images, annotations = self.layout.records(rows, first, first_object + 1)
+            yield "images", first, images
+            yield "annotations", first_object, annotations
+            first, first_object = first + len(images), first_object + len(annotations)
+
+
+def find_hugging_face(data: Path, bbox_format: str) -> dict[str, ArrowSplit] | None:
+    """The splits of a local folder or of a data set on the hub; None where it is none.
+
+    Raises:
+        InputError: it cannot be loaded, or has not the columns of a detection set.
+    """
+    found = load_splits(data)
+    if not found:
+        return None
+    layout = find_layout(next(iter(found.values())).features, str(data), bbox_format, found.values())
+    undecoded = datasets.Image(decode=False)
+    return {
+        split: ArrowSplit(rows.cast_column(layout.image, undecoded), layout, f"{data} ({split})", image_root(data))
+        for split, rows in found.items()
+    }
+
+
+def image_root(data: Path) -> Path | None:
+    """The folder that image files of a local set lie in."""
+    return Path(os.path.abspath(data)) if data.exists() else None  # noqa: PTH100  # links stay as they are
+
+
+def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
+    """The library's data sets by our names of the splits; nothing where `data` is no name and no folder of one.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    local = data.is_dir() and any(next(data.glob(pattern), None) for pattern in LOCAL)
+    if not local and (data.exists() or not re.fullmatch(HUB_NAME, str(data))):
+        return {}
+    try:
+        if any((data / name).is_file() for name in SAVED):
+            loaded = datasets.load_from_disk(str(data))
+        else:
+            loaded = datasets.load_dataset(str(data), streaming=streaming)
+    except Exception as error:  # the library has no base class for what its readers raise
+        what = "cannot be loaded by the datasets library"
+        if not local:
+            what = "no such folder, and the hub gives no such data set"
+        raise InputError(f"--data {data}: {what} ({_root_cause(error)})") from error
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
+    ours = {split: [loaded[name] for name in names if name in loaded] for split, names in NAMES.items()}
+    if not any(ours.values()):
+        raise InputError(f"--data {data}: has the splits {', '.join(loaded)}, and none called train or validation")
+    return {split: found[0] for split, found in ours.items() if found}
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error!s:.300}".splitlines()[0]

@@ -1,0 +1,267 @@
+"""Pascal VOC data sets: one XML file an image, in the devkit's folders or beside the images (as Roboflow exports)."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
+
+from direct_pt.data.images import FORMATS
+from direct_pt.data.problems import NOTE, DataError, Problem, Problems
+from direct_pt.data.records import Chunk, Json
+from direct_pt.data.yolo import in_chunks, read_text
+
+LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}  # in ImageSets/Main
+FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}  # Roboflow's
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+LARGEST_XML = 20 * 10**6  # bytes
+DEEPEST = 100  # elements within one another
+
+
+@dataclass(frozen=True)
+class VocClasses:
+    """The classes of a data set: the names of all objects in its folders of XML files, sorted, so that splits agree.
+
+    Files that cannot be read are passed over here: they are errors of the split that they belong to.
+    """
+
+    folders: tuple[Path, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Read on first use, from all files."""
+        found: set[str] = set()
+        for path in (path for folder in self.folders for path in folder.glob("*.xml")):
+            try:
+                found |= {_text(element, "name") or "" for element in _read_xml(path).iterfind("object")}
+            except DataError:
+                continue
+        return tuple(sorted(found - {""}))
+
+
+@dataclass(frozen=True)
+class VocSplit:
+    """One split of a VOC data set.
+
+    Boxes follow the devkit: pixels are counted from 1 and both corners belong to the box, which so reaches from
+    (xmin - 1, ymin - 1) to (xmax, ymax). Objects marked difficult become crowds: training passes over them, and
+    evaluation counts neither them nor what is found there. Category ids count the sorted names from 1.
+
+    Attributes:
+        source: what messages call it.
+        folder: of the images.
+        annotations: folder of the XML files.
+        listing: file that lists the split's XML files by their names without suffix; None for all of them.
+        classes: of all splits.
+    """
+
+    source: str
+    folder: Path
+    annotations: Path
+    listing: Path | None
+    classes: VocClasses
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """COCO-like records: images in the order of the XML files' names, objects in the files' order.
+
+        An image has a size where its XML file states one. Raises DataError.
+        """
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.classes.names, start=1)]
+        return in_chunks(categories, self._images(problems))
+
+    def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
+        ids = {name: number for number, name in enumerate(self.classes.names, start=1)}
+        images: dict[str, list[str]] = {}  # file names by stem
+        taken: dict[str, Path] = {}  # XML file of each image
+        files: list[Path] = []
+        with problems.caught():
+            files = self._files(problems)
+            try:
+                names = sorted(os.listdir(self.folder))  # noqa: PTH208
+            except OSError as error:
+                text = f"no such image folder (the images of {self.annotations})"
+                raise DataError("missing folder", self.folder, text) from error
+            for name in names:
+                if name.lower().endswith(FORMATS):
+                    images.setdefault(Path(name).stem, []).append(name)
+            if not images:
+                raise DataError("no images", self.folder, f"holds no images (those of {self.annotations})")
+        for path in files if images else ():
+            found = None
+            with problems.caught():
+                root = _read_xml(path)
+                image = self._image(root, path, images, problems)
+                if image in taken:
+                    text = f"is of the image {image}, as is {taken[image]}; correct its <filename>, or remove one"
+                    raise DataError("duplicate image", path, text, image)
+                taken[image] = path
+                found = {"file_name": image, **_size(root, path)}, _objects(root, path, image, ids, problems)
+            if found is not None:
+                yield found
+
+    def _files(self, problems: Problems) -> list[Path]:
+        """The split's XML files, sorted by name."""
+        files = {path.stem: path for path in sorted(self.annotations.glob("*.xml"))}
+        if self.listing is None:
+            return list(files.values())
+        lines: dict[str, int] = {}
+        for number, line in enumerate(read_text(self.listing).splitlines(), start=1):
+            with problems.caught():
+                for name in line.split()[:1]:
+                    if lines.setdefault(name, number) < number:
+                        text = f"lists {name!r} again, after line {lines[name]}; remove one"
+                        raise DataError("listed twice", f"{self.listing}:{number}", text)
+                    if name not in files:
+                        text = f"lists {name!r}, but {self.annotations} has no {name}.xml; add it or remove the line"
+                        raise DataError("missing XML", f"{self.listing}:{number}", text)
+        if not lines:
+            raise DataError("no images", self.listing, "lists no images; write a name without suffix on each line")
+        return sorted(files[name] for name in lines if name in files)
+
+    def _image(self, root: Element, path: Path, images: dict[str, list[str]], problems: Problems) -> str:
+        """The image's file name: as stated, else the XML file's with an image's suffix."""
+        stated = _text(root, "filename") or ""
+        name = re.split(r"[/\\]", stated)[-1]  # no path that a file states is followed
+        if name != stated:
+            text = f"its <filename> {stated!r} is a path; only {name!r} of it counts"
+            problems.add(Problem(NOTE, "filename is a path", str(path), text, name))
+        if name in images.get(Path(name).stem, ()):
+            return name
+        fitting = images.get(path.stem, [])
+        if len(fitting) != 1:
+            what = f"several images fit ({', '.join(fitting)})" if fitting else f"no {path.stem}.jpg or the like either"
+            text = f"its <filename> {name!r} is not in {self.folder}, and {what}; correct it or add the image"
+            raise DataError("missing image", path, text, name)
+        return fitting[0]
+
+
+def find_voc(folder: Path) -> dict[str, VocSplit] | None:
+    """The splits ("train", "val", "test") of a VOC data set, None where the folder is none.
+
+    Either Annotations/, JPEGImages/ and ImageSets/Main/ in the folder or in one VOC... folder of it or of its
+    VOCdevkit/; without lists there all of it is "train". Or train/, valid/ and test/ with XML files beside the images.
+
+    Raises:
+        DataError: there are several trees.
+    """
+    places = (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/VOC*")))
+    trees = [place for place in places if any((place / "Annotations").glob("*.xml"))]
+    if len(trees) > 1 and trees[0] != folder:
+        names = ", ".join(str(tree.relative_to(folder)) for tree in trees)
+        raise DataError("several trees", folder, f"holds several VOC trees ({names}); name one with --data {trees[0]}")
+    if not trees:
+        found = {
+            split: folder / name
+            for split in FOLDERS
+            for name in reversed(FOLDERS[split])
+            if any((folder / name).glob("*.xml"))
+        }
+        classes = VocClasses(tuple(found.values()))
+        return {split: VocSplit(str(place), place, place, None, classes) for split, place in found.items()} or None
+    annotations, lists = trees[0] / "Annotations", trees[0] / "ImageSets" / "Main"
+    listed: dict[str, Path | None] = {
+        split: lists / f"{name}.txt"
+        for split in LISTS
+        for name in reversed(LISTS[split])
+        if (lists / f"{name}.txt").is_file()
+    }
+    classes = VocClasses((annotations,))
+    return {
+        split: VocSplit(f"{trees[0]} ({split})", trees[0] / "JPEGImages", annotations, listing, classes)
+        for split, listing in (listed or {"train": None}).items()
+    }
+
+
+class _Builder(TreeBuilder):
+    """Refuses what could make a small file large in memory, or refer to other files."""
+
+    depth = 0
+
+    def doctype(self, *_: Any) -> None:
+        raise ValueError("it declares a document type; remove the line <!DOCTYPE ...>")
+
+    def start(self, tag: str, attributes: dict[str, str], /) -> Element:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"its elements are nested more than {DEEPEST} deep")
+        return super().start(tag, attributes)
+
+    def end(self, tag: str, /) -> Element:
+        self.depth -= 1
+        return super().end(tag)
+
+
+def _read_xml(path: Path) -> Element:
+    """The root element of an XML file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_XML + 1)
+        if len(content) > LARGEST_XML:
+            raise ValueError("it is larger than 20 MB")
+        parser = XMLParser(target=_Builder())
+        parser.feed(content)
+        root = parser.close()
+    except (OSError, ParseError, ValueError, LookupError) as error:
+        raise DataError("XML", path, f"cannot be read as XML ({error}); mend it, or save it anew in UTF-8") from error
+    if root.tag != "annotation":
+        raise DataError("XML", path, f"is no VOC annotation: its outermost element is <{root.tag}>, not <annotation>")
+    return root
+
+
+def _text(element: Element, tag: str) -> str | None:
+    text = element.findtext(tag)
+    return None if text is None else text.strip()
+
+
+def _size(root: Element, path: Path) -> Json:
+    """Height and width, where the file states them: 0 says that they are not known."""
+    sides = {side: _text(root, f"size/{side}") or "0" for side in ("height", "width")}
+    if not all(re.fullmatch("[0-9]{1,9}", side) for side in sides.values()):
+        text = f"its <size> is {sides['width']} x {sides['height']}; expected whole numbers of pixels, or 0"
+        raise DataError("size", path, text)
+    return {side: int(text) for side, text in sides.items()} if all(map(int, sides.values())) else {}
+
+
+def _objects(root: Element, path: Path, image: str, ids: dict[str, int], problems: Problems) -> list[Json]:
+    objects = []
+    for number, element in enumerate(root.iterfind("object"), start=1):
+        with problems.caught():
+            try:
+                objects.append(_object(element, ids))
+            except ValueError as error:
+                raise DataError("object", path, f"object {number} {error}", image) from error
+    return objects
+
+
+def _object(element: Element, ids: dict[str, int]) -> Json:
+    """category_id, bbox and iscrowd of an <object>. ValueError says what is wrong."""
+    name, difficult = _text(element, "name"), _text(element, "difficult") or "0"
+    if not name:
+        raise ValueError("has no <name>; write its class there")
+    corners = []
+    for tag in CORNERS:
+        text = _text(element, f"bndbox/{tag}")
+        if text is None:
+            raise ValueError(f"has no <{tag}> in a <bndbox>; annotate it with a box, or remove it")
+        try:
+            corners.append(float(text))
+        except ValueError:
+            corners.append(nan)
+        if not isfinite(corners[-1]):
+            raise ValueError(f"has the <{tag}> {text!r}; expected a number of pixels")
+    x1, y1, x2, y2 = corners
+    if x2 < x1 or y2 < y1:
+        raise ValueError(
+            f"has the corners ({x1:g}, {y1:g}) and ({x2:g}, {y2:g}); xmin and ymin must be the smaller ones"
+        )
+    if difficult not in ("0", "1"):
+        raise ValueError(f"has <difficult> {difficult!r}; expected 0 or 1")
+    return {
+        "category_id": ids[name],
+        "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+        "iscrowd": int(difficult),
+    }

@@ -1,0 +1,328 @@
+"""YOLO data sets as Ultralytics defines them: a YAML file of classes and splits, a text file of objects per image."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path, PurePosixPath
+
+import yaml  # type: ignore[import-untyped]
+
+from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
+from direct_pt.data.json_stream import CHUNK
+from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
+from direct_pt.data.records import Chunk, Json
+
+FILES = ("data.yaml", "dataset.yaml", "data.yml")
+SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # the keys of each
+DESCRIPTION = re.compile(rb"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE)
+LARGEST_YAML = 10**6  # bytes
+EMPTY: tuple[object, ...] = (None, "", "~", "null", "Null", "NULL", [])
+EXPECTED = "expected 'class x_center y_center width height', or a class and 3 or more points 'x y' of a polygon"
+
+
+@dataclass(frozen=True)
+class YoloSplit:
+    """One split of a YOLO data set.
+
+    A label file has the image's path with its last `images` part replaced by `labels`, and the suffix .txt. Without it,
+    or where it is empty, the image has no objects. Category ids are the class indices, from 0.
+
+    Attributes:
+        source: what messages call it.
+        folder: the data set's; nothing outside of it is read (links in it are followed).
+        file: the YAML file.
+        key: of the split there.
+        paths: what the key says: folders, searched recursively but for links in them, or .txt files that list images.
+        root: what the key `path` says: that `paths` and the lines of .txt files are relative to.
+        class_names: by index.
+        decoding: how image files are read, of which the size is needed.
+    """
+
+    source: str
+    folder: Path
+    file: Path
+    key: str
+    paths: tuple[str, ...]
+    root: str | None
+    class_names: tuple[str, ...]
+    decoding: Decoding
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """COCO-like records: images in the order of their names, objects in the order of their lines.
+
+        Lines that are the same as one before them are left out. Raises DataError.
+        """
+        categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]
+        return in_chunks(categories, self._images(problems))
+
+    def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
+        names, labelled = self._image_names(problems), 0
+        for name in names:
+            found = None
+            with problems.caught():
+                try:
+                    height, width = image_size(self.folder / name, self.decoding)
+                except UnreadableImage as error:
+                    text = str(error).removeprefix(f"{self.folder / name}: ")
+                    raise DataError("unreadable image", self.folder / name, text, name) from error
+                objects = self._objects(name, height, width, problems)
+                found = {"file_name": name, "height": height, "width": width}, objects or []
+                labelled += objects is not None
+            if found is not None:
+                yield found
+        if names and not labelled:
+            text = f"none of its {len(names)} images has a label file, such as {self.folder / label_name(names[0])}"
+            problems.add(Problem(NOTE, "no label files", self.source, text))
+
+    def _image_names(self, problems: Problems) -> list[str]:
+        """The split's images, relative to the folder, sorted."""
+        found: list[str] = []
+        with problems.caught():
+            root = self._root(problems)
+            for path in self.paths:
+                with problems.caught():
+                    found += self._listed(root, path, problems)
+        for name, count in Counter(found).items():
+            if count > 1:
+                text = f"its '{self.key}' lists {name} {count} times; it counts once"
+                problems.add(Problem(REPAIRED, "images listed again left out", str(self.file), text, name))
+        return sorted(set(found))
+
+    def _root(self, problems: Problems) -> Path:
+        if self.root is None:
+            return self.folder
+        root = self.folder / self.root
+        if not os.path.isdir(root):  # noqa: PTH112 (which raises PermissionError)
+            text = f"its 'path' {self.root!r} is not there: paths are taken relative to {self.folder}"
+            problems.add(Problem(NOTE, "path ignored", str(self.file), text))
+            return self.folder
+        if self._inside(root) is None:
+            text = f"its 'path' {self.root!r} lies outside of {self.folder}, where nothing is read; remove the line"
+            raise DataError("path", self.file, text)
+        return root
+
+    def _listed(self, root: Path, path: str, problems: Problems) -> list[str]:
+        """The images that one of `paths` stands for. An exported file says ../train/images of what lies beside it."""
+        for written in (path, re.sub(r"^(\.\./)+", "", path)):
+            inside = self._inside(root / written)
+            place = self.folder / (inside or "")
+            if inside is not None and os.path.isdir(place):  # noqa: PTH112
+                found = self._walk(place)
+                if not found:
+                    raise DataError("no images", self.file, f"its '{self.key}' names {place}, which holds no images")
+                return found
+            if inside is not None and place.suffix == ".txt" and os.path.isfile(place):  # noqa: PTH113
+                return self._lines(root, place, problems)
+        text = f"its '{self.key}' {path!r} is no folder and no .txt file in {self.folder}; write a path relative to it"
+        raise DataError("path", self.file, text)
+
+    def _walk(self, place: Path) -> list[str]:
+        """The image files in a folder and the folders in it."""
+
+        def fail(error: OSError) -> None:
+            raise DataError("unreadable folder", place, f"cannot be listed ({error})") from error
+
+        return [
+            os.path.normpath(f"{os.path.relpath(folder, self.folder)}/{name}")
+            for folder, _, names in os.walk(place, onerror=fail)
+            for name in names
+            if name.lower().endswith(FORMATS)
+        ]
+
+    def _lines(self, root: Path, path: Path, problems: Problems) -> list[str]:
+        """The image files that a .txt file lists."""
+        found = []
+        lines = read_text(path).splitlines()
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            with problems.caught():
+                name = self._inside(root / line)
+                if line and (name is None or not os.path.isfile(self.folder / name)):  # noqa: PTH113
+                    text = f"lists {line!r}, which is no file in {self.folder}; write paths relative to {root}"
+                    raise DataError("missing image", f"{path}:{number}", text, line)
+                found += [name] if line and name else []
+        if not any(map(str.strip, lines)):
+            raise DataError("no images", path, f"lists no images (the '{self.key}' of {self.file})")
+        return found
+
+    def _inside(self, path: Path) -> str | None:
+        """A path as relative to the folder, None where it leads out of it. Links are not followed for that."""
+        relative = os.path.relpath(path, self.folder)
+        return None if Path(relative).parts[:1] == ("..",) else relative
+
+    def _objects(self, image: str, height: int, width: int, problems: Problems) -> list[Json] | None:
+        """The objects of an image's label file, None without one."""
+        path = self.folder / label_name(image)
+        if not os.path.lexists(path):
+            return None
+        objects = []
+        first: dict[tuple[str, ...], int] = {}  # line of each content
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            words = line.split()
+            if not words:
+                continue
+            before = first.setdefault(tuple(words), number)
+            if before < number:
+                text = f"is the same as line {before}; it is left out"
+                problems.add(Problem(REPAIRED, "label lines that repeat one left out", f"{path}:{number}", text, image))
+                continue
+            with problems.caught():
+                try:
+                    objects.append(_object(words, len(self.class_names), height, width))
+                except ValueError as error:
+                    raise DataError("label line", f"{path}:{number}", str(error), image) from error
+        return objects
+
+
+def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSplit] | None:  # noqa: B008
+    """The splits ("train", "val", "test") of a YOLO data set, None where the folder holds no YAML file of one.
+
+    Args:
+        folder: of the YAML file: data.yaml or dataset.yaml, or the only one that has the keys `names` and `train`.
+        decoding: how image files are read.
+
+    Raises:
+        DataError: the file is not as it should be. What the splits' paths lead to is looked at when they are read.
+    """
+    file = _find_file(folder)
+    if file is None:
+        return None
+    content = _read_yaml(file)
+    if content.get("kpt_shape") not in EMPTY:
+        text = "has 'kpt_shape': its labels hold keypoints, which are not supported; export boxes or polygons"
+        raise DataError("keypoints", file, text)
+    class_names = _class_names(content, file)
+    root = None if content.get("path") in EMPTY else content["path"]
+    if not isinstance(root, str | None):
+        raise DataError("path", file, "its 'path' must be one path")
+    splits = {}
+    for split, keys in SPLITS.items():
+        key = next((key for key in keys if content.get(key) not in EMPTY), None)
+        if key is None:
+            continue
+        paths = content[key] if isinstance(content[key], list) else [content[key]]
+        if not all(isinstance(path, str) and path for path in paths):
+            raise DataError("path", file, f"its '{key}' must be a path or a list of paths")
+        splits[split] = YoloSplit(f"{file} ({split})", folder, file, key, tuple(paths), root, class_names, decoding)
+    if not splits:
+        raise DataError("path", file, "needs the key 'train' or 'val' with the folder of its images")
+    return splits
+
+
+def label_name(image: str) -> str:
+    """Where an image's objects stand: both paths relative to the data set's folder."""
+    return str(PurePosixPath("/labels/".join(f"/{image}".rsplit("/images/", 1))[1:]).with_suffix(".txt"))
+
+
+def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]]) -> Iterator[Chunk]:
+    """The records of one split, some thousand at a time.
+
+    Args:
+        categories: complete.
+        images: an image's record and those of its objects; ids are given here, from 1 in this order.
+    """
+    yield "categories", 0, categories
+    waiting: dict[str, list[Json]] = {"images": [], "annotations": []}
+    passed = {"images": 0, "annotations": 0}
+    for image_id, (image, objects) in enumerate(images, start=1):
+        waiting["images"].append({"id": image_id, **image})
+        first = passed["annotations"] + len(waiting["annotations"]) + 1
+        numbered = ({"id": number, "image_id": image_id, **record} for number, record in enumerate(objects, first))
+        waiting["annotations"] += numbered
+        for key, records in waiting.items():
+            if len(records) >= CHUNK:
+                yield key, passed[key], records
+                passed[key] += len(records)
+                waiting[key] = []
+    for key, records in waiting.items():
+        if records or not passed[key]:
+            yield key, passed[key], records
+
+
+def read_text(path: Path) -> str:
+    """A file's text, with or without a byte order mark. Raises DataError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("unreadable text", path, f"cannot be read as UTF-8 text ({error}); save it anew") from error
+
+
+def _find_file(folder: Path) -> Path | None:
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    others = []
+    for path in sorted(folder.glob("*.y*ml")):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            with suppress(OSError), path.open("rb") as file:
+                others += [path] if len(set(DESCRIPTION.findall(file.read(LARGEST_YAML)))) == 2 else []
+    return others[0] if len(others) == 1 else None
+
+
+def _read_yaml(path: Path) -> Json:
+    """The file's mapping; what is no list and no mapping is text.
+
+    So a class named no is not False, no objects are made, and merge keys, which multiply what they name, do nothing.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_YAML + 1)
+        if len(content) > LARGEST_YAML:
+            raise ValueError("it is larger than 1 MB")
+        loaded = yaml.load(content, yaml.BaseLoader)
+    except (OSError, yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise DataError("YAML", path, f"cannot be read as YAML ({' '.join(str(error).split())}); mend it") from error
+    if not isinstance(loaded, dict):
+        raise DataError("YAML", path, "must hold a mapping with the keys 'names', 'train' and 'val'")
+    return loaded
+
+
+def _class_names(content: Json, path: Path) -> tuple[str, ...]:
+    names = content.get("names")
+    if isinstance(names, dict):
+        unknown = sorted(set(names) - set(map(str, range(len(names)))))
+        if unknown:
+            text = f"its 'names' must number its {len(names)} classes from 0 without gaps; found {unknown[0][:20]!r}"
+            raise DataError("names", path, text)
+        names = [names[str(index)] for index in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise DataError("names", path, "needs 'names', a list of the classes or a mapping {index: name}")
+    for name, count in Counter(names if all(isinstance(name, str) for name in names) else [""]).items():
+        if not name.strip() or count > 1:
+            what = f"{name!r} {count} times" if name.strip() else "an entry without text"
+            raise DataError("names", path, f"its 'names' has {what}; give every class a name of its own")
+    number = content.get("nc")
+    if number not in (*EMPTY, str(len(names))):
+        found = repr(number[:20]) if isinstance(number, str) else "no number"
+        text = f"its 'nc' is {found}, but 'names' lists {len(names)} classes; correct one of them"
+        raise DataError("names", path, text)
+    return tuple(names)
+
+
+def _object(words: list[str], classes: int, height: int, width: int) -> Json:
+    """The object of a label line: category_id, bbox and, of a polygon, segmentation. ValueError says what is wrong."""
+    if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
+        raise ValueError(f"has {len(words)} fields; {EXPECTED}")
+    try:
+        label, *shares = map(float, words)
+    except ValueError as error:
+        raise ValueError(f"has a field that is no number ({error}); {EXPECTED}") from error
+    if not all(map(isfinite, (label, *shares))):
+        raise ValueError("has a number that is not finite; annotate the object anew, or remove the line")
+    if label % 1 or not 0 <= label < classes:
+        raise ValueError(f"has the class {words[0]}; expected a whole number from 0 to {classes - 1}, as in 'names'")
+    if len(shares) == 4 and min(shares[2:]) < 0:
+        raise ValueError(f"has the negative width or height {min(shares[2:]):g}; write it without sign")
+    farthest = max(shares, key=lambda share: abs(share - 0.5))
+    if abs(farthest - 0.5) > 1:
+        raise ValueError(f"has {farthest:g}, expected shares from 0 to 1: divide by the image's width and height")
+    if len(shares) == 4:
+        x, y, w, h = shares
+        return {"category_id": int(label), "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
+    corners = [share * (height if row % 2 else width) for row, share in enumerate(shares)]
+    xs, ys = corners[::2], corners[1::2]
+    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return {"category_id": int(label), "bbox": box, "segmentation": [corners]}
