@@ -126,6 +126,10 @@ def add_data_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     data.add_argument("--bbox-format", choices=["coco", "voc"], default="coco", help=text)
     text = "turn photographs upright, unless their annotation says otherwise; or leave them as stored (apply)"
     data.add_argument("--exif", choices=["apply", "ignore"], default="apply", help=text)
+    text = "read the training images of hub data in one direction, without a copy on the disk"
+    data.add_argument("--streaming", action="store_true", help=text)
+    text = "of a stream, that are shuffled together, and held in memory (1000)"
+    data.add_argument("--shuffle-buffer", **_count(1000, "IMAGES", text))
     data.add_argument("--alpha", choices=["black", "white"], default="black", help="behind transparent pixels (black)")
     return data
 
@@ -301,6 +305,17 @@ def _checked(settings: Settings) -> Settings:
         raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
     if settings.init_kind == "run" and Path(settings.init).suffix in WEIGHT_FILES:
         raise InputError(f"--init {settings.init}: no such file of weights")
+    if settings.streaming:
+        if settings.data is None:
+            raise InputError("--streaming needs --data: a data set on the hub, or a folder of parquet files")
+        for flag, value in (
+            ("--cache", settings.cache != "none"),
+            ("--repeat-threshold", settings.repeat_threshold is not None),
+            ("--classes", settings.classes is not None),
+            ("--micro-batch-size auto", settings.micro_batch_size == "auto"),
+        ):
+            if value:
+                raise InputError(f"--streaming excludes {flag}, which looks at all images first: leave it out")
     if settings.compile and settings.gradient_checkpointing:
         raise InputError("--compile and --gradient-checkpointing exclude each other: use one of them")
     if settings.norm == "group" and settings.init_kind in ("imagenet", "file"):

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -22,7 +22,7 @@ from direct_pt.checkpoint import (
 )
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
-from direct_pt.data.loader import TableFeed
+from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.errors import InputError
@@ -41,6 +41,9 @@ from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
 from direct_pt.training import Trainer, TrainingData
 
+if TYPE_CHECKING:
+    from direct_pt.data.stream import Stream
+
 
 def run_stage(settings: Settings) -> None:
     """Train one stage from its settings to the model folder.
@@ -53,29 +56,39 @@ def run_stage(settings: Settings) -> None:
     run = settings.output_dir
     processes = join_processes()
     main_decides(lambda: _check_output(settings), processes)  # it alone writes there; the others may not see it
-    train_table, val_table = _tables(settings, processes)
+    train, val_table = _data(settings, processes)
     earlier = Resumption.find(settings, processes)
     set_seed(settings.seed)
-    detector, history, origin = _initial_detector(settings, train_table)
+    detector, history, origin = _initial_detector(settings, train)
     if detector.has_masks:
-        for table in filter(None, (train_table, val_table)):
-            table.require_masks()
+        for table in (train, val_table):
+            if isinstance(table, AnnotationTable):
+                table.require_masks()
     _transform_backbone(detector.backbone, settings)
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
     preset, test_preset = presets(settings)
     fitting = None
-    if settings.micro_batch_size == "auto":
-        fitting = _fitting_micro_batch_size(settings, recipe, detector, train_table, preset, processes, earlier)
-    plan = make_plan(settings, recipe, len(train_table), processes.num_processes, fitting)
+    if settings.micro_batch_size == "auto" and isinstance(train, AnnotationTable):
+        fitting = _fitting_micro_batch_size(settings, recipe, detector, train, preset, processes, earlier)
+    images = len(train)
+    if not images and settings.max_steps is None:
+        raise InputError(f"{train.source}: does not say how many images it has: give --max-steps")
+    images = images or global_batch_size(settings, recipe) * (settings.max_steps or 0)
+    plan = make_plan(settings, recipe, images, processes.num_processes, fitting)
     cache = None
-    if settings.cache != "none":
-        cache = open_image_cache(
-            train_table, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
-        )
-    feed = TableFeed(
-        train_table, preset, settings.seed, detector.has_masks, settings.num_workers, cache,
-        grouped=settings.stage == "finetune", repeat_threshold=settings.repeat_threshold,
-    )  # fmt: skip
+    feed: Feed
+    common = preset, settings.seed, detector.has_masks, settings.num_workers, settings.stage == "finetune"
+    if isinstance(train, AnnotationTable):
+        if settings.cache != "none":
+            cache = open_image_cache(
+                train, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
+            )
+        feed = TableFeed(train, *common, cache, settings.repeat_threshold)
+    else:
+        from direct_pt.data.stream import StreamFeed
+
+        feed = StreamFeed(replace(train, images=images), *common, settings.drop_empty)
+        feed.check()
     data = TrainingData(feed, val_table, test_preset, cache)
     accelerator = make_accelerator(
         settings.mixed_precision,
@@ -105,8 +118,14 @@ def run_stage(settings: Settings) -> None:
     accelerator.end_training()
 
 
-def _tables(settings: Settings, processes: PartialState) -> tuple[AnnotationTable, AnnotationTable | None]:
+def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable | Stream, AnnotationTable | None]":
     """What is trained on, and validated on. Every process must call it. Raises InputError."""
+    if settings.streaming:
+        from direct_pt.data.stream import open_stream  # its library takes a second to load
+
+        assert settings.data is not None
+        stream = open_stream(settings.data, settings.bbox_format, settings.decoding, settings.shuffle_buffer)
+        return stream, load_tables(settings, ["val"]).get("val")
     tables = one_a_machine_first(lambda: load_tables(settings), processes)
     if "train" not in tables:
         raise InputError(
@@ -171,7 +190,7 @@ def presets(settings: Settings) -> tuple[Preset, TestPreset]:
     return FinetunePreset(*sides), TestPreset(*sides)
 
 
-def _initial_detector(settings: Settings, table: AnnotationTable) -> tuple[Detector, History, str]:
+def _initial_detector(settings: Settings, table: "AnnotationTable | Stream") -> tuple[Detector, History, str]:
     """The detector that training starts from, the stages behind it, and where its weights come from, in words."""
     kind = settings.init_kind
     if kind == "run":
@@ -196,7 +215,7 @@ def _initial_detector(settings: Settings, table: AnnotationTable) -> tuple[Detec
     return detector, history, f"{origin}; {what}"
 
 
-def _matched(config: DetectorConfig, settings: Settings, table: AnnotationTable) -> DetectorConfig:
+def _matched(config: DetectorConfig, settings: Settings, table: "AnnotationTable | Stream") -> DetectorConfig:
     """A pre-trained detector's configuration, with the flags of this stage; refused where the two contradict."""
     classes = dict(zip(config.category_ids, config.class_names, strict=True))
     if classes != dict(zip(table.category_ids, table.class_names, strict=True)):

@@ -89,6 +89,7 @@ class Trainer:
         self.updates: int = gathered.get("updates", 0)  # the same, of steps that were not skipped
         self.logged_step = progress.step - gathered.get("steps", 0)
         self.logged_time = time.monotonic()
+        self.first_step, self.feed_state = progress.step, gathered.get("feed")
         self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
         self.stop_signal, self.stop_time = 0, 0.0
@@ -218,7 +219,7 @@ class Trainer:
         a_step = plan.accumulation * plan.processes  # micro-batches
         steps = self.progress.step, plan.total_steps
         return self.data.feed.batches(
-            Share(plan.micro_batch_size, steps[0] * a_step, steps[1] * a_step, process, plan.processes)
+            Share(plan.micro_batch_size, steps[0] * a_step, steps[1] * a_step, process, plan.processes), self.feed_state
         )
 
     def _log(self) -> None:
@@ -308,6 +309,7 @@ class Trainer:
             "losses": {name: float(value) for name, value in self.losses.items()},
             "updates": self.updates,
             "steps": self.progress.step - self.logged_step,
+            "feed": self.data.feed.state((self.progress.step - self.first_step) * self.plan.accumulation),
         }
         scaler = self.accelerator.scaler
         state = TrainingState(

@@ -53,6 +53,7 @@ SAMPLES, CELL = 24, 400  # pictures of a contact sheet, and their side in pixels
 SHOWN = 3  # problems of a kind, and pairs of images, that are printed; report.json has all
 CLASSES = 40  # that are printed
 QUANTILES = ("least", "p10", "median", "p90", "largest")
+LEAK = "LEAKED images"
 Found = tuple[int, list[Problem], tuple[int, int, np.ndarray] | None]
 
 
@@ -144,15 +145,13 @@ def find_twins(
 
 def _twins_note(first: str, second: str, names: list[str], bits: int | None) -> tuple[str, str, str]:
     """Kind, file and text of the note."""
-    if first == second and bits is None:
-        return f"duplicates in {second}", names[1], f"has the same pixels as {names[0]}: keep one of them"
-    if first == second:
-        return f"near-duplicates in {second}", names[1], f"looks nearly like {names[0]} ({bits} of 256 bits differ)"
+    kind, text = f"near-duplicates in {second}", f"looks nearly like {names[0]} ({bits} of 256 bits differ)"
     if bits is None:
-        text = f"has the same pixels as {names[0]}: what {second} measures is known from {first}; take one of them out"
-        return f"LEAK: images of {first} in {second}", names[1], text
-    text = f"looks nearly like {names[0]} ({bits} of 256 bits differ): keep shots of one scene in one split"
-    return f"near-duplicates in {first} and {second}", names[1], text
+        kind, text = f"duplicates in {second}", f"has the same pixels as {names[0]}"
+    if first != second:
+        kind = f"{LEAK} of {first} in {second}" if bits is None else f"near-duplicates in {first} and {second}"
+        text += f" of {first}: the AP on {second} tells less about new images; move one of them"
+    return kind, names[1], text
 
 
 def anchor_figures(table: AnnotationTable) -> dict[str, Any]:
@@ -307,11 +306,15 @@ def main() -> None:
 
     folder: Path = args.output_dir
     problems = {split: Problems(collects=True) for split in SPLITS}
-    tables = load_tables(data_options(args), SPLITS, problems)
+    tables = {split: table for split, table in load_tables(data_options(args), SPLITS, problems).items() if len(table)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        prints = check_images(tables, problems, args.num_workers)
+        prints = check_images(tables, problems, args.num_workers) if tables else {}
         twins = find_twins(tables, prints, problems)
+        leaks = [
+            f"{count} images stand in two splits ({kind}): the AP there is not that on new images; take them out of one"
+            for kind, count in Counter(pair["kind"] for pair in twins if LEAK in pair["kind"]).items()
+        ]
         train = tables.get("train")
         anchors = anchor_figures(train) if train else {}
         listed = [asdict(one) | {"split": split} for split, of in problems.items() for one in of.listed]
@@ -323,7 +326,7 @@ def main() -> None:
             "duplicates": twins,
             "anchors": anchors,
             "schedules": schedules(len(train)) if train else {},
-            "proposals": proposals(tables, anchors),
+            "proposals": leaks + proposals(tables, anchors),
             "pictures": write_pictures(tables, prints, folder) if tables else [],
         }
         write_json(folder / "report.json", report)

@@ -169,7 +169,7 @@ def test_photographs(tmp_path: Path, kind: str) -> None:
 
 def batches_of(table: AnnotationTable, cache: ImageCache | None, workers: int = 0, count: int = 14) -> Iterator[Batch]:
     """Single images, for two epochs."""
-    return TableFeed(table, PretrainPreset(SIDE), 0, True, workers, cache).batches(Share(1, 0, count))
+    return TableFeed(table, PretrainPreset(SIDE), 0, True, workers, cache=cache).batches(Share(1, 0, count))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -225,6 +225,11 @@ def test_file_names(tmp_path: Path, stated: str, image: str) -> None:
     assert problems.counts(NOTE) == ({"filename is a path": 1} if base != stated else {})
 
 
+def test_deep_elements(tmp_path: Path) -> None:
+    deep = xml("a.jpg", GOOD, 10**5 * "<a>" + 10**5 * "</a>")
+    assert len(read(find(make(tmp_path, {"a": deep}))["train"])["annotations"]) == 1
+
+
 def test_encodings(tmp_path: Path) -> None:
     text = xml("a.jpg", thing("Tür"))
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "latin-1"):
@@ -296,7 +301,7 @@ XMLS: dict[str, tuple[str | bytes, str]] = {
     "bomb": (f'<!DOCTYPE x [<!ENTITY e0 "ha">{BOMB}]><annotation><filename>&e9;</filename></annotation>', DOCTYPE),
     "hidden bomb": (f'<!DOCTYPE x [<!ENTITY e0 "ha">{BOMB}]><annotation>&e9;</annotation>'.encode("utf-16"), DOCTYPE),
     "outside": ('<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation>&e;</annotation>', DOCTYPE),
-    "deep": (10**6 * "<annotation>", "its elements are nested more than 100 deep"),
+    "deep": (10**5 * "<a>", f"no element found: line 1, column {3 * 10**5}"),
     "large": (b"<annotation>" + 20 * 10**6 * b" ", "it is larger than 20 MB"),
 }  # fmt: skip
 ANNOTATIONS = {

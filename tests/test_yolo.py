@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from direct_pt.data.images import ORIENTATION_TAG, Decoding, UnreadableImage, image_size
+from direct_pt.data.label_files import in_chunks
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problems
 from direct_pt.data.records import read_table
-from direct_pt.data.yolo import YoloSplit, find_yolo, in_chunks
+from direct_pt.data.yolo import YoloSplit, find_yolo
 
 Lists = dict[str, list[dict[str, Any]]]
 WIDTH, HEIGHT = 64, 32
@@ -268,7 +269,7 @@ LINES = {
     "0 0.5 0.5 0.5 -1e-9": "has the negative width or height -1e-09; write it without sign",
     "0 320 0.5 0.5 0.5": f"has 320, {SHARES}",
     "0 0.5 -0.6 0.5 0.5": f"has -0.6, {SHARES}",
-    "1 0.1 0.1 12 0.1 0.5 -40": f"has -40, {SHARES}",
+    "1 0.1 0.1 12 0.1 0.5 -40": f"has 12, {SHARES}",
 }
 
 

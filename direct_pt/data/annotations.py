@@ -178,9 +178,13 @@ class AnnotationTable:
         found = Objects(corners, self.labels[rows], self.areas[rows], self.crowd[rows], outlines)
         return found.keep(((corners[:, 2:] - corners[:, :2]) >= MIN_SIDE).all(axis=1))
 
+    def without_mask(self) -> np.ndarray:
+        """[M] bool, whether an object that is learnt has no outline."""
+        return ~self.segmentations.present() & ~self.crowd & self.usable()
+
     def require_masks(self) -> None:
         """Raise InputError unless every object that is learnt has an outline."""
-        missing = np.flatnonzero(~self.segmentations.present() & ~self.crowd & self.usable())
+        missing = np.flatnonzero(self.without_mask())
         if len(missing):
             raise InputError(
                 f"{self.source}: {len(missing)} annotation(s), first {self.annotation_ids[missing[0]]}, have no "

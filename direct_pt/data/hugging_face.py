@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from direct_pt.data.hub_rows import ROWS, Layout, find_layout
 from direct_pt.data.problems import Problems
@@ -92,21 +93,37 @@ class ArrowSplit:
             first, first_object = first + len(images), first_object + len(annotations)
 
 
-def find_hugging_face(data: Path, bbox_format: str) -> dict[str, ArrowSplit] | None:
+def find_hugging_face(data: Path, bbox_format: str, streaming: bool = False) -> dict[str, ArrowSplit] | None:
     """The splits of a local folder or of a data set on the hub; None where it is none.
+
+    Args:
+        data: the folder or name.
+        bbox_format: "coco" or "voc".
+        streaming: leave out the training split, and read the others into memory; nothing is kept on the disk.
 
     Raises:
         InputError: it cannot be loaded, or has not the columns of a detection set.
     """
-    found = load_splits(data)
+    found = load_splits(data, streaming)
     if not found:
         return None
+    if streaming:
+        found = {split: _in_memory(rows) for split, rows in found.items() if split != "train"}
+        if not found:
+            return {}
     layout = find_layout(next(iter(found.values())).features, str(data), bbox_format, found.values())
     undecoded = datasets.Image(decode=False)
     return {
         split: ArrowSplit(rows.cast_column(layout.image, undecoded), layout, f"{data} ({split})", image_root(data))
         for split, rows in found.items()
     }
+
+
+def _in_memory(rows: Any) -> datasets.Dataset:
+    if isinstance(rows, datasets.Dataset):  # of save_to_disk
+        return rows
+    pieces = list(rows.with_format("arrow").iter(ROWS))
+    return datasets.Dataset(pa.concat_tables(pieces)) if pieces else datasets.Dataset.from_dict({})
 
 
 def image_root(data: Path) -> Path | None:

@@ -55,22 +55,8 @@ class SampleOrder:
         order = rng.permutation(self.count)
         if self.repeats is not None:
             order = self._repeated(rng)[order]
-        if self.groups is None:
-            return order
-        size = self.micro_batch_size
-        # The first images complete the micro-batch that the epoch before began; whole ones of one group follow.
-        begun = -epoch * self.count % size
-        chunks, rest = [], []
-        for group in np.unique(self.groups):
-            members = order[self.groups[order] == group]
-            whole = len(members) // size * size
-            chunks.extend(members[:whole].reshape(-1, size))
-            rest.append(members[whole:])
-        leftovers = np.concatenate(rest)
-        while len(leftovers) < min(begun, self.count):
-            leftovers = np.concatenate([leftovers, chunks.pop()])
-        arranged = [chunks[row] for row in rng.permutation(len(chunks))]
-        return np.concatenate([leftovers[:begun], *arranged, leftovers[begun:]])
+        # The first images complete the micro-batch that the epoch before began.
+        return arrange(order, self.groups, self.micro_batch_size, -epoch * self.count % self.micro_batch_size, rng)
 
     def micro_batches(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[Key]]:
         """The keys of this process's micro-batches.
@@ -100,6 +86,33 @@ class SampleOrder:
         copies = np.diff(np.floor(ends + rng.random()), prepend=0).astype(np.int64)
         copies[-1] += self.count - copies.sum()  # lost to rounding
         return np.repeat(np.arange(self.images), copies)
+
+
+def arrange(
+    order: np.ndarray, groups: np.ndarray | None, size: int, begun: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`order` [n] of images so that whole micro-batches are of one group, as far as they can be.
+
+    Args:
+        order: rows of images.
+        groups: of all images; None for no grouping.
+        size: of a micro-batch.
+        begun: images that the micro-batch under way still takes.
+        rng: what shuffles the micro-batches.
+    """
+    if groups is None:
+        return order
+    chunks, rest = [], []
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        whole = len(members) // size * size
+        chunks.extend(members[:whole].reshape(-1, size))
+        rest.append(members[whole:])
+    leftovers = np.concatenate(rest)
+    while len(leftovers) < min(begun, len(order)):
+        leftovers = np.concatenate([leftovers, chunks.pop()])
+    arranged = [chunks[row] for row in rng.permutation(len(chunks))]
+    return np.concatenate([leftovers[:begun], *arranged, leftovers[begun:]])
 
 
 def _times_before(order: np.ndarray) -> np.ndarray:
@@ -211,8 +224,8 @@ class Feed(Protocol):
     def objects_a_class(self) -> list[int] | None:
         """Objects to learn of each class; None where nobody counted."""
 
-    def batches(self, share: Share) -> Iterator[Batch]:
-        """The micro-batches of one process."""
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """The micro-batches of one process, from a `state` on."""
 
     def state(self, taken: int) -> dict[str, Any] | None:
         """What going on after `taken` of the micro-batches takes besides their number; in JSON's types."""
@@ -234,8 +247,8 @@ class TableFeed:
         seed: of order and augmentation.
         with_masks: whether the detector learns masks.
         num_workers: processes that read.
-        cache: of small copies.
         grouped: whether micro-batches are of like aspect ratio.
+        cache: of small copies.
         repeat_threshold: see repeat_factors; None for every image once an epoch.
     """
 
@@ -244,8 +257,8 @@ class TableFeed:
     seed: int
     with_masks: bool
     num_workers: int
-    cache: ImageCache | None = None
     grouped: bool = False
+    cache: ImageCache | None = None
     repeat_threshold: float | None = None
 
     def __len__(self) -> int:
@@ -264,8 +277,8 @@ class TableFeed:
         learnt = self.table.labels[~self.table.crowd]
         return np.bincount(learnt, minlength=len(self.table.class_names)).tolist()
 
-    def batches(self, share: Share) -> Iterator[Batch]:
-        """A function of seed and share, whatever was taken before."""
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """A function of seed and share: there is no state."""
         groups = aspect_groups(self.table) if self.grouped else None
         repeats = repeat_factors(self.table, self.repeat_threshold) if self.repeat_threshold else None
         order = SampleOrder(len(self.table), self.seed, share.micro_batch_size, groups, repeats)

@@ -36,6 +36,8 @@ class DataOptions:
         bbox_format: of a hub data set's boxes: "coco" (x, y, width, height) or "voc" (x1, y1, x2, y2).
         exif: "apply" or "ignore" the orientation that a photograph states.
         alpha: "black" or "white", what transparent pixels lie over.
+        streaming: whether the training split of a hub data set is read in one direction, and not kept on the disk.
+        shuffle_buffer: images of a stream that are shuffled together.
     """
 
     data: Path | None = None
@@ -48,6 +50,8 @@ class DataOptions:
     bbox_format: str = "coco"
     exif: str = "apply"
     alpha: str = "black"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     @property
     def decoding(self) -> Decoding:
@@ -86,14 +90,15 @@ def find_sources(options: DataOptions) -> dict[str, list[Source]]:
 
 def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
     """The splits of a data set in one place, whose kind is recognised from what the folder holds."""
-    if data.is_dir():
+    if data.is_dir() and not options.streaming:
         tree: Mapping[str, Source] | None
         for tree in (find_coco(data), find_yolo(data, options.decoding), find_voc(data)):
             if tree:
                 return tree
     from direct_pt.data.hugging_face import find_hugging_face  # its library takes a second to load
 
-    if found := find_hugging_face(data, options.bbox_format):
+    found = find_hugging_face(data, options.bbox_format, options.streaming)
+    if found is not None:
         return found
     if not data.exists():
         raise InputError(f"--data {data}: no such folder")

@@ -11,15 +11,14 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 from direct_pt.data.images import FORMATS
+from direct_pt.data.label_files import in_chunks, read_text
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
-from direct_pt.data.yolo import in_chunks, read_text
 
 LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}  # in ImageSets/Main
 FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}  # Roboflow's
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 LARGEST_XML = 20 * 10**6  # bytes
-DEEPEST = 100  # elements within one another
 
 
 @dataclass(frozen=True)
@@ -179,20 +178,8 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
 class _Builder(TreeBuilder):
     """Refuses what could make a small file large in memory, or refer to other files."""
 
-    depth = 0
-
     def doctype(self, *_: Any) -> None:
         raise ValueError("it declares a document type; remove the line <!DOCTYPE ...>")
-
-    def start(self, tag: str, attributes: dict[str, str], /) -> Element:
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise ValueError(f"its elements are nested more than {DEEPEST} deep")
-        return super().start(tag, attributes)
-
-    def end(self, tag: str, /) -> Element:
-        self.depth -= 1
-        return super().end(tag)
 
 
 def _read_xml(path: Path) -> Element:

@@ -3,16 +3,16 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path, PurePosixPath
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
-from direct_pt.data.json_stream import CHUNK
+from direct_pt.data.label_files import in_chunks, read_text
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 
@@ -124,7 +124,7 @@ class YoloSplit:
         """The image files in a folder and the folders in it."""
 
         def fail(error: OSError) -> None:
-            raise DataError("unreadable folder", place, f"cannot be listed ({error})") from error
+            raise DataError("unreadable folder", error.filename, f"cannot be listed ({error.strerror})") from error
 
         return [
             os.path.normpath(f"{os.path.relpath(folder, self.folder)}/{name}")
@@ -217,39 +217,6 @@ def label_name(image: str) -> str:
     return str(PurePosixPath("/labels/".join(f"/{image}".rsplit("/images/", 1))[1:]).with_suffix(".txt"))
 
 
-def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]]) -> Iterator[Chunk]:
-    """The records of one split, some thousand at a time.
-
-    Args:
-        categories: complete.
-        images: an image's record and those of its objects; ids are given here, from 1 in this order.
-    """
-    yield "categories", 0, categories
-    waiting: dict[str, list[Json]] = {"images": [], "annotations": []}
-    passed = {"images": 0, "annotations": 0}
-    for image_id, (image, objects) in enumerate(images, start=1):
-        waiting["images"].append({"id": image_id, **image})
-        first = passed["annotations"] + len(waiting["annotations"]) + 1
-        numbered = ({"id": number, "image_id": image_id, **record} for number, record in enumerate(objects, first))
-        waiting["annotations"] += numbered
-        for key, records in waiting.items():
-            if len(records) >= CHUNK:
-                yield key, passed[key], records
-                passed[key] += len(records)
-                waiting[key] = []
-    for key, records in waiting.items():
-        if records or not passed[key]:
-            yield key, passed[key], records
-
-
-def read_text(path: Path) -> str:
-    """A file's text, with or without a byte order mark. Raises DataError."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("unreadable text", path, f"cannot be read as UTF-8 text ({error}); save it anew") from error
-
-
 def _find_file(folder: Path) -> Path | None:
     for name in FILES:
         if (folder / name).is_file():
@@ -316,13 +283,14 @@ def _object(words: list[str], classes: int, height: int, width: int) -> Json:
         raise ValueError(f"has the class {words[0]}; expected a whole number from 0 to {classes - 1}, as in 'names'")
     if len(shares) == 4 and min(shares[2:]) < 0:
         raise ValueError(f"has the negative width or height {min(shares[2:]):g}; write it without sign")
-    farthest = max(shares, key=lambda share: abs(share - 0.5))
-    if abs(farthest - 0.5) > 1:
-        raise ValueError(f"has {farthest:g}, expected shares from 0 to 1: divide by the image's width and height")
+    least, most = min(shares), max(shares)
+    if least < -0.5 or most > 1.5:
+        found = most if most > 1.5 else least
+        raise ValueError(f"has {found:g}, expected shares from 0 to 1: divide by the image's width and height")
     if len(shares) == 4:
         x, y, w, h = shares
         return {"category_id": int(label), "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
-    corners = [share * (height if row % 2 else width) for row, share in enumerate(shares)]
-    xs, ys = corners[::2], corners[1::2]
+    xs, ys = [x * width for x in shares[::2]], [y * height for y in shares[1::2]]
+    shares[::2], shares[1::2] = xs, ys
     box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    return {"category_id": int(label), "bbox": box, "segmentation": [corners]}
+    return {"category_id": int(label), "bbox": box, "segmentation": [shares]}

@@ -1,0 +1,41 @@
+"""What the formats share that keep a label file an image: reading text, and numbering the records."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from direct_pt.data.json_stream import CHUNK
+from direct_pt.data.problems import DataError
+from direct_pt.data.records import Chunk, Json
+
+
+def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]]) -> Iterator[Chunk]:
+    """The records of one split, some thousand at a time.
+
+    Args:
+        categories: complete.
+        images: an image's record and those of its objects; ids are given here, from 1 in this order.
+    """
+    yield "categories", 0, categories
+    waiting: dict[str, list[Json]] = {"images": [], "annotations": []}
+    passed = {"images": 0, "annotations": 0}
+    for image_id, (image, objects) in enumerate(images, start=1):
+        waiting["images"].append({"id": image_id, **image})
+        first = passed["annotations"] + len(waiting["annotations"]) + 1
+        numbered = ({"id": number, "image_id": image_id, **record} for number, record in enumerate(objects, first))
+        waiting["annotations"] += numbered
+        for key, records in waiting.items():
+            if len(records) >= CHUNK:
+                yield key, passed[key], records
+                passed[key] += len(records)
+                waiting[key] = []
+    for key, records in waiting.items():
+        if records or not passed[key]:
+            yield key, passed[key], records
+
+
+def read_text(path: Path) -> str:
+    """A file's text, with or without a byte order mark. Raises DataError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("unreadable text", path, f"cannot be read as UTF-8 text ({error}); save it anew") from error

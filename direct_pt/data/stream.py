@@ -1,0 +1,383 @@
+"""Training images out of a stream, for sets larger than the disk: read in one direction, window by window.
+
+A window is some thousand rows, in an annotation table like any other; its images are shuffled. Shards are shuffled too,
+anew each epoch. Every process has its own shards, or its own rows where there are too few shards, and goes through them
+at its own pace. Where it stands is three numbers, so that a run goes on with the image after its last one.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from torch.utils.data import Dataset
+
+from direct_pt.batch import Batch, Sample
+from direct_pt.data.annotations import AnnotationTable, decode_name
+from direct_pt.data.hub_rows import Layout, find_layout
+from direct_pt.data.hugging_face import image_bytes, image_root, load_splits
+from direct_pt.data.images import Decoding
+from direct_pt.data.loader import Share, TrainingImages, arrange, aspect_groups, make_loader
+from direct_pt.data.problems import ERROR, DataError, Problems
+from direct_pt.data.records import Chunk, read_table
+from direct_pt.data.transforms import Preset
+from direct_pt.errors import InputError
+
+PIECE = 100  # rows that are read at once
+REMEMBERED = 64  # windows whose places and names are known: more than lie between the reading process and training
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window of one process's stream begins.
+
+    Attributes:
+        epoch: from 0.
+        shard: how many of the process's shards are done.
+        row: of the next one, how many rows are done.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of some rows, in memory. See EncodedImages."""
+
+    cells: pa.ChunkedArray
+    root: Path | None
+
+    fingerprint = ""
+
+    def content(self, row: int) -> bytes:
+        """Raises OSError."""
+        return image_bytes(self.cells[int(row)].as_py(), self.root)
+
+    def select(self, rows: np.ndarray) -> "RowImages":
+        """Only those of some rows, copied."""
+        return RowImages(self.cells.take(pa.array(rows)), self.root)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One split of a data set that is read in one direction.
+
+    Attributes:
+        rows: with undecoded images.
+        layout: of their columns.
+        source: for messages.
+        images: how many there are; 0 where nobody knows.
+        root: that image files lie in.
+        decoding: of the images.
+        window: rows that are shuffled together.
+    """
+
+    rows: datasets.IterableDataset
+    layout: Layout
+    source: str
+    images: int
+    root: Path | None
+    decoding: Decoding
+    window: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the category ids."""
+        return tuple(self.layout.classes.values())
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The source's own id of each class."""
+        return tuple(self.layout.classes)
+
+    def windows(self, place: Place, seed: int, rank: int, world: int) -> Iterator[tuple[Place, "Window"]]:
+        """The endless stream of one process's windows from a place on, and where each begins.
+
+        Raises:
+            InputError: there is nothing to read.
+        """
+        shards = int(self.rows.num_shards)
+        strided = shards % world != 0
+        for epoch in range(place.epoch, 2**62):
+            order = np.random.default_rng((seed, epoch)).permutation(shards)
+            mine = order if strided else order[rank::world]
+            start = place if epoch == place.epoch else Place(epoch)
+            pieces: list[pa.Table] = []
+            here, found = start, False
+            for piece, behind in self._pieces(mine.tolist(), start, (rank, world) if strided else (0, 1)):
+                pieces.append(piece)
+                if sum(map(len, pieces)) >= self.window:
+                    yield here, Window(self, pa.concat_tables(pieces))
+                    pieces, here, found = [], behind, True
+            if sum(map(len, pieces)):
+                yield here, Window(self, pa.concat_tables(pieces))
+            elif not found and start == Place(epoch):
+                raise InputError(f"{self.source}: process {rank + 1} of {world} finds no rows to read")
+
+    def _pieces(self, shards: list[int], start: Place, turn: tuple[int, int]) -> Iterator[tuple[pa.Table, Place]]:
+        """Some rows at a time, and the place behind them."""
+        for number in range(start.shard, len(shards)):
+            row = start.row if number == start.shard else 0
+            shard = self.rows.shard(num_shards=self.rows.num_shards, index=shards[number])
+            for piece in shard.skip(row).with_format("arrow").iter(PIECE):
+                taken = np.flatnonzero((np.arange(row, row + len(piece)) + shards[number]) % turn[1] == turn[0])
+                row += len(piece)
+                yield piece.take(pa.array(taken)), Place(start.epoch, number, row)
+
+
+def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int) -> Stream:
+    """The training split of a data set on the hub, or of a folder of parquet or image files.
+
+    Raises:
+        InputError: it cannot be streamed.
+    """
+    splits = load_splits(data, streaming=True)
+    if not splits:
+        raise InputError(f"--streaming: --data {data} is no data set on the hub, and no folder of parquet files")
+    if "train" not in splits:
+        raise InputError(f"--streaming: --data {data} has no training split, only {', '.join(splits)}")
+    rows = splits["train"]
+    if not isinstance(rows, datasets.IterableDataset):
+        raise InputError(f"--streaming: --data {data} was written by save_to_disk: read it without --streaming")
+    layout = find_layout(rows.features or {}, str(data), bbox_format, splits.values())
+    stated = (rows.info.splits or {}).get(str(rows.split))
+    images = stated.num_examples if stated is not None else _rows_of_files(data, str(rows.split))
+    undecoded = rows.cast_column(layout.image, datasets.Image(decode=False))
+    return Stream(undecoded, layout, f"{data} (train)", images, image_root(data), decoding, window)
+
+
+def _rows_of_files(data: Path, split: str) -> int:
+    """Rows of a local split's parquet files; 0 where it has others."""
+    files = (datasets.load_dataset_builder(str(data)).config.data_files or {}).get(split, [])
+    paths = [Path(str(file)) for file in files]
+    if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
+        return 0
+    return sum(parquet.read_metadata(path).num_rows for path in paths)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows of a stream, which are read as any source's records are."""
+
+    stream: Stream
+    rows: pa.Table
+    folder: Path = Path()
+
+    @property
+    def source(self) -> str:
+        """The stream's."""
+        return self.stream.source
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """As in COCO files."""
+        images, annotations = self.stream.layout.records(self.rows, 0, 1)
+        yield "categories", 0, self.stream.layout.category_records()
+        yield "images", 0, images
+        yield "annotations", 0, annotations
+
+    def table(self, with_masks: bool) -> tuple[AnnotationTable | None, dict[str, str]]:
+        """The images in which nothing is wrong, and of each other one its name and why."""
+        problems = Problems(collects=True)
+        cells = RowImages(self.rows[self.stream.layout.image], self.stream.root)
+        try:
+            table = read_table(self, problems, self.stream.decoding, cells)
+        except DataError as error:
+            return None, {f"{self.source}: a window of {len(self.rows)} rows": str(error)}
+        errors = [problem for problem in problems.listed if problem.grade == ERROR]
+        wrong = {error.image: f"{self.source}: image {error.image}: {error.message}" for error in errors}
+        image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
+        for row in np.unique(image_of[table.without_mask()]).tolist() if with_masks else ():
+            wrong[table.image_ids[row]] = f"{table.image_name(row)}: has objects without 'segmentation'"
+        names = [decode_name(name) for name in table.file_names.tolist()]
+        sound = [image not in wrong and name not in wrong for image, name in zip(table.image_ids, names, strict=True)]
+        return table.select(np.flatnonzero(sound)), {str(image): reason for image, reason in wrong.items()}
+
+
+@dataclass(frozen=True)
+class StreamKey:
+    """One image on its way to the process that reads it: a table of it alone, epoch and number, and who it replaces."""
+
+    table: AnnotationTable
+    epoch: int
+    number: int
+    replaces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StreamedImages(Dataset[Sample]):
+    """Samples by key. An image that cannot be read becomes a black one, and is named in the sample."""
+
+    preset: Preset
+    seed: int
+    with_masks: bool
+
+    def __getitem__(self, key: StreamKey) -> Sample:
+        images = TrainingImages(key.table, self.preset, self.seed, self.with_masks)
+        sample = images[key.epoch, 0, key.number]
+        unreadable = (key.number,) if sample.unreadable else ()
+        return replace(sample, index=key.number, unreadable=unreadable + key.replaces)
+
+
+@dataclass
+class StreamFeed:
+    """The images of a stream. See Feed.
+
+    Attributes:
+        stream: of them.
+        preset: their transforms.
+        seed: of order and augmentation.
+        with_masks: whether the detector learns masks.
+        num_workers: processes that decode.
+        grouped: whether micro-batches are of like aspect ratio.
+        drop_empty: leave out images without objects to learn.
+    """
+
+    stream: Stream
+    preset: Preset
+    seed: int
+    with_masks: bool
+    num_workers: int
+    grouped: bool = False
+    drop_empty: bool = False
+    _marks: deque[tuple[int, Place, list[str]]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    _share: Share | None = None
+    _first: int = 0  # samples that were taken before this run began
+    _reasons: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.stream.images
+
+    def describe(self) -> str:
+        """What is known without reading it."""
+        rows = self.stream.rows
+        return (
+            f"about {len(self)} images in {rows.num_shards} shard(s), streamed from {self.stream.source}, "
+            f"{self.stream.window} shuffled at a time"
+        )
+
+    def objects_a_class(self) -> None:
+        """Nobody counted."""
+
+    def check(self) -> None:
+        """Look at the first window before training starts. Raises InputError where much of it is wrong."""
+        _, window = next(self.stream.windows(Place(), self.seed, 0, 1))
+        table, wrong = window.table(self.with_masks)
+        if wrong and (table is None or len(wrong) > max(1, 0.01 * len(window.rows))):
+            first = next(iter(wrong.values()))
+            raise InputError(f"{len(wrong)} of the first {len(window.rows)} images are wrong, first: {first}")
+
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """Goes on from a state of the same process of as many; of another number, the next epoch begins."""
+        self._share = share
+        self._first = share.start // share.world * share.micro_batch_size
+        place, skipped = Place(), 0
+        if state is not None:
+            place, skipped = Place(**state["place"]), state["skipped"]
+            if [state["rank"], state["world"]] != [share.rank, share.world]:
+                place, skipped = Place(place.epoch + 1), 0
+        images = StreamedImages(self.preset, self.seed, self.with_masks)
+        return iter(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
+
+    def state(self, taken: int) -> dict[str, Any] | None:
+        """The window that the next sample is of, and how many of its samples are done."""
+        assert self._share is not None
+        done = self._first + taken * self._share.micro_batch_size
+        started = [(count, place) for count, place, _ in self._marks if count <= done]
+        if not started:
+            return None
+        count, place = started[-1]
+        return {"place": asdict(place), "skipped": done - count, "rank": self._share.rank, "world": self._share.world}
+
+    def image_name(self, image: int) -> str:
+        """Of one that was on its way lately."""
+        assert self._share is not None
+        number = image // self._share.world
+        for count, _, names in reversed(self._marks):
+            if count <= number < count + len(names):
+                return f"{self.stream.source}: {names[number - count]}"
+        return f"{self.stream.source}: image {image} of this run"
+
+    def unreadable_reason(self, image: int) -> str:
+        """As it was found."""
+        return self._reasons.get(image, f"{self.image_name(image)}: cannot be read as an image")
+
+    def _micro_batches(self, share: Share, place: Place, skipped: int) -> Iterator[list[StreamKey]]:
+        """The keys of this process's micro-batches. `skipped` samples of the first window are done."""
+        done, size = self._first, share.micro_batch_size
+        wrong: list[str] = []
+        keys: list[StreamKey] = []
+        left = len(range(share.start + share.rank, share.stop, share.world))
+        for here, window in _ahead(self.stream.windows(place, self.seed, share.rank, share.world)):
+            table, reasons = window.table(self.with_masks)
+            wrong += reasons.values()
+            if table is None:
+                continue
+            chosen = np.arange(len(table))
+            if self.drop_empty:
+                chosen = np.flatnonzero(table.targets_per_image() > 0)
+            rng = np.random.default_rng((self.seed, *asdict(here).values()))
+            groups = aspect_groups(table) if self.grouped else None
+            order = arrange(rng.permutation(chosen), groups, size, -(done - skipped) % size, rng)
+            names = [decode_name(table.file_names[row]) for row in order.tolist()]
+            self._marks.append((done - skipped, here, names))
+            for row in order[skipped:].tolist():
+                number = done * share.world + share.rank
+                if wrong:
+                    self._reasons[number] = wrong[0]
+                replaces = (number,) if wrong else ()
+                wrong = wrong[1:]
+                alone = replace(table.select(np.array([row])), class_names=(), category_ids=(), repairs={})
+                keys.append(StreamKey(alone, here.epoch, number, replaces))
+                done += 1
+                if len(keys) == size:
+                    yield keys
+                    keys, left = [], left - 1
+                    if not left:
+                        return
+            skipped = 0
+
+
+def _ahead(windows: Iterator[tuple[Place, Window]]) -> Iterator[tuple[Place, Window]]:
+    """The same, the next one read while one is trained on."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+    ended = threading.Event()
+
+    def put(item: Any) -> None:
+        while not ended.is_set():
+            try:
+                ready.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                pass
+
+    def read() -> None:
+        try:
+            for window in windows:
+                put(window)
+                if ended.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
