@@ -134,9 +134,8 @@ def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable
         )
     table = tables["train"]
     if not table.targets_per_image().any():
-        raise InputError(
-            f"{table.source}: no image has an object to learn ({len(table)} images, {len(table.boxes)} objects)"
-        )
+        counts = f"{len(table)} images, {len(table.boxes)} objects"
+        raise InputError(f"{table.source}: no image has an object to learn ({counts}); annotate some")
     return table.without_empty_images() if settings.drop_empty else table, tables.get("val")
 
 

@@ -8,7 +8,7 @@ versions. docs/performance.md holds the figures of one machine and what each par
 
 from pathlib import Path
 
-from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step
+from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream
 from benchmarks.rows import Row
 from direct_pt.errors import run_program
 from direct_pt.files import write_json
@@ -22,6 +22,7 @@ PARTS = {
     "memory": memory,
     "scaling": scaling,
     "size": size,
+    "stream": stream,
     "gpu": gpu,
 }
 

@@ -12,7 +12,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from direct_pt.batch import PackedMasks
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.duplicates import Fingerprints, Twins, perceptual_hash, pixel_digest, twins_between, twins_within
-from direct_pt.data.images import UnreadableImage, header_sizes
+from direct_pt.data.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, load_tables
 from direct_pt.data.survey import (
@@ -54,11 +54,11 @@ SHOWN = 3  # problems of a kind, and pairs of images, that are printed; report.j
 CLASSES = 40  # that are printed
 QUANTILES = ("least", "p10", "median", "p90", "largest")
 LEAK = "LEAKED images"
-Found = tuple[int, list[Problem], tuple[int, int, np.ndarray] | None]
+Found = tuple[list[Problem], tuple[int, int, np.ndarray] | None]
 
 
 class ImageChecks(Dataset[Found]):
-    """By image: its row, what is wrong with it, and its fingerprint if it can be read."""
+    """By image: what is wrong with it, and its fingerprint if it can be read."""
 
     def __init__(self, table: AnnotationTable) -> None:
         self.table = table
@@ -71,13 +71,13 @@ class ImageChecks(Dataset[Found]):
         try:
             pixels = self.table.read_image(row)
             notes = [Problem(NOTE, kind, name, text, name) for kind, text in self._notes(row)]
-            return row, notes, (row, pixel_digest(pixels), perceptual_hash(pixels))
+            return notes, (row, pixel_digest(pixels), perceptual_hash(pixels))
         except UnreadableImage as error:
             kind = "unreadable image"
             with suppress(UnreadableImage, OSError):
                 if self.table.image_size(row) not in header_sizes(self.table.image_content(row), name)[:2]:
                     kind = "image size"
-            return row, [Problem(ERROR, kind, name, str(error).removeprefix(f"{name}: "), name)], None
+            return [Problem(ERROR, kind, name, str(error).removeprefix(f"{name}: "), name)], None
 
     def _notes(self, row: int) -> Iterator[tuple[str, str]]:
         """Kind and text of what the file holds that may surprise."""
@@ -88,13 +88,16 @@ class ImageChecks(Dataset[Found]):
             if not decoding.exif:
                 yield "EXIF orientation ignored", f"{done} ignored (--exif ignore)"
             elif stored == upright:
-                yield "EXIF orientation, doubtful", f"{done} applied, but its size tells not if it was for annotating"
+                yield (
+                    "EXIF orientation, doubtful",
+                    f"{done} applied; its size does not tell if its annotation means that",
+                )
             elif size == upright:
                 yield "EXIF orientation applied", f"{done} applied: its annotation states the size that it has then"
             else:
                 yield "EXIF orientation not applied", f"{done} not applied: its annotation states the size as stored"
         with warnings.catch_warnings(action="ignore"), suppress(Image.DecompressionBombError):  # too large to look at
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=READABLE)
             if image.has_transparency_data:
                 yield "transparency", f"transparent pixels are read as {decoding.alpha} (--alpha)"
             if image.mode.startswith(("I", "F")):
@@ -118,11 +121,11 @@ def check_images(
         images, batch_size=8, collate_fn=list, num_workers=num_workers, worker_init_fn=_leave_interrupt_to_parent
     )
     checked = (one for batch in loader for one in batch)
-    for split, (_, wrong, print_) in zip(splits, tqdm(checked, "images", len(splits), unit="image"), strict=True):
+    for split, (wrong, fingerprint) in zip(splits, tqdm(checked, "images", len(splits), unit="image"), strict=True):
         for problem in wrong:
             problems[split].add(problem)
-        if print_ is not None:
-            found[split].append(print_)
+        if fingerprint is not None:
+            found[split].append(fingerprint)
     return {split: Fingerprints.gather(prints) for split, prints in found.items()}
 
 
@@ -294,6 +297,15 @@ def _anchor_table(anchors: dict[str, Any]) -> list[str]:
     return lines
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes there. Raises InputError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: cannot be written ({error})") from error
+
+
 def main() -> None:
     """Check a data set."""
     p = parser(__doc__ or "")
@@ -307,33 +319,32 @@ def main() -> None:
     folder: Path = args.output_dir
     problems = {split: Problems(collects=True) for split in SPLITS}
     tables = {split: table for split, table in load_tables(data_options(args), SPLITS, problems).items() if len(table)}
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        prints = check_images(tables, problems, args.num_workers) if tables else {}
-        twins = find_twins(tables, prints, problems)
-        leaks = [
-            f"{count} images stand in two splits ({kind}): the AP there is not that on new images; take them out of one"
-            for kind, count in Counter(pair["kind"] for pair in twins if LEAK in pair["kind"]).items()
-        ]
-        train = tables.get("train")
-        anchors = anchor_figures(train) if train else {}
-        listed = [asdict(one) | {"split": split} for split, of in problems.items() for one in of.listed]
-        report: dict[str, Any] = {
-            "data": str(args.data or " ".join(table.source for table in tables.values())),
-            "splits": {split: describe(table) for split, table in tables.items()},
-            "counts": {g: sum(problem["grade"] == g for problem in listed) for g in (ERROR, REPAIRED, NOTE)},
-            "problems": listed,
-            "duplicates": twins,
-            "anchors": anchors,
-            "schedules": schedules(len(train)) if train else {},
-            "proposals": leaks + proposals(tables, anchors),
-            "pictures": write_pictures(tables, prints, folder) if tables else [],
-        }
+    prints = check_images(tables, problems, args.num_workers) if tables else {}
+    twins = find_twins(tables, prints, problems)
+    leaks = [
+        f"{count} image(s) stand in two splits ({kind}): the AP there is not that on new images; take them out of one"
+        for kind, count in Counter(pair["kind"] for pair in twins if LEAK in pair["kind"]).items()
+    ]
+    train = tables.get("train")
+    anchors = anchor_figures(train) if train else {}
+    listed = [asdict(one) | {"split": split} for split, of in problems.items() for one in of.listed]
+    report: dict[str, Any] = {
+        "data": str(args.data or " ".join(table.source for table in tables.values())),
+        "splits": {split: describe(table) for split, table in tables.items()},
+        "counts": {grade: sum(one["grade"] == grade for one in listed) for grade in (ERROR, REPAIRED, NOTE)},
+        "problems": listed,
+        "duplicates": twins,
+        "anchors": anchors,
+        "schedules": schedules(len(train)) if train else {},
+        "proposals": leaks + proposals(tables, anchors),
+    }
+    with writing(folder):
+        report["pictures"] = write_pictures(tables, prints, folder) if tables else []
         write_json(folder / "report.json", report)
-    except OSError as error:
-        raise InputError(f"--output-dir {folder}: cannot be written ({error})") from error
     print(report_text(report))
-    print(f"\nwritten: {', '.join(str(folder / name) for name in ('report.json', *report['pictures']))}")
+    print(f"\nwritten to {folder}: {', '.join(['report.json', *report['pictures']])}")
     errors = [problem for of in problems.values() for problem in of.listed if problem.grade == ERROR]
     if errors:
         raise InputError(f"{len(errors)} error(s) in the data, all in {folder / 'report.json'}; first: {errors[0]}")

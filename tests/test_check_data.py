@@ -174,7 +174,7 @@ def test_a_sound_set(splits: tuple[CocoFolder, CocoFolder], capsys: pytest.Captu
             assert min(drawn.size) > 200 and len(np.unique(np.asarray(drawn.convert("L")))) > 20
     told = capsys.readouterr().out
     assert "train: 3 images (1 without objects), 3 objects (1 with an outline), 1 crowd regions" in told
-    assert "errors: none" in told and str(folder / "report.json") in told
+    assert "errors: none" in told and f"written to {folder}: report.json" in told
 
 
 def test_samples_show_boxes_and_masks_where_they_are(splits: tuple[CocoFolder, CocoFolder]) -> None:
@@ -216,7 +216,7 @@ def test_leaks_and_duplicates_are_noted(splits: tuple[CocoFolder, CocoFolder]) -
     ]  # fmt: skip
     assert leak["splits"] == near["splits"] == ["train", "val"]
     assert leak["bits"] is None and 0 < near["bits"] <= MOST_BITS
-    assert report["proposals"][0].startswith("1 images stand in two splits")
+    assert report["proposals"][0].startswith("1 image(s) stand in two splits")
 
 
 def test_what_the_files_hold(splits: tuple[CocoFolder, CocoFolder]) -> None:

@@ -53,7 +53,9 @@ class CocoSplit:
                 text = "is no COCO file: expected an object with 'images', 'annotations', 'categories'"
                 raise DataError("JSON", self.annotations, text) from error
             except (OSError, ValueError, RecursionError) as error:
-                raise DataError("JSON", self.annotations, f"cannot be read as JSON ({error})") from error
+                reason = str(error).partition(";")[0]  # what may follow is advice to programmers
+                text = f"cannot be read as JSON ({reason}); write it anew, in UTF-8"
+                raise DataError("JSON", self.annotations, text) from error
 
 
 def find_coco(folder: Path) -> dict[str, CocoSplit]:

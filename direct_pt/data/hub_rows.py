@@ -74,11 +74,11 @@ class Layout:
             sides = {side: values[place] for side, values in columns.items()}
             images.append({"id": ids[place], "file_name": f"row {first + place}{name}", **sides})
             for found in _list(objects):
-                category = found.get(self.categories)
+                category: Any = found.get(self.categories)
                 record = {
                     "id": first_object + len(annotations),
                     "image_id": ids[place],
-                    "category_id": category if self.ids is None else self.ids.get(str(category), -1),
+                    "category_id": category if self.ids is None else self.ids.get(category, category),
                     "bbox": self._box(found.get(self.boxes)),
                 }
                 annotations.append(record | {key: found[key] for key in OPTIONAL if found.get(key) is not None})
@@ -114,7 +114,8 @@ def find_layout(features: datasets.Features, source: str, bbox_format: str, spli
     if not images and set(_fields(features.get("image"))) == {"bytes", "path"}:
         images = ["image"]
     if not images:
-        raise InputError(f"--data {source}: has no image column ({columns}); cast one to datasets.Image()")
+        remedy = "put the images beside the file that names them" if "file_name" in features else "cast one to Image()"
+        raise InputError(f"--data {source}: has no image column ({columns}); {remedy}")
     objects = next((name for name in OBJECTS if name in features), None)
     if objects is None:
         raise InputError(f"--data {source}: has no column 'objects' with 'bbox' and 'category' ({columns})")
@@ -125,16 +126,20 @@ def find_layout(features: datasets.Features, source: str, bbox_format: str, spli
         wanted, there = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
         raise InputError(f"--data {source}: its '{objects}' lack '{wanted}'; they have {there}")
     kind = getattr(fields[categories], "feature", fields[categories])
-    ids = None
+    where, ids = f"--data {source}: '{objects}.{categories}'", None
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
-    else:
+    elif str(getattr(kind, "dtype", kind)).startswith(("int", "uint")):
         found = _values(splits, objects, categories, source)
-        if all(isinstance(value, str) for value in found):
-            classes = dict(enumerate(sorted(found)))
-            ids = {name: number for number, name in classes.items()}
-        else:
-            classes = {value: str(value) for value in sorted(v for v in found if type(v) is int)}
+        classes = {value: str(value) for value in sorted(found) if value >= 0}  # -1 is the library's "none"
+    elif str(getattr(kind, "dtype", kind)).endswith("string"):
+        names = sorted(name for name in _values(splits, objects, categories, source) if name.strip())
+        classes = dict(enumerate(names))
+        ids = {name: number for number, name in classes.items()}
+    else:
+        raise InputError(f"{where} is of the type {kind!s:.60}; classes are whole numbers or names")
+    if not classes:
+        raise InputError(f"{where} has no class in any row: whole numbers from 0 on, or names")
     return Layout(images[0], objects, boxes, categories, classes, ids, bbox_format == "voc")
 
 

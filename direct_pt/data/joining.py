@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from direct_pt.data.annotations import AnnotationTable, Segmentations, decode_name, encode_name, starts_of
+from direct_pt.data.problems import DataError
 
 
 def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> AnnotationTable:
@@ -19,6 +20,9 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
     Args:
         tables: of image files.
         like: one whose classes and ids the joined table gets, as far as they are the same.
+
+    Raises:
+        DataError: several list the same image; each would teach that there is nothing but its own objects.
     """
     ids: dict[str, int] = dict(zip(like.class_names, like.category_ids, strict=True)) if like is not None else {}
     pairs = [pair for table in tables for pair in zip(table.class_names, table.category_ids, strict=True)]
@@ -35,7 +39,14 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
     parts = [table.with_classes(*classes) for table in tables]
 
     folder = Path(os.path.commonpath([table.folder.absolute() for table in tables]))
-    paths = [table.folder.absolute() / decode_name(name) for table in tables for name in table.file_names.tolist()]
+    paths: list[Path] = []
+    listed_by: dict[Path, AnnotationTable] = {}
+    for table in tables:
+        for name in map(decode_name, table.file_names.tolist()):
+            paths.append(table.folder.absolute() / name)
+            if listed_by.setdefault(paths[-1], table) is not table:
+                text = f"lists {name}, as does {listed_by[paths[-1]].source}; join its objects in one file"
+                raise DataError("duplicate image", table.source, text, name)
     image_ids = np.concatenate([table.image_ids for table in tables])
     if len(np.unique(image_ids)) < len(image_ids):
         image_ids = np.arange(1, len(image_ids) + 1)

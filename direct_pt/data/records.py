@@ -88,6 +88,8 @@ def read_table(
         _keep(images, check_files(source, images["file_name"], problems))
     elif problems.collects:
         encoded = encoded.select(images["row"])
+    if not len(images["id"]):
+        raise DataError("empty", source.source, "none of its images can be read; the errors before this one say why")
     names = images["file_name"]
     image_of, known = _rows(objects, "image_id", images["id"], source.source, problems)
     label_of, of_class = _rows(objects, "category_id", category_ids, source.source, problems)
@@ -237,7 +239,7 @@ def _require(records: list[Any], first: int, key: str, needed: Sequence[str], so
 
 def _name(key: str, row: int, record: Any) -> str:
     """How messages call one record of `key`'s list."""
-    return f"{key}[{row}]" + (f" (id {record['id']!s:.40})" if isinstance(record, dict) and "id" in record else "")
+    return f"{key}[{row}]" + (f" (id {record['id']!r:.40})" if isinstance(record, dict) and "id" in record else "")
 
 
 def _of_record(kind: str, text: str, key: str, row: int, record: Any, source: str) -> DataError:
@@ -446,7 +448,8 @@ def _fill_in_sizes(
             problems.add(Problem(REPAIRED, SIZES_FROM_FILES, source.source, SIZES_FROM_FILES, name))
         except (UnreadableImage, OSError) as error:
             readable[row] = False
-            if encoded is None and not (source.folder / name).is_file():
+            # pathlib raises an OSError where a name is too long to be one.
+            if encoded is None and not os.path.isfile(source.folder / name):  # noqa: PTH113
                 readable[row] = True  # check_files says so
                 continue
             with problems.caught():
@@ -464,7 +467,7 @@ def check_files(source: Source, names: np.ndarray, problems: Problems) -> np.nda
     for row in absent:
         name = decode_name(names[row])
         remedy = "check the image folder"
-        if "\\" in name and (source.folder / name.replace("\\", "/")).is_file():
+        if "\\" in name and os.path.isfile(source.folder / name.replace("\\", "/")):  # noqa: PTH113
             remedy = "write its name with / in place of \\"
         with problems.caught():
             missing = f"({len(absent)} of {len(names)} images are missing)"

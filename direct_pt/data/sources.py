@@ -12,7 +12,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.coco import CocoSplit, find_coco
 from direct_pt.data.images import DEFAULT, Decoding
 from direct_pt.data.joining import join
-from direct_pt.data.problems import Problems
+from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, check_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
 from direct_pt.data.voc import find_voc
@@ -135,12 +135,11 @@ def load_tables(
             parts = [load_split(source, options.decoding, found) for source in sources[split]]
             tables[split] = parts[0] if len(parts) == 1 else join(parts, like=tables.get("train"))
     first = next(iter(tables.values()), None)
-    for table in tables.values():
+    for split, table in tables.items():
         if first is not None and _classes(table) != _classes(first):
-            raise InputError(
-                f"{table.source}: its categories (id and name) differ from those of {first.source}; both splits must "
-                "list the same ones"
-            )
+            text = f"its categories (id and name) differ from those of {first.source}; all splits must list the same"
+            with (problems[split] if problems else Problems()).caught():
+                raise DataError("categories", table.source, text)
     if options.classes is not None:
         tables = {split: _only_classes(table, options.classes) for split, table in tables.items()}
     if held_out and "train" in tables:

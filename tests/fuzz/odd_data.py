@@ -9,6 +9,7 @@ import io
 import json
 import math
 import random
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -121,10 +122,20 @@ def damaged(rng: random.Random, content: bytes, words: Sequence[bytes]) -> bytes
     return bytes(data)
 
 
+def other_word(rng: random.Random, content: bytes, words: Sequence[bytes]) -> bytes:
+    """One word or number of a text changed, mostly to what may stand there."""
+    found = list(re.finditer(rb"[\w.+-]+", content))
+    if not found:
+        return rng.choice(words)
+    place = rng.choice(found)
+    return content[: place.start()] + rng.choice((rng.choice(found)[0], rng.choice(words))) + content[place.end() :]
+
+
 def damage_files(rng: random.Random, usual: Files, paths: Sequence[str], words: Sequence[bytes]) -> Files:
     """One of the files `paths` damaged, and now and then another one left out."""
     path = rng.choice(paths)
-    files: Files = {path: damaged(rng, usual[path] or b"", words)}
+    change = rng.choice((damaged, other_word))
+    files: Files = {path: change(rng, usual[path] or b"", words)}
     if rng.random() < 0.02:
         files[rng.choice(sorted(usual))] = None
     return files
@@ -164,6 +175,11 @@ def damaged_images(files: Sequence[bytes], rng: random.Random) -> Files:
 
 
 # JSON
+
+
+def seldom(draw: Draw, times: int) -> bool:
+    """Once in so many times. Not where an integer is 0, which hypothesis prefers."""
+    return draw(st.integers(0, times - 1)) == times // 2
 
 
 @st.composite
@@ -285,7 +301,7 @@ COCO_FILE = "annotations/instances_train.json"
 def coco_inputs(draw: Draw) -> Files:
     """The annotation file, and at times an image that is no image or not there."""
     files: Files = {COCO_FILE: json_text(draw(coco_documents()), draw(st.booleans()))}
-    if draw(st.integers(0, 19)) == 0:
+    if seldom(draw, 20):
         files["images/a.png"] = draw(st.sampled_from((None, b"", b"\x89PNG\r\n\x1a\n")))
     return files
 
@@ -329,9 +345,9 @@ WORDS = st.one_of(
 @st.composite
 def label_lines(draw: Draw) -> str:
     """One object of a label file."""
-    count = draw(st.sampled_from((4, 4, 4, 6, 8, 3, 5)))
+    count = draw(st.sampled_from((3, 5, 7) if seldom(draw, 20) else (4, 6, 8)))
     words = [draw(st.sampled_from("01")), *(draw(SHARES) for _ in range(count))]
-    if draw(st.integers(0, 9)) == 0:
+    if seldom(draw, 10):
         words[draw(st.integers(0, count))] = draw(WORDS)
     return " ".join(words)
 
@@ -343,8 +359,8 @@ def yaml_documents(draw: Draw) -> str:
     document = draw(spoilt(usual))
     lines = []
     for key, value in document.items() if isinstance(document, dict) else ():
-        raw = draw(st.sampled_from(RAW_YAML)) if draw(st.integers(0, 19)) == 0 else json.dumps(value)
-        if draw(st.integers(0, 19)) == 0 and key in ("path", "train", "val"):
+        raw = draw(st.sampled_from(RAW_YAML)) if seldom(draw, 20) else json.dumps(value)
+        if seldom(draw, 20) and key in ("path", "train", "val"):
             raw = json.dumps(draw(st.sampled_from(PATHS)))
         lines.append(f"{key if key.isalpha() else json.dumps(key)}: {raw}\n")
     return "".join(lines)
@@ -362,9 +378,9 @@ def yolo_inputs(draw: Draw) -> Files:
             ends = draw(st.sampled_from(("\n", "\n", "\r\n", "\n\n", "\x0b", "\u2028")))
             files[path] = ends.join(draw(st.lists(label_lines(), max_size=4))).encode("utf-8", "surrogatepass")
     if which & 8:
-        lines = st.one_of(st.sampled_from(("images/val/c.webp", "./images/train/a.png", "")), st.sampled_from(PATHS))
+        lines = st.sampled_from(PATHS if seldom(draw, 4) else ("images/val/c.webp", "./images/train/a.png", ""))
         files["val.txt"] = "\n".join(draw(st.lists(lines, max_size=3))).encode()
-    if draw(st.integers(0, 19)) == 0:
+    if seldom(draw, 20):
         files["images/train/a.png"] = draw(st.sampled_from((None, b"", b"\x89PNG\r\n\x1a\n")))
     return files
 
@@ -423,11 +439,11 @@ def voc_inputs(draw: Draw) -> Files:
     image = draw(st.sampled_from(("a.png", "a.png", "a.png", *FILE_NAMES, *PATHS)))
     more = draw(st.sampled_from(("", "<difficult>1</difficult>", "<difficult>x</difficult>", "<part><name>x</name></part>")))
     text = usual_xml(image, names, texts, more)
-    if draw(st.integers(0, 4)) == 0:
+    if seldom(draw, 5):
         tag = draw(st.sampled_from(("filename", "object", "name", "size", "bndbox", *FIELDS)))
         text = text.replace(f"</{tag}>", "", 1).replace(f"<{tag}>", "", 1)
     files: Files = {draw(st.sampled_from(VOC_FILES[:2])): text.encode("utf-8", "surrogatepass")}
-    if draw(st.integers(0, 9)) == 0:
+    if seldom(draw, 10):
         stems = st.lists(st.sampled_from(("a", "b", "c", "a 1", "b -1", "", "../a", "/etc/passwd", "é", "x" * 300)), max_size=3)
         files[draw(st.sampled_from(VOC_FILES[2:]))] = "\n".join(draw(stems)).encode()
     return files
@@ -472,32 +488,32 @@ COLUMN_KINDS: dict[str, list[pa.DataType]] = {
 }
 
 
-def cells(kind: pa.DataType, name: str) -> st.SearchStrategy[Any]:
-    """Values of an Arrow type, at times null."""
+@st.composite
+def cells(draw: Draw, kind: pa.DataType, name: str) -> Any:
+    """A value of an Arrow type; at times an odd one, or null."""
+    odd = seldom(draw, 60)
+    if pa.types.is_null(kind) or seldom(draw, 100):
+        return None
     if pa.types.is_fixed_size_list(kind):
-        found: st.SearchStrategy[Any] = st.lists(cells(kind.value_type, name), min_size=kind.list_size, max_size=kind.list_size)
-    elif pa.types.is_list(kind):
-        four = name == "bbox" and not pa.types.is_list(kind.value_type)
-        counts = st.sampled_from((4, 4, 4, 4, 4, 4, 3, 5, 0) if four else (0, 1, 2, 6) if name == "segmentation" else (1, 2, 0))
-        found = counts.flatmap(lambda count: st.lists(cells(kind.value_type, name), min_size=count, max_size=count))
-    elif pa.types.is_struct(kind):
-        found = st.fixed_dictionaries({field.name: cells(field.type, field.name) for field in kind})
-    elif pa.types.is_integer(kind):
-        bits = kind.bit_width
-        low, high = (0, 2**bits - 1) if pa.types.is_unsigned_integer(kind) else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        most = {"category": 1, "iscrowd": 1}.get(name, 30)
-        found = st.one_of(*[st.integers(0, most)] * 12, st.integers(low, high), st.sampled_from((low, high)))
-    elif pa.types.is_floating(kind):
-        found = st.one_of(*[st.integers(0, 30).map(float)] * 12, st.sampled_from((math.nan, math.inf, -1.0, 0.5, 1e30)))
-    elif pa.types.is_boolean(kind):
-        found = st.booleans()
-    elif pa.types.is_null(kind):
-        return st.none()
-    elif pa.types.is_binary(kind):
-        found = st.binary(max_size=4)
-    else:
-        found = st.sampled_from(["cat", "dog", "cat", "dog", *(text for text in NAMES + PATHS if "\ud800" not in text)])
-    return st.integers(0, 39).flatmap(lambda chance: st.none() if chance == 39 else found)
+        return [draw(cells(kind.value_type, name)) for _ in range(kind.list_size)]
+    if pa.types.is_list(kind):
+        count = {"bbox": 4, "segmentation": 6 if pa.types.is_primitive(kind.value_type) else 1, "size": 2}.get(name, 1)
+        count = draw(st.sampled_from((0, 3, 5))) if odd else count if name else draw(st.sampled_from((1, 2, 3, 0)))
+        return [draw(cells(kind.value_type, name)) for _ in range(count)]
+    if pa.types.is_struct(kind):
+        return {field.name: draw(cells(field.type, field.name)) for field in kind}
+    if pa.types.is_integer(kind):
+        bits, signed = kind.bit_width, not pa.types.is_unsigned_integer(kind)
+        if odd:
+            return draw(st.sampled_from((-(2 ** (bits - 1)), -1) if signed else (2**bits - 1,)))
+        return draw(st.integers(0, 1) if name in ("category", "iscrowd") else st.integers(1, 20))
+    if pa.types.is_floating(kind):
+        return draw(st.sampled_from((math.nan, math.inf, -1.0, 0.5, 1e30))) if odd else float(draw(st.integers(1, 20)))
+    if pa.types.is_boolean(kind):
+        return draw(st.booleans())
+    if pa.types.is_binary(kind):
+        return draw(st.binary(max_size=4))
+    return draw(st.sampled_from([text for text in NAMES + PATHS if "\ud800" not in text] if odd else ["cat", "dog"]))
 
 
 def saved(table: pa.Table, features: datasets.Features) -> Files:
@@ -516,36 +532,31 @@ def hub_inputs(draw: Draw, images: Sequence[bytes] = ()) -> Files:
     """A saved data set of some rows. Its columns have odd types at times, and any value may be null."""
 
     def kind_of(kinds: Sequence[pa.DataType]) -> pa.DataType:
-        return draw(st.sampled_from(kinds if draw(st.integers(0, 3)) == 0 else kinds[:2]))
+        return draw(st.sampled_from(kinds if seldom(draw, 8) else kinds[:2]))
 
     fields = {"bbox": kind_of(BOX_KINDS), "category": kind_of(CATEGORY_KINDS)}
-    fields |= {name: kind_of(kinds) for name, kinds in EXTRA_KINDS.items() if draw(st.integers(0, 3)) == 0}
-    if draw(st.integers(0, 19)) == 0:
+    fields |= {name: kind_of(kinds) for name, kinds in EXTRA_KINDS.items() if seldom(draw, 4)}
+    if seldom(draw, 30):
         del fields[draw(st.sampled_from(list(fields)))]
-    lists = draw(st.booleans())
-    if lists:
-        objects: pa.DataType = pa.struct([(name, pa.list_(kind)) for name, kind in fields.items()])
-    else:
-        objects = pa.list_(pa.struct(list(fields.items())))
-    paths = st.one_of(st.none(), st.sampled_from(PATHS))
-    image = st.fixed_dictionaries({"bytes": st.sampled_from((*images, *images, b"", b"GIF89a", None)), "path": paths})
-    rows = draw(st.integers(0, 3))
-    columns = {name: kind_of(kinds) for name, kinds in COLUMN_KINDS.items() if draw(st.integers(0, 3)) == 0}
-
-    def values_of(kind: pa.DataType, name: str) -> list[Any]:
-        return draw(st.lists(cells(kind, name), min_size=rows, max_size=rows))
-
-    image_type = datasets.Image().pa_type
-    arrays = {"image": pa.array(draw(st.lists(st.one_of(image, image, st.none()), min_size=rows, max_size=rows)), image_type)}
+    rows, lists = draw(st.integers(1, 3)), draw(st.booleans())
+    paths = st.sampled_from(PATHS) if seldom(draw, 8) else st.none()
+    image = st.fixed_dictionaries({"bytes": st.sampled_from((*images * 8, b"GIF89a", None)), "path": paths})
+    arrays = {"image": pa.array([draw(image) for _ in range(rows)], datasets.Image().pa_type)}
     if lists:  # of one length, nearly always
         made = []
         for _ in range(rows):
-            count = draw(st.integers(0, 3))
-            made.append({n: [draw(cells(k, n)) for _ in range(count + draw(st.sampled_from((0,) * 30 + (1,))))] for n, k in fields.items()})
-        arrays["objects"] = pa.array(made, objects)
+            lengths = dict.fromkeys(fields, draw(st.sampled_from((1, 2, 3, 0))))
+            if seldom(draw, 20):
+                lengths[draw(st.sampled_from(list(fields)))] += 1
+            made.append({name: [draw(cells(kind, name)) for _ in range(lengths[name])] for name, kind in fields.items()})
+        arrays["objects"] = pa.array(made, pa.struct([(name, pa.list_(kind)) for name, kind in fields.items()]))
     else:
-        arrays["objects"] = pa.array(values_of(objects, ""), objects)
-    arrays |= {name: pa.array(values_of(kind, name), kind) for name, kind in columns.items()}
+        objects = pa.list_(pa.struct(list(fields.items())))
+        arrays["objects"] = pa.array([draw(cells(objects, "")) for _ in range(rows)], objects)
+    for name, kinds in COLUMN_KINDS.items():
+        if seldom(draw, 4):
+            kind = kind_of(kinds)
+            arrays[name] = pa.array([draw(cells(kind, name)) for _ in range(rows)], kind)
     features = datasets.Features.from_arrow_schema(pa.table(arrays).schema)
     features["image"] = datasets.Image()
     if draw(st.booleans()) and fields.get("category") == pa.int64():
