@@ -25,8 +25,9 @@ def banner(
     accelerator: Accelerator,
     origin: str,
     progress: Progress,
+    survey: list[str],
 ) -> str:
-    """What is about to happen, for a person to check before the hours are spent."""
+    """What is about to happen, for a person to check before the hours are spent. `survey` is what the data are like."""
     config, cache = detector.config, data.cache
     trained = [p for p in detector.parameters() if p.requires_grad]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
@@ -45,6 +46,7 @@ def banner(
         + ", compiled backbone" * settings.compile,
         f"  train      {data.feed.describe()}",
         f"  val        {data.val.describe() if data.val else 'none: no evaluation'}",
+        *(f"  data       {line}" for line in survey),
         f"  images     {sizes}",
         f"  weights    {origin}",
         f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "

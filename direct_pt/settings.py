@@ -124,14 +124,19 @@ def add_data_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     data.add_argument("--val-share", type=_share, default=VAL_SHARE, metavar="X", help=text)
     text = "of hub data: x, y, width, height, or x1, y1, x2, y2 (coco)"
     data.add_argument("--bbox-format", choices=["coco", "voc"], default="coco", help=text)
-    text = "turn photographs upright, unless their annotation says otherwise; or leave them as stored (apply)"
-    data.add_argument("--exif", choices=["apply", "ignore"], default="apply", help=text)
     text = "read the training images of hub data in one direction, without a copy on the disk"
     data.add_argument("--streaming", action="store_true", help=text)
     text = "of a stream, that are shuffled together, and held in memory (1000)"
     data.add_argument("--shuffle-buffer", **_count(1000, "IMAGES", text))
-    data.add_argument("--alpha", choices=["black", "white"], default="black", help="behind transparent pixels (black)")
+    add_decoding_arguments(data)
     return data
+
+
+def add_decoding_arguments(p: argparse._ActionsContainer) -> None:
+    """The flags that say how image files become pixels."""
+    text = "turn photographs upright, unless their annotation says otherwise; or leave them as stored (apply)"
+    p.add_argument("--exif", choices=["apply", "ignore"], default="apply", help=text)
+    p.add_argument("--alpha", choices=["black", "white"], default="black", help="behind transparent pixels (black)")
 
 
 def data_options(args: argparse.Namespace) -> DataOptions:

@@ -24,6 +24,8 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables
+from direct_pt.data.spot_check import spot_check
+from direct_pt.data.survey import summary, whole_image
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
@@ -109,7 +111,11 @@ def run_stage(settings: Settings) -> None:
     progress = Progress() if earlier is None else earlier.put_state(sharded, average, accelerator)
     main_decides(lambda: _write_config(settings, plan), processes)
     if accelerator.is_main_process:
-        print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress), flush=True)
+        told = []
+        if isinstance(train, AnnotationTable):
+            seen = whole_image(settings.image_size) if settings.stage == "pretrain" else test_preset
+            told = summary({"train": train, **({"val": val_table} if val_table else {})}, seen)
+        print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress, told), flush=True)
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
     gathered = {} if earlier is None else earlier.of_process(accelerator)
@@ -126,17 +132,19 @@ def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable
         assert settings.data is not None
         stream = open_stream(settings.data, settings.bbox_format, settings.decoding, settings.shuffle_buffer)
         return stream, load_tables(settings, ["val"]).get("val")
-    tables = one_a_machine_first(lambda: load_tables(settings), processes)
-    if "train" not in tables:
-        raise InputError(
-            "no training split: the data have none of that name; add it, or give --train-images and "
-            "--train-annotations in place of --data"
-        )
+    tables = one_a_machine_first(lambda: _checked_tables(settings), processes)
     table = tables["train"]
     if not table.targets_per_image().any():
         counts = f"{len(table)} images, {len(table.boxes)} objects"
         raise InputError(f"{table.source}: no image has an object to learn ({counts}); annotate some")
     return table.without_empty_images() if settings.drop_empty else table, tables.get("val")
+
+
+def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
+    tables = load_tables(settings, required="train")
+    for table in tables.values():
+        spot_check(table)
+    return tables
 
 
 def _fitting_micro_batch_size(

@@ -315,6 +315,8 @@ def main() -> None:
     text = "processes that decode images (2)"
     p.add_argument("--num-workers", type=not_negative_integer, default=2, metavar="N", help=text)
     args = p.parse_args()
+    if args.streaming:
+        raise InputError("--streaming: all images are read here: leave it out, or check a part of the data")
 
     folder: Path = args.output_dir
     problems = {split: Problems(collects=True) for split in SPLITS}

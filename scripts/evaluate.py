@@ -11,7 +11,7 @@ from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.data.loader import unreadable_reason
-from direct_pt.data.sources import SPLITS, find_sources, load_tables
+from direct_pt.data.sources import SPLITS, load_tables
 from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError, run_program
 from direct_pt.evaluation import evaluate, metrics_table
@@ -39,10 +39,9 @@ def main() -> None:
     if output.is_file():
         raise InputError(f"--output-dir {output}: is a file")
     detector = from_pretrained(args.checkpoint)
-    options = data_options(args)
-    tables = load_tables(options, [args.split])
+    tables = load_tables(data_options(args), [args.split], required=args.split)
     if args.split not in tables:
-        raise InputError(f"--split {args.split}: the data have no such split, only {', '.join(find_sources(options))}")
+        raise InputError(f"--split {args.split}: there are too few training images to hold some out")
     table = tables[args.split]
     config = detector.config
     classes = [dict(zip(of.category_ids, of.class_names, strict=True)) for of in (config, table)]

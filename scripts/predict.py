@@ -20,32 +20,34 @@ from tqdm import tqdm
 
 from direct_pt.batch import Detections, Objects, Sample, collate
 from direct_pt.checkpoint import from_pretrained
-from direct_pt.data.images import FORMATS, UnreadableImage, image_size, read_image
+from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
+from direct_pt.data.sources import decoding_of
 from direct_pt.data.transforms import TestPreset, render
 from direct_pt.errors import InputError, run_program
 from direct_pt.evaluation import mask_run_lengths
 from direct_pt.launch import make_accelerator
 from direct_pt.models.detector import DetectorConfig
 from direct_pt.models.masks import paste_masks
-from direct_pt.settings import add_device_arguments, parser, positive_integer
+from direct_pt.settings import add_decoding_arguments, add_device_arguments, parser, positive_integer
 from direct_pt.visualize import draw_detections
 
 
 class ImageFiles(Dataset[Sample]):
     """Test samples of files; an unreadable one comes back black and named."""
 
-    def __init__(self, paths: list[Path], preset: TestPreset) -> None:
+    def __init__(self, paths: list[Path], preset: TestPreset, decoding: Decoding) -> None:
         self.paths = paths
         self.preset = preset
+        self.decoding = decoding
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            size = image_size(self.paths[index])
+            size = image_size(self.paths[index], self.decoding)
             geometry = self.preset.geometry(size, Objects.none(), np.random.default_rng(0))
-            image = read_image(self.paths[index], size, geometry.resized)
+            image = read_image(self.paths[index], size, geometry.resized, self.decoding)
             sample = render(image, Objects.none(), geometry, self.preset.padded_size(geometry.size))
             return replace(sample, index=index)
         except UnreadableImage:
@@ -116,18 +118,20 @@ def main() -> None:
     p.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
     p.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
+    add_decoding_arguments(p)
     add_device_arguments(p)
     args = p.parse_args()
 
     if args.output_dir.is_file():
         raise InputError(f"--output-dir {args.output_dir}: is a file")
     files = find_images(args.images)
+    decoding = decoding_of(args.exif, args.alpha)
     accelerator = make_accelerator(args.mixed_precision)
     detector = from_pretrained(args.checkpoint).to(accelerator.device)
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side)
     loader = DataLoader(
-        ImageFiles([path for path, _ in files], preset), args.micro_batch_size, collate_fn=collate,
+        ImageFiles([path for path, _ in files], preset, decoding), args.micro_batch_size, collate_fn=collate,
         num_workers=args.num_workers,
     )  # fmt: skip
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,7 @@ def main() -> None:
                     for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
                 ]
                 drawn = draw_detections(
-                    Image.fromarray(read_image(path)), mine.boxes.numpy(), mine.labels.numpy(), captions,
+                    Image.fromarray(read_image(path, decoding=decoding)), mine.boxes.numpy(), mine.labels.numpy(), captions,
                     whole_masks(mine, (height, width)),
                 )  # fmt: skip
                 target = args.output_dir / picture

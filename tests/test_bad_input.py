@@ -201,10 +201,10 @@ def test_data_folders(copy: Path, output: Path) -> None:
     shutil.rmtree(copy / "images")
     assert f"{copy / 'images'}: no such image folder" in refused("pretrain", "--data", copy, *arguments)
     annotations(copy).unlink()
-    assert "give --train-images" in refused("pretrain", "--data", copy, *arguments)
+    assert "the data have no split 'train', only val: add it" in refused("pretrain", "--data", copy, *arguments)
     annotations(copy, "val").unlink()
     message = refused("pretrain", "--data", copy, *arguments)
-    assert f"--data {copy}: holds neither annotations/instances_train2017.json" in message
+    assert f"--data {copy}: holds none of: COCO's annotations/instances_train2017.json" in message
     assert "no data given: use --data DIR" in refused("pretrain", *arguments)
 
 
@@ -224,7 +224,7 @@ def test_splits_with_other_classes(copy: Path, output: Path) -> None:
 def test_nothing_to_learn(copy: Path, output: Path) -> None:
     change(copy, "train", annotations=[])
     message = refused("pretrain", "--data", copy, "--drop-empty", "--output-dir", output)
-    assert str(annotations(copy)) in message and "--drop-empty" in message
+    assert str(annotations(copy)) in message and "no image has an object to learn" in message
 
 
 def test_unknown_detector(demo: Path, output: Path) -> None:
@@ -317,7 +317,8 @@ def test_init_that_is_no_model(demo: Path, output: Path) -> None:
 def test_evaluate_arguments(demo: Path, copy: Path, pretrained: Path, output: Path) -> None:
     flags = ("--checkpoint", pretrained, "--output-dir", output)
     annotations(copy, "val").unlink()
-    assert "--split val: the data have no such split, only train" in refused("evaluate", "--data", copy, *flags)
+    message = refused("evaluate", "--data", copy, *flags, "--val-share", 0)
+    assert message.startswith("the data have no split 'val', only train: add it")
     message = refused("evaluate", "--data", demo, *flags, "--short-side", 100, "--long-side", 50)
     assert message == "--short-side 100 is above --long-side 50: swap them"
     assert "--micro-batch-size" in refused("evaluate", "--data", demo, *flags, "--micro-batch-size", 0)

@@ -107,7 +107,7 @@ def test_class_subset(tmp_path: Path) -> None:
     table = load_tables(DataOptions(data=data, val_share=0, classes=("class 2", "class 0")))["train"]
     assert (table.class_names, table.category_ids) == (("class 0", "class 2"), (1, 7))
     assert table.labels.tolist() == [0, 1, 1, 1] and np.diff(table.starts).tolist() == [2, 0, 2]
-    with pytest.raises(InputError, match="--classes clas 1: .* has no such class; near ones: class 1"):
+    with pytest.raises(InputError, match=r"--classes clas 1: .* has no such class; near ones: class 1"):
         load_tables(DataOptions(data=data, classes=("clas 1",)))
 
 

@@ -56,7 +56,12 @@ class DataOptions:
     @property
     def decoding(self) -> Decoding:
         """How image files become pixels."""
-        return Decoding(exif=self.exif == "apply", alpha=self.alpha)
+        return decoding_of(self.exif, self.alpha)
+
+
+def decoding_of(exif: str, alpha: str) -> Decoding:
+    """What the flags of these names mean."""
+    return Decoding(exif=exif == "apply", alpha=alpha)
 
 
 def find_sources(options: DataOptions) -> dict[str, list[Source]]:
@@ -111,7 +116,10 @@ def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
 
 
 def load_tables(
-    options: DataOptions, wanted: Iterable[str] = ("train", "val"), problems: Mapping[str, Problems] | None = None
+    options: DataOptions,
+    wanted: Iterable[str] = ("train", "val"),
+    problems: Mapping[str, Problems] | None = None,
+    required: str | None = None,
 ) -> dict[str, AnnotationTable]:
     """The tables of the wanted splits, those that there are, with the same classes.
 
@@ -121,12 +129,17 @@ def load_tables(
         options: the flags.
         wanted: of SPLITS.
         problems: of each split, for who collects them; splits that cannot be read at all are then left out.
+        required: a split without which there is nothing to do.
 
     Raises:
         InputError: naming the file, the field and the annotation, and the remedy.
     """
     sources, wanted = find_sources(options), set(wanted)
-    held_out = "val" in wanted and "val" not in sources and options.val_share > 0 and "train" in sources
+    parted = "train" in sources and "val" not in sources and options.val_share > 0
+    held_out = parted and not wanted.isdisjoint(("train", "val"))
+    if required is not None and required not in sources and not (held_out and required == "val"):
+        remedy = "add it, or name COCO files with --train-images, --train-annotations, --val-images, --val-annotations"
+        raise InputError(f"the data have no split {required!r}, only {', '.join(sources)}: {remedy}")
     read = wanted | ({"train"} if held_out or len(sources.get("train", ())) > 1 else set())
     tables: dict[str, AnnotationTable] = {}
     for split in (split for split in SPLITS if split in read and split in sources):

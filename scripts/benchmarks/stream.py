@@ -41,14 +41,13 @@ def measure(args: argparse.Namespace) -> list[Row]:
         stream = open_stream(Path(name), "coco", Decoding(), args.window)
         feed = StreamFeed(stream, PretrainPreset(SIDE), seed=0, with_masks=False, num_workers=2)
         count = args.samples // MICRO_BATCH
-        start, first, highest = time.perf_counter(), 0.0, 0.0
+        start, highest = time.perf_counter(), 0.0
         for done, _ in enumerate(feed.batches(Share(MICRO_BATCH, 0, count)), start=1):
             if done % max(1, count // READINGS // 20) == 0:
                 highest = max(highest, _memory_mib())
             if done % (count // READINGS) == 0:
-                first = first or highest
                 label = f"highest memory up to {done * MICRO_BATCH:,} samples"
-                rows.append(row("stream", label, highest, "MiB", "first tenth", first, "flat"))
+                rows.append(row("stream", label, highest, "MiB", target="flat"))
                 highest = 0.0
         rate = count * MICRO_BATCH / (time.perf_counter() - start)
         rows.append(row("stream", f"samples of {SIDE}x{SIDE}", rate, "images/s"))
