@@ -156,10 +156,10 @@ def main() -> None:
                     f"{config.class_names[label]} {score:.2f}"
                     for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
                 ]
+                photo = Image.fromarray(read_image(path, decoding=decoding))
                 drawn = draw_detections(
-                    Image.fromarray(read_image(path, decoding=decoding)), mine.boxes.numpy(), mine.labels.numpy(), captions,
-                    whole_masks(mine, (height, width)),
-                )  # fmt: skip
+                    photo, mine.boxes.numpy(), mine.labels.numpy(), captions, whole_masks(mine, (height, width))
+                )
                 target = args.output_dir / picture
                 target.parent.mkdir(parents=True, exist_ok=True)
                 drawn.save(target, quality=92)

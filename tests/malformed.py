@@ -435,7 +435,8 @@ def all_of(*changes: Callable[[Any], object]) -> Callable[[Any], None]:
     return change
 
 
-# fmt: off  # a table, in which wrapped arguments are easier to read than one a line
+# Tables, in which one argument a line would hide what belongs together.
+# fmt: off
 
 # COCO: the file
 

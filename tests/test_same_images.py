@@ -82,10 +82,8 @@ def test_same_samples_and_the_same_ap(
     np.testing.assert_array_equal(table.labels, reference.labels)
     np.testing.assert_allclose(table.boxes, reference.boxes, rtol=0, atol=1e-12)
     share = Share(8, 0, 25)
-    batches = zip(
-        *(TableFeed(one, PretrainPreset(64), 3, False, 0).batches(share) for one in (table, reference)), strict=True
-    )
-    for found, expected in batches:
+    feeds = (TableFeed(one, PretrainPreset(64), 3, False, 0) for one in (table, reference))
+    for found, expected in zip(*(feed.batches(share) for feed in feeds), strict=True):
         assert found.images.equal(expected.images) and found.labels.equal(expected.labels)
         assert found.valid.equal(expected.valid) and found.indices.equal(expected.indices)
         np.testing.assert_allclose(found.boxes, expected.boxes, rtol=0, atol=1e-5)

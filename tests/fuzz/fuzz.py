@@ -32,20 +32,16 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
-
-IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder where files are written fast
-CACHES = ("HF_HOME", "DIRECT_PT_CACHE", "HYPOTHESIS_STORAGE_DIRECTORY")
-if __name__ == "__main__":  # before those that read it are loaded
-    os.environ |= dict.fromkeys(CACHES, tempfile.mkdtemp(prefix="direct_pt_fuzz_", dir=IN_MEMORY))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import datasets
 import hypothesis
+import hypothesis.configuration
 import numpy as np
 import odd_data
 import torch
@@ -55,7 +51,7 @@ from pycocotools import mask as coco_mask
 
 from direct_pt.data import images, json_stream
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import Decoding, UnreadableImage, decode_image, encoded_size, header_sizes
+from direct_pt.data.images import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.run_lengths import totals
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
@@ -64,6 +60,7 @@ from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder where files are written fast
 LIMIT = 10.0  # seconds for one input
 MEMORY = 2**31  # bytes: far more than the small inputs need, and what they state is often larger
 MOST_PIXELS = 2000 * 2000  # of an image that is decoded, in place of MAX_PIXELS, which takes seconds
@@ -72,9 +69,27 @@ LONGEST = 20_000  # characters of a message: some names are long
 BATCH = 1000  # documents that hypothesis makes at a time: it remembers them
 MOST_CRASHES = 20  # of one target
 ROOM = 2**26  # bytes: of an input and the report, shared with the process that reads it
+SAMPLES = 300  # that libFuzzer begins with
+READING = (  # modules whose lines it counts
+    *(
+        f"direct_pt.data.{name}"
+        for name in ("images", "json_stream", "label_files", "records", "run_lengths", "voc", "yolo")
+    ),
+    *(f"yaml.{name}" for name in ("composer", "constructor", "parser", "reader", "scanner")),
+    *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")),
+    *("PIL.Image", "PIL.ImageFile"),
+)
 OPENING = ("open", "os.listdir", "os.scandir")  # audit events with a path
-FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pickle.find_class")
-WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "pickle.find_class",
+)
+WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
 
 
 class Broken(Exception):
@@ -124,12 +139,12 @@ class Report:
         """Of the table."""
         refused = self.inputs - self.accepted
         return (
-            f"{self.name:20} {self.inputs:8} {self.accepted:9} {refused:9} {self.seconds:9.1f} {1000 * self.slowest:9.1f} "
-            f"{len(self.failures):7}"
+            f"{self.name:20} {self.inputs:8} {self.accepted:9} {refused:9} {self.seconds:9.1f} "
+            f"{1000 * self.slowest:10.1f} {len(self.failures):7}"
         )
 
 
-HEADER = f"{'target':20} {'inputs':>8} {'accepted':>9} {'refused':>9} {'CPU s':>9} {'slowest':>9} {'broken':>7}"
+HEADER = f"{'target':20} {'inputs':>8} {'accepted':>9} {'refused':>9} {'CPU s':>9} {'slowest ms':>10} {'broken':>7}"
 
 
 # What is read, and the rules
@@ -262,7 +277,9 @@ def check_json(folder: Path, _: Files) -> bool:
             if not isinstance(error, json_stream.NotAnObject):
                 raise Broken(f"blocks of {json_stream.BLOCK}: {found!r:.500} or {error!r} of what is no object")
         elif (whole is None) != (error is None) or repr(found) != repr(expected):
-            raise Broken(f"blocks of {json_stream.BLOCK}: {found!r:.500} or {error!r}, not {expected!r:.500} or {whole!r}")
+            raise Broken(
+                f"blocks of {json_stream.BLOCK}: {found!r:.500} or {error!r}, not {expected!r:.500} or {whole!r}"
+            )
         elif isinstance(whole, json.JSONDecodeError) and str(error) != str(whole) and "codec" not in str(error):
             raise Broken(f"blocks of {json_stream.BLOCK}: the message {error}, not {whole}")
     return whole is None
@@ -358,7 +375,7 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.folder = f"{folder}/"
         libraries = {sys.prefix, sys.base_prefix, str(REPOSITORY / "direct_pt"), str(REPOSITORY / "tests")}
-        self.allowed = tuple(f"{place}/" for place in (*libraries, os.environ.get("HF_HOME", os.devnull)))
+        self.allowed = tuple(f"{place}/" for place in (*libraries, folder.parent / "cache"))
         self.on = False
         self.seen: list[str] = []
 
@@ -370,9 +387,9 @@ class Watch:
             self.seen.append(f"{event} {arguments!r:.300}")
         elif event in OPENING or event in WRITING:
             path = arguments[0]
-            if path is None or isinstance(path, int):
-                return
-            place = os.path.abspath(os.fsdecode(path))
+            if path is None or isinstance(path, int) or (event in WRITING and arguments[-1] != -1):
+                return  # the last: relative to a folder that was opened before
+            place = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (links are followed below the folder)
             writes = event in WRITING or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
             inside = f"{place}/".startswith(self.folder)
             if (inside and writes) or not (inside or f"{place}/".startswith(self.allowed) or place == os.devnull):
@@ -383,18 +400,25 @@ class Reader:
     """Gives a target its inputs, in a process of its own."""
 
     def __init__(self, target: Target, folder: Path, state: mmap.mmap, limit: float) -> None:
-        self.target, self.folder, self.state, self.limit = target, folder, state, limit
+        self.target, self.state, self.limit = target, state, limit
+        self.folder, self.corpus = folder / "data", folder / "corpus"
+        self.cache = folder / "cache"
         self.report, _ = pickle.loads(state)
-        self.watch = Watch(folder)
+        self.watch = Watch(self.folder)
+        self.folder.mkdir(exist_ok=True)
         for path, content in target.usual.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content or b"")
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).write_bytes(content or b"")
 
     def prepare(self, memory: int) -> None:
         """Load what is loaded late, and set the limits."""
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, of values that should not have come there
         images.MAX_PIXELS = MOST_PIXELS
         datasets.disable_progress_bars()
+        datasets.config.HF_HUB_OFFLINE = True
+        datasets.config.HF_DATASETS_CACHE = self.cache
+        os.environ["DIRECT_PT_CACHE"] = str(self.cache)
+        hypothesis.configuration.set_hypothesis_home_dir(self.cache / "hypothesis")
         if self.target.usual and not self.target.check(self.folder, {}):
             raise Broken(f"{self.target.name}: the usual files are refused")
         faulthandler.enable()
@@ -449,7 +473,7 @@ class Reader:
         text = "".join(traceback.format_exception(problem))
         return Failure(key_of(problem), text, files), problem
 
-    def documents(self, strategy: SearchStrategy[Files], inputs: int, seed: str) -> None:
+    def give_documents(self, strategy: SearchStrategy[Files], inputs: int, seed: str) -> None:
         """Those of hypothesis. One that breaks a rule is made as small as it gets, one of each kind."""
         report = self.report
         new: dict[str, Failure] = {}
@@ -481,13 +505,52 @@ class Reader:
                 report.failures |= new
                 new.clear()
 
-    def bytes(self, make: Make, inputs: int, seed: str) -> None:
+    def give_bytes(self, make: Make, inputs: int, seed: str) -> None:
         """Those of a generator of random numbers."""
         rng = random.Random(f"{seed} {self.target.name} {self.report.inputs}")
         while self.report.inputs < inputs:
-            found = self.read(make(rng))
-            if found is not None:
-                self.report.failures.setdefault(found[0].key, found[0])
+            self.keep(make(rng))
+
+    def give_guided(self, make: Make, inputs: int, seed: str) -> None:
+        """Some of the same, and what libFuzzer makes of them, which keeps those that reach new lines of READING."""
+        import atheris
+
+        rng = random.Random(f"{seed} {self.target.name} {self.report.inputs}")
+        samples = [make(rng) for _ in range(SAMPLES)]
+        paths = sorted({path for files in samples for path in files})
+        shutil.rmtree(self.corpus, ignore_errors=True)
+        self.corpus.mkdir()
+        for number, files in enumerate(samples):
+            path, content = next(iter(files.items()))
+            (self.corpus / str(number)).write_bytes(bytes([paths.index(path)]) + (content or b""))
+        for module in READING:
+            for function in functions_of(sys.modules[module]):
+                atheris.instrument_func(function)
+
+        def read(data: bytes) -> None:
+            if data:
+                self.keep({paths[data[0] % len(paths)]: data[1:]})
+            if self.report.inputs >= inputs:
+                self.save(None)
+                os._exit(0)
+
+        flags = ("-timeout=0", "-rss_limit_mb=0", f"-seed={zlib.crc32(seed.encode())}", "-max_len=8000", "-runs=-1")
+        atheris.Setup([self.target.name, str(self.corpus), *flags], read)
+        atheris.Fuzz()
+
+    def keep(self, files: Files) -> None:
+        """One input; what it breaks is kept, the first one of a kind."""
+        found = self.read(files)
+        if found is not None:
+            self.report.failures.setdefault(found[0].key, found[0])
+
+
+def functions_of(module: ModuleType) -> Iterator[FunctionType]:
+    """And the methods of its classes."""
+    for value in vars(module).values():
+        for function in vars(value).values() if isinstance(value, type) else (value,):
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                yield function
 
 
 def key_of(error: BaseException) -> str:
@@ -495,13 +558,20 @@ def key_of(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in frame.filename]
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(REPOSITORY)]
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-    return f"{type(error).__name__} {place} {error!s:.40}" if isinstance(error, Broken) else f"{type(error).__name__} {place}"
+    return (
+        f"{type(error).__name__} {place} {error!s:.40}"
+        if isinstance(error, Broken)
+        else f"{type(error).__name__} {place}"
+    )
 
 
-def hunt(target: Target, inputs: int, seed: int, limit: float = LIMIT, memory: int = MEMORY) -> Report:
+def hunt(
+    target: Target, inputs: int, seed: int, limit: float = LIMIT, memory: int = MEMORY, guided: bool = False
+) -> Report:
     """Give a target so many inputs, in processes of their own."""
     report, crashes, began = Report(target.name), 0, cpu_seconds()
     with mmap.mmap(-1, ROOM) as state, tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+        log = Path(folder) / "stderr"
         while report.inputs < inputs and crashes < MOST_CRASHES:
             state.seek(0)
             state.write(pickle.dumps((report, None)))
@@ -510,27 +580,35 @@ def hunt(target: Target, inputs: int, seed: int, limit: float = LIMIT, memory: i
             if not child:
                 status = 1
                 try:
+                    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.__stderr__.fileno())
                     reader = Reader(target, Path(folder), state, limit)
                     reader.prepare(memory)
-                    give = reader.documents if isinstance(target.inputs, SearchStrategy) else reader.bytes
-                    give(target.inputs, inputs, f"{seed} {crashes}")  # type: ignore[arg-type]
+                    if isinstance(target.inputs, SearchStrategy):
+                        reader.give_documents(target.inputs, inputs, f"{seed} {crashes}")
+                    elif guided:
+                        reader.give_guided(target.inputs, inputs, f"{seed} {crashes}")
+                    else:
+                        reader.give_bytes(target.inputs, inputs, f"{seed} {crashes}")
                     reader.save(None)
                     status = 0
                 except BaseException:
-                    traceback.print_exc()
+                    traceback.print_exc(file=sys.__stderr__)
                 finally:
+                    sys.__stderr__.flush()
                     os._exit(status)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             report, files = pickle.loads(state)
             if not status:
                 break
+            said = log.read_bytes()[-5000:].decode(errors="replace")
             if files is None:
-                raise RuntimeError(f"{target.name}: the reading process ended with {status} by itself")
+                raise RuntimeError(f"{target.name}: the reading process ended with {status} by itself: {said}")
             crashes += 1
             report.inputs += 1
-            ends = {-signal.SIGALRM: f"takes longer than {limit:g} seconds"}
-            text = ends.get(status, f"the process ended with {status}")
-            report.failures[f"crash {crashes}"] = Failure(f"crash {crashes}", text, files)
+            text = (
+                f"took more than {limit:g} seconds" if status == -signal.SIGALRM else f"the process ended with {status}"
+            )
+            report.failures[f"crash {crashes}"] = Failure(f"crash {crashes}", f"{text}\n{said}", files)
     report.seconds = cpu_seconds() - began
     return report
 
@@ -546,7 +624,13 @@ def targets() -> list[Target]:
     coco, yolo, voc = odd_data.usual_coco(), odd_data.usual_yolo(), odd_data.usual_voc()
     hub, folder = odd_data.usual_hub(), odd_data.usual_imagefolder()
     pictures = odd_data.image_files()
-    counts = [b"05d0a1", b"PP7000", b"0`3", b"o0", coco_mask.encode(np.asfortranarray(np.eye(40, dtype=np.uint8)))["counts"]]
+    counts = [
+        b"05d0a1",
+        b"PP7000",
+        b"0`3",
+        b"o0",
+        coco_mask.encode(np.asfortranarray(np.eye(40, dtype=np.uint8)))["counts"],
+    ]
     return [
         Target("json", {"file.json": b"{}"}, odd_data.json_bytes, check_json, 0.22),
         Target("rle", {}, partial(odd_data.damaged_counts, counts), check_run_lengths, 0.15),
@@ -593,6 +677,7 @@ def main() -> None:
     p.add_argument("--inputs", type=int, default=200_000, help="of all targets, or of the one that is named (200000)")
     p.add_argument("--target", choices=kinds, help="(all)")
     p.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    p.add_argument("--guided", action="store_true", help="bytes are changed by libFuzzer, if atheris is installed")
     p.add_argument("--input", type=Path, help="read this one alone")
     p.add_argument("--output-dir", type=Path, default=Path(tempfile.gettempdir()) / "direct_pt_fuzz", help="for inputs")
     arguments = p.parse_args()
@@ -604,7 +689,7 @@ def main() -> None:
         chosen, whole, arguments.inputs = [saved_input(arguments.input, known)], 0, 1
     for target in chosen:
         count = round(arguments.inputs * target.share / whole) if whole else 1
-        report = hunt(target, count, arguments.seed)
+        report = hunt(target, count, arguments.seed, guided=arguments.guided)
         reports.append(report)
         print(report.line(), flush=True)
         for failure in report.failures.values():
@@ -618,7 +703,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    main()

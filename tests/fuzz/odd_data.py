@@ -23,13 +23,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+
+def words(text: str) -> list[str]:
+    """Of a text."""
+    return text.split()
+
+
 Files = dict[str, bytes | None]  # content by path in the data set's folder; None: the file is not there
 Draw = st.DrawFn
 Json = Any
 ORIENTATION_TAG = 0x0112
 SIZES = {"a.png": (32, 48), "é.png": (20, 20), "sub/c.jpg": (40, 24), "d.webp": (1, 300)}  # (height, width)
 HUGE = "9" * 5000  # digits that Python makes no number of
-NAMES = ["", " ", "cat", "dog", "é", "图\U0001f600", "a" * 300, "a\0b", "\ud800", "\\", "~", "null", "3", "a/b", "..", "."]
+NAMES = ["", " ", "a\0b", "\ud800", "a" * 300, *words("cat dog é 图\U0001f600 \\ ~ null 3 a/b .. .")]
 PATHS = [
     "../a.png", "/etc/passwd", "/etc", "/", ".", "..", "a.png/x", "sub\\c.jpg", "sub/../a.png", "./a.png", "sub//c.jpg",
     "images", "/proc/self/mem", "/dev/zero", "x" * 300, "/".join(["x"] * 3000), "file:///etc/passwd", "~/a.png",
@@ -38,7 +44,22 @@ NUMBERS = [
     0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e9, 1e15, 1e16, -1e15, 1e308, -1e308, math.nan, math.inf, -math.inf, 2**31 - 1,
     2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 10**400, True, False,
 ]  # fmt: skip
-ODD = [*NAMES, *PATHS, *NUMBERS, None, "1", "nan", "123456", [], [[]], {}, [None] * 4, [1, 2, 3, 4], [[1, 2] * 3], {"": 1}]
+ODD = [
+    *NAMES,
+    *PATHS,
+    *NUMBERS,
+    None,
+    "1",
+    "nan",
+    "123456",
+    [],
+    [[]],
+    {},
+    [None] * 4,
+    [1, 2, 3, 4],
+    [[1, 2] * 3],
+    {"": 1},
+]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -95,8 +116,8 @@ def image_files() -> list[bytes]:
 # Bytes
 
 
-def damaged(rng: random.Random, content: bytes, words: Sequence[bytes]) -> bytes:
-    """One to four changes: bits, bytes, stretches left out, doubled or moved, and `words` put in or in place."""
+def damaged(rng: random.Random, content: bytes, tokens: Sequence[bytes]) -> bytes:
+    """One to four changes: bits, bytes, stretches left out, doubled or moved, and `tokens` put in or in place."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4))):
         place, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 4, 8, 32))
@@ -118,24 +139,24 @@ def damaged(rng: random.Random, content: bytes, words: Sequence[bytes]) -> bytes
             case 6:
                 data[place : place + length] = rng.randbytes(length)
             case _:
-                data[place : place + rng.choice((0, 0, length))] = rng.choice(words)
+                data[place : place + rng.choice((0, 0, length))] = rng.choice(tokens)
     return bytes(data)
 
 
-def other_word(rng: random.Random, content: bytes, words: Sequence[bytes]) -> bytes:
+def other_word(rng: random.Random, content: bytes, tokens: Sequence[bytes]) -> bytes:
     """One word or number of a text changed, mostly to what may stand there."""
     found = list(re.finditer(rb"[\w.+-]+", content))
     if not found:
-        return rng.choice(words)
+        return rng.choice(tokens)
     place = rng.choice(found)
-    return content[: place.start()] + rng.choice((rng.choice(found)[0], rng.choice(words))) + content[place.end() :]
+    return content[: place.start()] + rng.choice((rng.choice(found)[0], rng.choice(tokens))) + content[place.end() :]
 
 
-def damage_files(rng: random.Random, usual: Files, paths: Sequence[str], words: Sequence[bytes]) -> Files:
+def damage_files(rng: random.Random, usual: Files, paths: Sequence[str], tokens: Sequence[bytes]) -> Files:
     """One of the files `paths` damaged, and now and then another one left out."""
     path = rng.choice(paths)
     change = rng.choice((damaged, other_word))
-    files: Files = {path: change(rng, usual[path] or b"", words)}
+    files: Files = {path: change(rng, usual[path] or b"", tokens)}
     if rng.random() < 0.02:
         files[rng.choice(sorted(usual))] = None
     return files
@@ -154,11 +175,11 @@ def with_checksums(content: bytes) -> bytes:
 
 
 IMAGE_WORDS = (
-    b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xe1", b"Exif\0\0", b"II*\0", b"MM\0*", b"IHDR",
-    b"IDAT", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"iCCP", b"zTXt", b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X",
-    b"ALPH", b"ANMF", b"GIF89a", b"\x21\xf9", b"\x2c", b"BM", bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\0\0\x03\xe8",
-    b"\x12\x01\x03\0", b"\x01\x12\0\x03", b"\0\x01\0\0", b"\x06", b"\x03\x01", b"\x01\x03",
-)  # fmt: skip
+    *b"Exif\0\0 II*\0 MM\0* IHDR IDAT PLTE tRNS eXIf acTL fcTL fdAT iCCP zTXt RIFF WEBP VP8 VP8L VP8X ALPH ANMF".split(),
+    *b"BM GIF89a \x21\xf9 \x2c \x12\x01\x03\0 \x01\x12\0\x03 \0\x01\0\0 \x06 \x03\x01 \x01\x03".split(),
+    *b"\xff\xd8 \xff\xd9 \xff\xda \xff\xc0 \xff\xc2 \xff\xe1 \x7f\xff\xff\xff \0\0\x03\xe8".split(),
+    *(b"VP8 ", bytes(4), b"\xff" * 4),
+)
 
 
 def damaged_images(files: Sequence[bytes], rng: random.Random) -> Files:
@@ -220,12 +241,13 @@ def json_text(value: Json, ascii_only: bool = True, **options: Any) -> bytes:
     return json.dumps(value, ensure_ascii=ascii_only, **options).encode("utf-8", "surrogatepass")
 
 
-JSON_WORDS = tuple(
-    b'{ } [ ] , : " null true false NaN Infinity -Infinity -1 0 1e5 1E400 1e 01 - 0.5 \\u00e9 \\ud800 \\ud83d\\ude00 \\n \\x '
-    b'"id" "bbox" "images" "categories" "annotations" "segmentation" "counts" "file_name" "size" [[ ]] {} [] "" // '
-    b"9223372036854775808".split()
-) + (HUGE.encode(), b"[" * 2000, b'{"a":' * 2000, b"\n", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\0", "\u2028é".encode())
-SMALL_JSON = {"a": [1, -2.5, 1e3, "é\n\U0001f600", None, True], "b": {"c": [[]], "": [{}]}, "d": [], "e": "x" * 20, "f": 12345}
+JSON_WORDS = (
+    *b'{ } [ ] , : " null true false NaN Infinity -Infinity -1 0 1e5 1E400 1e 01 - 0.5 9223372036854775808 // ""'.split(),
+    *b'"id" "bbox" "images" "categories" "annotations" "segmentation" "counts" "file_name" "size" [[ ]] {} []'.split(),
+    *rb"\u00e9 \ud800 \ud83d\ude00 \n \x".split(),
+    *(HUGE.encode(), b"[" * 2000, b'{"a":' * 2000, b"\n", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\0", "\u2028é".encode()),
+)
+SMALL_JSON = {"a": [1, -2.5, 1e3, "é\n\U0001f600", None, True], "b": {"c": [[]], "": [{}]}, "d": [], "e": "x", "f": 12}
 
 
 def json_bytes(rng: random.Random) -> Files:
@@ -233,13 +255,14 @@ def json_bytes(rng: random.Random) -> Files:
     documents = (SMALL_JSON, SMALL_JSON, [SMALL_JSON], 12, "text", {"a": [1.5, 2] * 20})
     text = json.dumps(rng.choice(documents), ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, None, 1)))
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"))
-    return {"file.json": damaged(rng, text.encode(encoding), JSON_WORDS)}
+    change = rng.choice((damaged, damaged, other_word))
+    return {"file.json": change(rng, text.encode(encoding), JSON_WORDS)}
 
 
 def damaged_counts(usual: Sequence[bytes], rng: random.Random) -> Files:
     """Compressed run lengths of one to three masks, with | between them."""
-    words = (b"0", b"o", b"P", b"O", b"`", b"n", b"_", b"?", b"@", b"oooo", b"0000", b"/", b"p")
-    parts = [damaged(rng, rng.choice(usual), words).replace(b"|", b"") for _ in range(rng.choice((1, 1, 2, 3)))]
+    tokens = (b"0", b"o", b"P", b"O", b"`", b"n", b"_", b"?", b"@", b"oooo", b"0000", b"/", b"p")
+    parts = [damaged(rng, rng.choice(usual), tokens).replace(b"|", b"") for _ in range(rng.choice((1, 1, 2, 3)))]
     return {"counts": b"|".join(parts)}
 
 
@@ -249,7 +272,9 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog", "supercategory"
 COORDINATES = st.one_of(st.integers(-5, 60), st.floats(-5, 60), st.integers(0, 20).map(lambda value: value / 4))
 SIDES = st.one_of(st.integers(0, 60), st.floats(0, 60))
 BOXES = st.tuples(COORDINATES, COORDINATES, SIDES, SIDES).map(list)
-POLYGONS = st.lists(st.lists(COORDINATES, min_size=3, max_size=4).map(lambda values: values * 2), min_size=1, max_size=2)
+POLYGONS = st.lists(
+    st.lists(COORDINATES, min_size=3, max_size=4).map(lambda values: values * 2), min_size=1, max_size=2
+)
 
 
 @st.composite
@@ -326,20 +351,33 @@ def usual_coco() -> Files:
 YAML = b"path: .\ntrain: images/train\nval: [val.txt, images/val]\nnames:\n  0: cat\n  1: 'dog'\nnc: 2\n"
 LINES = b"0 0.5 0.5 0.25 0.5\n1 .1 0.2 1e-1 0.2\r\n1 0 0 1 0 0.5 1 0.25 0.75\n\n"
 YOLO_FILES = ("data.yaml", "labels/train/a.txt", "labels/val/c.txt", "val.txt")
-YOLO_WORDS = tuple(
-    b"path train val names nc kpt_shape : - ? | > { } [ ] , # ' \" & * ! % @ ` ~ <<: --- ... *x &x !!python/object: 0 1 2 -1 "
-    b"nan inf 1e400 1_0 0x1 . .. / /etc ../ images labels \xd9\xa1 \xff \xc3 \xef\xbb\xbf".split()
-) + (b"\n", b"\r", b"\t", b"\0", b"\x0b", b"\x1c", "\u2028".encode(), b" ", b"\n  ", HUGE.encode(), b"[" * 2000)
+YOLO_WORDS = (
+    *b"path train val names nc kpt_shape : - ? | > { } [ ] , # ' \" & * ! % @ ` ~ <<: --- ... *x &x".split(),
+    *b"!!python/object: 0 1 2 -1 nan inf 1e400 1_0 0x1 . .. / /etc ../ images labels".split(),
+    *b"\xd9\xa1 \xff \xc3 \xef\xbb\xbf".split(),
+    *(b"\n", b"\r", b"\t", b"\0", b"\x0b", b"\x1c", b"\xe2\x80\xa8", b" ", b"\n  ", HUGE.encode(), b"[" * 2000),
+)
 RAW_YAML = [
-    "~", "*x", "&x [*x]", "&x {0: *x}", "{a: &x [cat], b: *x}", "!!python/object/apply:os.getcwd []", "!!set {a, b}",
-    "|\n  cat\n", "[a, [b]]", "{[a]: b}", "{0: cat, 0: dog}", "{1: a, 2: b}", "{0: a, 2: b}", "2020-01-01", "!!binary aGk=", "''",
-    "- a\n- b", "\n- cat\n- dog", "\n  0: cat", "<<", "{<<: {0: cat}}", "? a", "[cat, dog", "yes", "[yes, no]", '"\\ud800"', '"\\0"',
-]  # fmt: skip
-SHARES = st.one_of(st.integers(0, 4).map(lambda value: f"{value / 4:g}"), st.floats(0, 1).map(lambda value: f"{value:.3f}"))
+    *words("~ *x 2020-01-01 '' << yes [a,[b]] {[a]:b} {0:cat,0:dog} - ? | > % @ ` ! & * # [ ] { }"),
+    *(
+        "&x [*x]",
+        "&x {0: *x}",
+        "{a: &x [cat], b: *x}",
+        "!!python/object/apply:os.getcwd []",
+        "!!set {a, b}",
+        "[no, yes]",
+    ),
+    *("{[a]: b}", "{0: cat, 0: dog}", "{1: a, 2: b}", "{0: a, 2: b}", "{<<: {0: cat}}", "? a", "[cat, dog", "\t"),
+    *("!!binary aGk=", "|\n  cat\n", "- a\n- b", "\n- cat\n- dog", "\n  0: cat", '"\\ud800"', '"\\0"'),
+]
+SHARES = st.one_of(
+    st.integers(0, 4).map(lambda value: f"{value / 4:g}"), st.floats(0, 1).map(lambda value: f"{value:.3f}")
+)
 WORDS = st.one_of(
-    st.sampled_from(["nan", "inf", "-inf", "1e400", "-1", "2", "1.5", "1e-9", "-0.1", "1_0", "0x1", "１", "é", "", ",", "#"]),
-    st.floats(-2, 3).map(str), st.text(max_size=2),
-)  # fmt: skip
+    st.sampled_from(words("nan inf -inf 1e400 -1 2 1.5 1e-9 -0.1 1_0 0x1 \uff11 é , #")),
+    st.floats(-2, 3).map(str),
+    st.text(max_size=2),
+)
 
 
 @st.composite
@@ -389,26 +427,30 @@ def usual_yolo() -> Files:
     """A YOLO tree, with a label file outside of its folders."""
     images = usual_images()
     return {
-        "data.yaml": YAML, "labels/train/a.txt": LINES, "labels/val/c.txt": b"", "val.txt": b"images/val/c.webp\n",
-        "images/train/a.png": images["a.png"], "images/train/b.jpg": images["sub/c.jpg"], "images/val/c.webp": images["d.webp"],
-    }  # fmt: skip
+        "data.yaml": YAML,
+        "labels/train/a.txt": LINES,
+        "labels/val/c.txt": b"",
+        "val.txt": b"images/val/c.webp\n",
+        "images/train/a.png": images["a.png"],
+        "images/train/b.jpg": images["sub/c.jpg"],
+        "images/val/c.webp": images["d.webp"],
+    }
 
 
 # Pascal VOC
 
 FIELDS = {"width": "48", "height": "32", "depth": "3", "xmin": "9", "ymin": "5", "xmax": "24", "ymax": "20"}
 VOC_FILES = ("Annotations/a.xml", "Annotations/b.xml", "ImageSets/Main/train.txt", "ImageSets/Main/val.txt")
-TEXTS = ["", " ", "0", "1", "-3", "4.5", "100", "1e9", "1e400", "nan", "inf", "0x1", "１２", "1_0", " 5\n", "cat", "é", HUGE]
+TEXTS = ["", " ", " 5\n", HUGE, *words("0 1 -3 4.5 100 1e9 1e400 nan inf 0x1 \uff11\uff12 1_0 cat é")]
 FILE_NAMES = ["a.png", "b.jpg", "c.webp", "", "a", "A.PNG", "a.jpg", "C:\\x\\a.png", "a.png\n", "\ta.png"]
-XML_WORDS = tuple(
-    b"< > </ /> & &amp; &lt; &#65; &#0; &#xd800; &x; <!DOCTYPE <!ENTITY <![CDATA[ ]]> <!-- --> <? ?> xmlns= <object> </object> "
-    b"<name> </name> <bndbox> <xmin> <annotation> </annotation> <filename> <size> <difficult> cat nan 1e400 -1 0 ../ / "
-    b"\xff \xc3 \xef\xbb\xbf \xff\xfe \xfe\xff".split()
-) + (
-    b"\n", b"\0", b'<?xml version="1.0" encoding="utf-16"?>', b'<?xml version="1.0" encoding="latin-1"?>', b"<x>" * 500,
-    b'<?xml version="1.0" encoding="nonsense"?>', b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>', HUGE.encode(),
-    b'<?xml version="1.0" encoding="utf-7"?>', b'<?xml version="1.0" encoding="idna"?>', b" ", b"\r\n",
-)  # fmt: skip
+XML_WORDS = (
+    *b"< > </ /> & &amp; &lt; &#65; &#0; &#xd800; &x; <!DOCTYPE <!ENTITY <![CDATA[ ]]> <!-- --> <? ?> xmlns=".split(),
+    *b"<object> </object> <name> </name> <bndbox> <xmin> <annotation> </annotation> <filename> <size>".split(),
+    *b"<difficult> cat nan 1e400 -1 0 ../ / \xff \xc3 \xef\xbb\xbf \xff\xfe \xfe\xff".split(),
+    *(b'<?xml version="1.0" encoding="%s"?>' % name for name in b"utf-16 latin-1 nonsense utf-7 idna cp932".split()),
+    *(b'<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>', b"<x>" * 500, HUGE.encode()),
+    *(b"\n", b"\r\n", b"\0", b" "),
+)
 
 
 def element(tag: str, *inner: str) -> str:
@@ -437,14 +479,18 @@ def voc_inputs(draw: Draw) -> Files:
         texts[draw(st.sampled_from(list(FIELDS)))] = draw(numbers)
     names = draw(st.lists(st.one_of(st.sampled_from(("cat", "dog")), st.sampled_from(NAMES)), max_size=3))
     image = draw(st.sampled_from(("a.png", "a.png", "a.png", *FILE_NAMES, *PATHS)))
-    more = draw(st.sampled_from(("", "<difficult>1</difficult>", "<difficult>x</difficult>", "<part><name>x</name></part>")))
+    more = draw(
+        st.sampled_from(("", "<difficult>1</difficult>", "<difficult>x</difficult>", "<part><name>x</name></part>"))
+    )
     text = usual_xml(image, names, texts, more)
     if seldom(draw, 5):
         tag = draw(st.sampled_from(("filename", "object", "name", "size", "bndbox", *FIELDS)))
         text = text.replace(f"</{tag}>", "", 1).replace(f"<{tag}>", "", 1)
     files: Files = {draw(st.sampled_from(VOC_FILES[:2])): text.encode("utf-8", "surrogatepass")}
     if seldom(draw, 10):
-        stems = st.lists(st.sampled_from(("a", "b", "c", "a 1", "b -1", "", "../a", "/etc/passwd", "é", "x" * 300)), max_size=3)
+        stems = st.lists(
+            st.sampled_from(("a", "b", "c", "a 1", "b -1", "", "../a", "/etc/passwd", "é", "x" * 300)), max_size=3
+        )
         files[draw(st.sampled_from(VOC_FILES[2:]))] = "\n".join(draw(stems)).encode()
     return files
 
@@ -464,21 +510,22 @@ def usual_voc() -> Files:
 
 SAVED = "data-00000-of-00001.arrow"
 BOX_KINDS = [
-    pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.int64()), pa.list_(pa.float32(), 4), pa.list_(pa.string()),
-    pa.struct([(side, pa.float64()) for side in ("x", "y", "width", "height")]),
-    pa.struct([(side, pa.int32()) for side in ("xmin", "ymin", "xmax", "ymax")]),
-    pa.struct([("x", pa.float64())]), pa.float64(), pa.list_(pa.list_(pa.float64())), pa.string(), pa.list_(pa.bool_()),
-]  # fmt: skip
-CATEGORY_KINDS = [pa.int64(), pa.int64(), pa.string(), pa.int8(), pa.float64(), pa.bool_(), pa.list_(pa.int64()), pa.null(), pa.uint64()]
+    *(pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float32(), 4), pa.float64(), pa.string()),
+    *map(pa.list_, (pa.int64(), pa.string(), pa.bool_(), pa.list_(pa.float64()))),
+    *(pa.struct([(name, pa.float64()) for name in names]) for names in ("xywh", ("x1", "y1", "x2", "y2"), "x")),
+]
+CATEGORY_KINDS = [*[pa.int64()] * 2, *map(pa.list_, (pa.int64(), pa.string())), pa.string(), pa.int8(), pa.float64()]
+CATEGORY_KINDS += [pa.bool_(), pa.uint64(), pa.null()]
+COUNTS_KINDS = (pa.string(), pa.list_(pa.int64()))
 EXTRA_KINDS: dict[str, list[pa.DataType]] = {  # of an object
     "area": [pa.float64(), pa.int64(), pa.string()],
     "iscrowd": [pa.bool_(), pa.int64(), pa.string(), pa.float64()],
     "segmentation": [
-        pa.list_(pa.list_(pa.float64())), pa.list_(pa.list_(pa.int64())), pa.string(), pa.list_(pa.float64()),
-        pa.struct([("size", pa.list_(pa.int64())), ("counts", pa.string())]),
-        pa.struct([("size", pa.list_(pa.int64())), ("counts", pa.list_(pa.int64()))]), pa.binary(),
+        pa.list_(pa.list_(pa.float64())),
+        *(pa.struct([("size", pa.list_(pa.int64())), ("counts", kind)]) for kind in COUNTS_KINDS),
+        *(pa.list_(pa.list_(pa.int64())), pa.list_(pa.float64()), pa.string(), pa.binary()),
     ],
-}  # fmt: skip
+}
 COLUMN_KINDS: dict[str, list[pa.DataType]] = {
     "image_id": [pa.int64(), pa.string(), pa.uint64(), pa.float64()],
     "width": [pa.int64(), pa.float64(), pa.string(), pa.int8()],
@@ -548,7 +595,9 @@ def hub_inputs(draw: Draw, images: Sequence[bytes] = ()) -> Files:
             lengths = dict.fromkeys(fields, draw(st.sampled_from((1, 2, 3, 0))))
             if seldom(draw, 20):
                 lengths[draw(st.sampled_from(list(fields)))] += 1
-            made.append({name: [draw(cells(kind, name)) for _ in range(lengths[name])] for name, kind in fields.items()})
+            made.append(
+                {name: [draw(cells(kind, name)) for _ in range(lengths[name])] for name, kind in fields.items()}
+            )
         arrays["objects"] = pa.array(made, pa.struct([(name, pa.list_(kind)) for name, kind in fields.items()]))
     else:
         objects = pa.list_(pa.struct(list(fields.items())))
@@ -568,7 +617,9 @@ def hub_inputs(draw: Draw, images: Sequence[bytes] = ()) -> Files:
 
 def usual_hub() -> Files:
     """A saved data set of one row."""
-    kind = datasets.Features({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.ClassLabel(names=["cat"])})
+    kind = datasets.Features(
+        {"bbox": datasets.List(datasets.Value("float32")), "category": datasets.ClassLabel(names=["cat"])}
+    )
     features = datasets.Features({"image": datasets.Image(), "objects": datasets.List(kind)})
     cell = {"bytes": usual_images()["a.png"], "path": None}
     rows = {"image": [cell], "objects": [[{"bbox": [1, 2, 3, 4], "category": 0}]]}
@@ -593,6 +644,6 @@ def imagefolder_inputs(draw: Draw) -> Files:
 Make = Callable[[random.Random], Files]
 
 
-def damage(usual: Files, paths: Sequence[str], words: Sequence[bytes]) -> Make:
+def damage(usual: Files, paths: Sequence[str], tokens: Sequence[bytes]) -> Make:
     """Inputs in which one of the files `paths` is damaged."""
-    return partial(damage_files, usual=usual, paths=paths, words=words)
+    return partial(damage_files, usual=usual, paths=paths, tokens=tokens)
