@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import evaluation_loader
+from direct_pt.data.loader import evaluation_loader, read_batches
 from direct_pt.data.transforms import Preset
 from direct_pt.launch import autocast
 from direct_pt.models.detector import Detector
@@ -84,9 +84,9 @@ def predict_split(
     was_training = detector.training
     detector.eval()
     parts = []
-    progress = tqdm(loader, desc="evaluate", unit="batch", disable=not accelerator.is_main_process, leave=False)
-    with torch.no_grad(), autocast(accelerator):
-        for batch in progress:
+    quiet = not accelerator.is_main_process
+    with torch.no_grad(), autocast(accelerator), contextlib.closing(read_batches(loader)) as batches:
+        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False):
             # Packed as they come: on the device they would pile up, and be gathered as ragged tensors.
             between_batches()
             parts.append(_pack(batch, detector.detect(batch.to(accelerator.device)).to("cpu"), classes))

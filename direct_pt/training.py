@@ -6,8 +6,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -99,8 +99,7 @@ class Trainer:
         total = self.plan.total_steps
         self._catch_signals()
         self.sharded.model.train()
-        batches = self._batches()
-        with tqdm(
+        with closing(self._batches()) as batches, tqdm(
             total=total, initial=self.progress.step, desc=self.settings.stage, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1, dynamic_ncols=True,
         ) as self.bar, self._failures_named():  # fmt: skip
@@ -214,7 +213,7 @@ class Trainer:
         mean = self.accelerator.reduce(torch.stack(weights).float().mean(), reduction="mean")
         return [weight / mean for weight in weights]
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         plan, process = self.plan, self.accelerator.process_index
         a_step = plan.accumulation * plan.processes  # micro-batches
         steps = self.progress.step, plan.total_steps

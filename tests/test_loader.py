@@ -1,6 +1,8 @@
 """Which image comes when, on which process; that samples do not depend on how they are made; batches."""
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,37 @@ def test_batches_hold_what_the_table_says(table: AnnotationTable) -> None:
             expected = objects.boxes * [x, y, x, y]
             np.testing.assert_allclose(batch.boxes[row, there].numpy(), expected, rtol=1e-5)
             assert batch.labels[row, there].tolist() == objects.labels.tolist()
+
+
+ENDS = """
+import contextlib, pathlib, sys
+from direct_pt.data.coco import CocoSplit
+from direct_pt.data.loader import Share, TableFeed
+from direct_pt.data.sources import load_split
+from direct_pt.data.transforms import PretrainPreset
+
+def train():
+    feed = TableFeed(load_split(CocoSplit(*map(pathlib.Path, sys.argv[1:]))), PretrainPreset(32), 0, False, 1)
+    with contextlib.closing(feed.batches(Share(2, 0, 100))) as batches:
+        step(batches)
+
+def step(batches):
+    next(batches)
+    raise ValueError("enough")
+
+try:
+    train()
+except ValueError as error:
+    kept = error  # and with it all frames
+print("ends")
+"""
+
+
+def test_reading_processes_end_whoever_holds_the_batches(table: AnnotationTable) -> None:
+    """They ignore stop signals: a program that forgets them would wait for them for ever."""
+    paths = [str(table.folder), table.source]
+    done = subprocess.run([sys.executable, "-c", ENDS, *paths], timeout=120, capture_output=True, text=True, check=True)
+    assert done.stdout == "ends\n"
 
 
 # Images that cannot be read

@@ -125,7 +125,9 @@ def find_layout(features: datasets.Features, source: str, bbox_format: str, spli
     if boxes is None or categories is None:
         wanted, there = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
         raise InputError(f"--data {source}: its '{objects}' lack '{wanted}'; they have {there}")
-    kind = getattr(fields[categories], "feature", fields[categories])
+    kind = fields[categories]
+    if isinstance(features[objects], dict):  # lists beside each other
+        kind = getattr(kind, "feature", kind)
     where, ids = f"--data {source}: '{objects}.{categories}'", None
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))

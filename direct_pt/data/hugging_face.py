@@ -170,8 +170,8 @@ def _load_folder(data: Path, streaming: bool) -> Any:
     """The library's data sets of a local folder, in which all their files lie. Raises InputError, and what it likes."""
     if any((data / name).is_file() for name in SAVED):
         loaded = datasets.load_from_disk(str(data))
-        for rows in loaded.values() if isinstance(loaded, dict) else [loaded]:
-            _require_inside(data, (file["filename"] for file in rows.cache_files), "state.json")
+        for split, rows in loaded.items() if isinstance(loaded, dict) else [("", loaded)]:
+            _require_inside(data, (file["filename"] for file in rows.cache_files), f"{split}/state.json".lstrip("/"))
         return loaded
     for path in sorted(data.rglob("metadata.jsonl")):
         _check_metadata(path)

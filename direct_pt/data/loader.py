@@ -6,7 +6,7 @@ spread over another number of processes, sees the same samples.
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -224,8 +224,8 @@ class Feed(Protocol):
     def objects_a_class(self) -> list[int] | None:
         """Objects to learn of each class; None where nobody counted."""
 
-    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """The micro-batches of one process, from a `state` on."""
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Generator[Batch, None, None]:
+        """The micro-batches of one process, from a `state` on. To close it ends the processes that read."""
 
     def state(self, taken: int) -> dict[str, Any] | None:
         """What going on after `taken` of the micro-batches takes besides their number; in JSON's types."""
@@ -277,14 +277,14 @@ class TableFeed:
         learnt = self.table.labels[~self.table.crowd]
         return np.bincount(learnt, minlength=len(self.table.class_names)).tolist()
 
-    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Generator[Batch, None, None]:
         """A function of seed and share: there is no state."""
         groups = aspect_groups(self.table) if self.grouped else None
         repeats = repeat_factors(self.table, self.repeat_threshold) if self.repeat_threshold else None
         order = SampleOrder(len(self.table), self.seed, share.micro_batch_size, groups, repeats)
         images = TrainingImages(self.table, self.preset, self.seed, self.with_masks, self.cache)
         part = share.start, share.stop, share.rank, share.world
-        return iter(make_loader(images, partial(order.micro_batches, *part), self.num_workers))
+        return read_batches(make_loader(images, partial(order.micro_batches, *part), self.num_workers))
 
     def state(self, taken: int) -> None:
         """Nothing."""
@@ -352,6 +352,14 @@ def make_loader(
         generator=torch.Generator(),  # its own: an iterator would draw from the global one, which resuming restores
         worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """A loader's batches. To close it ends the loader's processes, whoever still holds it.
+
+    They would wait for ever otherwise where an exception that ends the program holds it: they ignore stop signals.
+    """
+    yield from loader
 
 
 def _leave_signals_to_parent(worker: int) -> None:

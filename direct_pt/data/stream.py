@@ -8,7 +8,7 @@ at its own pace. Where it stands is three numbers, so that a run goes on with th
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.hub_rows import Layout, find_layout
 from direct_pt.data.hugging_face import image_bytes, image_root, load_splits
 from direct_pt.data.images import Decoding
-from direct_pt.data.loader import Share, TrainingImages, arrange, aspect_groups, make_loader
+from direct_pt.data.loader import Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
 from direct_pt.data.transforms import Preset
@@ -279,7 +279,7 @@ class StreamFeed:
             first = next(iter(wrong.values()))
             raise InputError(f"{len(wrong)} of the first {len(window.rows)} images are wrong, first: {first}")
 
-    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+    def batches(self, share: Share, state: dict[str, Any] | None = None) -> Generator[Batch, None, None]:
         """Goes on from a state of the same process of as many; of another number, the next epoch begins."""
         self._share = share
         self._first = share.start // share.world * share.micro_batch_size
@@ -289,7 +289,7 @@ class StreamFeed:
             if [state["rank"], state["world"]] != [share.rank, share.world]:
                 place, skipped = Place(place.epoch + 1), 0
         images = StreamedImages(self.preset, self.seed, self.with_masks)
-        return iter(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
+        return read_batches(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
 
     def state(self, taken: int) -> dict[str, Any] | None:
         """The window that the next sample is of, and how many of its samples are done."""

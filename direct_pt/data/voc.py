@@ -239,14 +239,16 @@ def _object(element: Element, ids: dict[str, int]) -> Json:
         except ValueError:
             corners.append(nan)
         if not isfinite(corners[-1]):
-            raise ValueError(f"has the <{tag}> {text!r}; expected a number of pixels")
+            raise ValueError(f"has the <{tag}> {text!r:.60}; expected a number of pixels")
     x1, y1, x2, y2 = corners
     if x2 < x1 or y2 < y1:
         raise ValueError(
             f"has the corners ({x1:g}, {y1:g}) and ({x2:g}, {y2:g}); xmin and ymin must be the smaller ones"
         )
+    if max(corners) <= 1 and corners != [1, 1, 1, 1]:
+        raise ValueError("has corners within 1 pixel, which look like shares of the image's sides; write pixels")
     if difficult not in ("0", "1"):
-        raise ValueError(f"has <difficult> {difficult!r}; expected 0 or 1")
+        raise ValueError(f"has <difficult> {difficult!r:.60}; expected 0 or 1")
     return {
         "category_id": ids[name],
         "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],

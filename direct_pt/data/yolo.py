@@ -109,6 +109,8 @@ class YoloSplit:
         """The images that one of `paths` stands for. An exported file says ../train/images of what lies beside it."""
         for written in (path, re.sub(r"^(\.\./)+", "", path)):
             inside = self._inside(root / written)
+            if inside == "." and written != path:  # "../" alone is no place beside the file
+                continue
             place = self.folder / (inside or "")
             if inside is not None and os.path.isdir(place):  # noqa: PTH112
                 found = self._walk(place)
