@@ -85,12 +85,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     scores.set(xlabel="optimizer step", ylabel=label, ylim=(0, 1), title="validation")
     scores.grid(alpha=0.3)
     scores.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that failed does not say where
-    finally:
-        plt.close(figure)
+    _save(figure, path)
 
 
 def plot_object_sizes(panels: Mapping[str, Mapping[str, np.ndarray]], marks: Mapping[float, str], path: Path) -> None:

@@ -306,10 +306,6 @@ class SavedTree(ParquetTree):
         datasets.DatasetDict({self.split: datasets.Dataset(self.table())}).save_to_disk(self.folder)
         return DataOptions(data=self.folder, val_share=0)
 
-    def paths(self) -> dict[str, Path]:
-        """And the split's folder."""
-        return {"FILE": self.folder / self.split, **Tree.paths(self)}
-
 
 KINDS: dict[str, Callable[[Path], Tree]] = {
     **{layout: lambda folder, layout=layout: CocoTree(folder, layout) for layout in COCO},  # type: ignore[misc]
@@ -447,9 +443,10 @@ DEEP = "maximum recursion depth exceeded while decoding a JSON array from a unic
 for layout in COCO:
     add(f"{layout} good", FINE)
     add(f"{layout} cut short", ERROR, text(lambda s: s[:300]), f"FILE: {JSON} (...")
-    add(f"{layout} no image folder", ERROR, message="IMAGES: no such image folder (the images of FILE)",
-        after=lambda tree: tree.images.rename(tree.folder / "elsewhere"),
-        also=("IMAGES: no such image folder (the images of VAL)",) if layout in ("explicit", "plain") else ())
+for layout in ("explicit", "plain", "coco2017"):
+    add(f"{layout} no image folder", ERROR, after=lambda tree: tree.images.rename(tree.folder / "elsewhere"),
+        message="IMAGES: no such image folder (the images of FILE)",
+        also=() if layout == "coco2017" else ("IMAGES: no such image folder (the images of VAL)",))
 add("plain empty file", ERROR, text(lambda s: ""), f"FILE: {JSON} (Expecting value: line 1 column 1 (char 0)){ANEW}")
 add("plain list", ERROR, text(lambda s: "[1, 2]"), NO_COCO)
 add("plain null", ERROR, text(lambda s: "null"), NO_COCO)
@@ -462,7 +459,8 @@ add("plain gzip", ERROR, text(lambda s: b"\x1f\x8b\x08" + s.encode()),
     f"FILE: {JSON} ('utf-8' codec can't decode byte 0x8b in position 1: invalid start byte){ANEW}")
 add("plain one quote", ERROR, text(lambda s: s.replace('"', "'")),
     f"FILE: {JSON} (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)){ANEW}")
-add("plain something behind", ERROR, text(lambda s: s + "\n" + s), f"FILE: {JSON} (Extra data: line 2 column 1 (char ...")
+add("plain something behind", ERROR, text(lambda s: s + "\n" + s),
+    f"FILE: {JSON} (Extra data: line 2 column 1 (char ...")
 add("plain 1e400", ERROR, swap("[8, 6", "[1e400, 6"), annotation=11, left=GOOD[1:],
     message="FILE: annotation 11 has bbox [inf, 6, 16, 12]; expected [x, y, width, height] in pixels, finite, ...")
 add("plain NaN", ERROR, swap("[8, 6", "[NaN, 6"), annotation=11, left=GOOD[1:],
@@ -478,8 +476,10 @@ add("plain much white space", FINE, text(lambda s: " " * 10**7 + s.replace("[", 
 add("plain a key twice", FINE, swap('"info"', '"images": [], "info"'))  # the last one counts
 add("plain a field twice", FINE, swap('"id": 11', '"category_id": 3, "id": 11'))
 add("explicit annotations are a folder", ERROR, after=folder("labels.json"), message="FILE: no such annotation file")
-add("explicit annotations link to themselves", ERROR, after=loop("labels.json"), message="FILE: no such annotation file")
-add("explicit images are a file", ERROR, after=file("pictures", ""), message="IMAGES: no such image folder (the images of ...",
+add("explicit annotations link to themselves", ERROR, after=loop("labels.json"),
+    message="FILE: no such annotation file")
+add("explicit images are a file", ERROR, after=file("pictures", ""),
+    message="IMAGES: no such image folder (the images of ...",
     also=("IMAGES: no such image folder (the images of VAL)",))
 add("plain images link to themselves", ERROR, after=loop("images"),
     message="IMAGES: no such image folder (the images of FILE)",
@@ -512,15 +512,16 @@ add("plain no class name", ERROR, cut("categories", 1, "name"), "FILE: categorie
     left=GOOD[1:])
 
 WHOLE = "; it must be a whole number"
-UNKNOWN = "FILE: annotation {} has image_id 1, which 'images' does not list"
+UNKNOWN = tuple(f"FILE: annotation {number} has image_id 1, which 'images' does not list" for number in (11, 12))
+UNNAMED = ("FILE: annotation 11 has category_id 1, which 'categories' does not list",)
 for what, value in {"text": "1", "a fraction": 1.0, "true": True, "null": None, "huge": 2**63, "a list": [1]}.items():
     told = f"(id {value!r}) has id {value!r}{WHOLE}"
     add(f"explicit image id {what}", ERROR, put("images", 0, "id", value), f"FILE: images[0] {told}", left=GOOD[2:],
-        also=(UNKNOWN.format(11), UNKNOWN.format(12)))
+        also=UNKNOWN)
     add(f"plain category id {what}", ERROR, put("categories", 1, "id", value), f"FILE: categories[1] {told}",
-        left=GOOD[1:], also=("FILE: annotation 11 has category_id 1, which 'categories' does not list",))
+        left=GOOD[1:], also=UNNAMED)
     add(f"roboflow annotation id {what}", ERROR, put("annotations", 0, "id", value), f"FILE: annotations[0] {told}",
-        left=GOOD[1:])
+        left=GOOD[1:], annotation=value if what == "huge" else None)
     for name in ("image_id", "category_id"):
         add(f"coco2017 {name} {what}", ERROR, put("annotations", 0, name, value), annotation=11, left=GOOD[1:],
             message=f"FILE: annotations[0] (id 11) has {name} {value!r}{WHOLE}")
@@ -533,22 +534,26 @@ add("plain image id twice", ERROR, put("images", 1, "id", 1), "FILE: images[].id
 add("plain file name twice", ERROR, put("images", 1, "file_name", "a.png"), left=GOOD[:2],
     message="FILE: images[].file_name a.png is used twice; join the annotations of the two records")
 add("plain category id twice", ERROR, put("categories", 1, "id", 3), left=GOOD[1:],
-    message="FILE: categories[].id 3 is used twice; ids must be unique",
-    also=("FILE: annotation 11 has category_id 1, which 'categories' does not list",))
+    message="FILE: categories[].id 3 is used twice; ids must be unique", also=UNNAMED)
 add("plain class name twice", ERROR, put("categories", 1, "name", "dog"), left=GOOD[1:],
     message="FILE: categories[].name dog is used twice; rename one, or give both one id")
+for what, value in {"null": None, "a list": ["cat"], "true": True, "empty": ""}.items():
+    add(f"plain class name {what}", ERROR, put("categories", 1, "name", value), left=GOOD[1:],
+        message=f"FILE: categories[1] (id 1) has name {value!r}; it must be text")
 add("plain annotation id twice", NOTE, put("annotations", 1, "id", 11), annotation=11, counts={AGAIN: 1})
-add("plain annotated twice", NOTE, lambda tree: tree.train["annotations"].append({**tree.train["annotations"][0], "id": 14}),
-    annotation=14, counts={TWICE: 1}, left=[*GOOD, GOOD[0]])
+add("plain annotated twice", NOTE,
+    lambda tree: tree.train["annotations"].append({**tree.train["annotations"][0], "id": 14}),
+    annotation=14, counts={TWICE: 1}, left=[*GOOD[:2], GOOD[0], GOOD[2]])
 OTHER = "VAL: its categories (id and name) differ from those of FILE; all splits must list the same"
 add("plain other classes in val", ERROR, lambda tree: tree.val["categories"].pop(0), OTHER, split="val", left=GOOD)
-add("coco2017 renamed class in val", ERROR, lambda tree: tree.val["categories"][0].update(name="Cat"), OTHER, split="val",
-    left=GOOD)
+add("coco2017 renamed class in val", ERROR, lambda tree: tree.val["categories"][0].update(name="Cat"), OTHER,
+    split="val", left=GOOD)
 add("plain fault in val", ERROR, lambda tree: tree.val["annotations"][0].update(bbox=None), split="val", left=GOOD,
     annotation=21, message="VAL: annotation 21 has bbox None; expected [x, y, width, height] in pixels, ...")
 add("plain unknown --classes", ERROR, message="--classes dgo: FILE has no such class; near ones: dog",
     flags=lambda tree: {"classes": ("dgo",)})
-add("explicit two files of the same images", ERROR, after=lambda tree: shutil.copy(tree.file, tree.folder / "more.json"),
+add("explicit two files of the same images", ERROR,
+    after=lambda tree: shutil.copy(tree.file, tree.folder / "more.json"),
     message="SET/more.json: lists a.png, as does FILE; join its objects in one file",
     flags=lambda tree: {"train_annotations": (tree.file, tree.folder / "more.json")})
 
@@ -558,12 +563,12 @@ BOX = "; expected [x, y, width, height] in pixels, finite, no side negative"
 BAD_BOXES: dict[str, Any] = {
     "negative width": [8, 6, -16, 12], "negative height": [8, 6, 16, -0.5], "infinite": [8, float("-inf"), 16, 12],
     "beyond all images": [8, 6, 1e300, 12], "of three": [8, 6, 16], "of five": [8, 6, 16, 12, 1], "text": "8 6 16 12",
-    "of texts": ["8", "6", "16", "12"], "null": None, "of null": [8, 6, None, 12], "true": True, "of true": [True, 6, 16, 12],
-    "an object": {"x": 8, "y": 6}, "nested": [[8, 6, 16, 12]], "empty": [],
+    "of texts": ["8", "6", "16", "12"], "null": None, "of null": [8, 6, None, 12], "true": True, "empty": [],
+    "of true": [True, 6, 16, 12], "an object": {"x": 8, "y": 6}, "nested": [[8, 6, 16, 12]],
 }
 for what, value in BAD_BOXES.items():
-    add(f"plain box {what}", ERROR, put("annotations", 0, "bbox", value), f"FILE: annotation 11 has bbox {value!r}{BOX}",
-        annotation=11, left=GOOD[1:])
+    add(f"plain box {what}", ERROR, put("annotations", 0, "bbox", value),
+        f"FILE: annotation 11 has bbox {value!r}{BOX}", annotation=11, left=GOOD[1:])
 MENDED_BOXES = {
     "without area": ([8, 6, 0, 0], {SMALL: 1}),
     "outside": ([70, 6, 16, 12], {SMALL: 1, CLIPPED: 1}),
@@ -584,14 +589,16 @@ def in_shares(tree: CocoTree) -> None:
 
 def as_corners(tree: CocoTree) -> None:
     """Ten boxes as (x1, y1, x2, y2)."""
-    tree.train["annotations"] = [
-        {"id": number, "image_id": 1, "category_id": 1, "bbox": [20 + number, 25, 50 + number, 40]} for number in range(10)
-    ]
+    boxes = [[20 + number, 25, 50 + number, 40] for number in range(10)]
+    tree.train["annotations"] = [{"image_id": 1, "category_id": 1, "bbox": box} for box in boxes]
 
 
 add("coco2017 boxes in shares", ERROR, in_shares, f"FILE: {SHARES}")
-add("roboflow boxes as corners", ERROR, as_corners, "FILE: its boxes look like [x1, y1, x2, y2]: most leave their ...")
+add("roboflow boxes as corners", ERROR, as_corners,
+    "FILE: its boxes look like [x1, y1, x2, y2]: most leave their images as [x, y, width, height], none as corners; "
+    "rewrite them, or for a hub data set give --bbox-format voc")
 BAD_AREAS: dict[str, Any] = {
+    "negative": -192,
     "null": None, "text": "192", "true": True, "NaN": float("nan"), "1e400": 1e400, "401 digits": 10**400,
 }
 for what, value in BAD_AREAS.items():
@@ -602,7 +609,8 @@ for what, value in {"2": 2, "text": "0", "a half": 0.5, "NaN": float("nan"), "a 
         message=f"FILE: annotation 11 has iscrowd {value!r}; expected 0 or 1")
 for what, value in {"true": True, "null": None}.items():
     add(f"plain iscrowd {what}", FINE, put("annotations", 0, "iscrowd", value))
-for what, value in {"0": 0, "-1": -1, "text": "48", "a fraction": 48.5, "null": None, "2**31": 2**31, "true": True}.items():
+BAD_HEIGHTS = {"0": 0, "-1": -1, "text": "48", "a fraction": 48.5, "null": None, "2**31": 2**31, "true": True}
+for what, value in BAD_HEIGHTS.items():
     add(f"plain height {what}", REPAIRED, put("images", 0, "height", value), counts={SIZES: 1})
 add("plain no width", REPAIRED, cut("images", 0, "width"), counts={SIZES: 1})
 add("plain height of another image", UNREADABLE, put("images", 0, "height", 50),
@@ -621,6 +629,8 @@ SUM = "its counts do not sum to the pixels of its size"
 BAD_OUTLINES: dict[str, tuple[Any, str]] = {
     "with an x too many": ([[24, 12, 40, 12, 40, 36, 24]], "it has an x without a y"),
     "not nested": (SQUARE[0], "..."),
+    "of points": ([[[24, 12], [40, 12], [40, 36]]], "it has a coordinate that is no number"),
+    "a text": ("24,12,40,12,40,36", "it has a coordinate that is no number"),
     "of texts": (["24 12 40 12 40 36"], "it has a coordinate that is no number"),
     "of NaN": ([[24, 12, 40, 12, 40, float("nan")]], "it has a coordinate that is not finite"),
     "of 401 digits": ([[24, 12, 40, 12, 40, 10**400]], "int too large to convert to float"),
@@ -651,8 +661,10 @@ for what, (value, reason) in BAD_OUTLINES.items():
     end = "" if reason == "..." else ")"
     add(f"plain outline {what}", ERROR, put("annotations", 1, "segmentation", value), annotation=12,
         message=f"FILE: annotation 12 {NO_OUTLINE} ({reason}{end}", left=[GOOD[0], GOOD[2]])
-for what, value in {"of two corners": [[24, 12, 40, 36]], "partly of two": [[24, 12, 40, 36], *SQUARE], "empty part": [[]]}.items():
-    add(f"plain outline {what}", REPAIRED, put("annotations", 1, "segmentation", value), annotation=12, counts={PARTS: 1})
+LINE_ONLY = [24, 12, 40, 36]
+for what, value in {"of two corners": [LINE_ONLY], "partly of two": [LINE_ONLY, *SQUARE], "empty part": [[]]}.items():
+    add(f"plain outline {what}", REPAIRED, put("annotations", 1, "segmentation", value), annotation=12,
+        counts={PARTS: 1})
 for what, value in {"null": None, "empty": [], "counted": {"counts": [500, 40, 2532], **OF_SIZE}}.items():
     add(f"plain outline {what}", FINE, put("annotations", 1, "segmentation", value))
 
@@ -667,6 +679,9 @@ for what, value in {"above": "../secret.jpg", "outside": "../../secret.jpg", "as
         message=f"FILE: images[0] (id 1) has file_name {value!r}; {LIES}")
 add("roboflow name outside", ERROR, put("images", 0, "file_name", "../../secret.jpg"), left=GOOD[2:],
     message=f"FILE: images[0] (id 1) has file_name '../../secret.jpg'; {LIES}")
+for what, value in {"null": None, "a number": 5, "a list": ["a.png"], "empty": ""}.items():
+    add(f"plain name {what}", ERROR, put("images", 0, "file_name", value), left=GOOD[2:],
+        message=f"FILE: images[0] (id 1) has file_name {value!r}; {LIES}")
 add("plain name with NUL", ERROR, put("images", 0, "file_name", "a.png\0"), left=GOOD[2:],
     message="FILE: images[0] (id 1) has file_name 'a.png\\x00'; ...")
 MISSING_NAMES = {
@@ -692,13 +707,12 @@ add("plain name with backslashes for slashes", ERROR, into_a_folder, left=GOOD[2
 add("plain image missing", ERROR, lambda tree: tree.drop("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
 add("roboflow all images missing", ERROR, lambda tree: [tree.drop(f"train/{name}.png") for name in "ab"],
     message="IMAGES/a.png: listed in FILE but not there (2 of 2 images are missing); check the image folder",
-    also=("IMAGES/b.png: listed in FILE but not there (2 of 2 images are missing); check the image folder",
-          "FILE: none of its images can be read; the errors before this one say why"))
+    also=("IMAGES/b.png: listed in FILE but not there (2 of 2 images are missing); check the image folder",))
 add("plain image a folder", ERROR, folder("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
 add("plain image a link to itself", ERROR, loop("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
 add("plain folder in itself", FINE, all_of(lambda tree: (tree.images / "again").symlink_to(tree.images),
     put("images", 0, "file_name", "again/again/again/a.png")))
-NO_IMAGE = "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged; replace or convert it, or leave it out"
+NO_IMAGE = "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged; ..."
 EMPTY = "is empty; replace or convert it, or leave it out"
 TOO_LARGE = "has 60000x60000 = 3600000000 pixels, more than the ..."
 BAD_IMAGES = {
@@ -714,10 +728,10 @@ for what, (value, reason) in BAD_IMAGES.items():
 add("plain image cut short", UNREADABLE, file("images/a.png", PICTURE[:2000]), f"IMAGES/a.png: {CUT}")
 add("plain image of another format", FINE, file("images/a.png", picture(format="JPEG")))
 add("plain image turned, annotated as stored", FINE, file("images/a.png", turned()))
-UPRIGHT = all_of(file("images/a.png", turned()), lambda tree: tree.train["images"][0].update(height=WIDTH, width=HEIGHT))
+UPRIGHT = all_of(file("images/a.png", turned()), put("images", 0, "height", WIDTH), put("images", 0, "width", HEIGHT))
 add("plain image turned, annotated upright", FINE, UPRIGHT)
 add("plain image turned, annotated upright, exif ignored", UNREADABLE, UPRIGHT, flags=lambda tree: {"exif": "ignore"},
-    message="IMAGES/a.png: is 64x48 pixels, but its annotation says 48x64, as it is once its EXIF orientation (6) is ...")
+    message="IMAGES/a.png: is 64x48 pixels, but its annotation says 48x64, as it is once its EXIF ...")
 
 # YOLO: label lines
 
@@ -745,7 +759,6 @@ BAD_LINES = {
     "negative width": ("0 .5 .5 -.5 .5", "has the negative width or height -0.5; write it without sign"),
 }
 for what, (value, reason) in BAD_LINES.items():
-    also = (LINE.replace(":1", ":2") + f"has the class 0; expected {FIELDS}",) if what == "x" else ()
     left = [("a", "cat", [16, 12, 32, 24]), GOOD[2]] if what == "header" else GOOD[2:]
     add(f"yolo {what}", ERROR, file("labels/train/a.txt", value), LINE + reason, left=left)
 NO_TEXT = "cannot be read as UTF-8 text ('utf-8' codec can't decode byte {} in position {}: ..."
@@ -783,7 +796,6 @@ add("yolo no label files", NOTE, lambda tree: tree.drop("labels/train"), left=[]
 
 NAMES = "needs 'names', a list of the classes or a mapping {index: name}"
 ELSEWHERE = "its 'train' {!r} is no folder and no .txt file in SET; write a path relative to it"
-NOTHING = "SET/data.yaml (train): 'images' is empty; there is nothing to read"
 BAD_YAMLS = {
     "no names": ("train: images/train", NAMES),
     "names a text": ("names: cat\ntrain: images/train", NAMES),
@@ -799,19 +811,23 @@ BAD_YAMLS = {
     "no file of YAML": ("names: [cat", "cannot be read as YAML (while parsing a flow sequence ..."),
     "yaml of Latin-1": (b"names: [c\xe4t]\ntrain: images/train",
                         "cannot be read as YAML (unacceptable character #x00e4: ..."),
-    "deep yaml": ("names: " + 5000 * "[", "cannot be read as YAML (maximum recursion depth exceeded..."),
+    "deep yaml": ("names: " + 500 * "[", "cannot be read as YAML (maximum recursion depth exceeded..."),
 }
 for what, (content, reason) in BAD_YAMLS.items():
     add(f"yolo {what}", ERROR, file("data.yaml", content), f"SET/data.yaml: {reason}")
-for what, value in {"train absent": "images/trane", "train outside": "/etc", "train above": "../../etc",
-                    "train with backslashes": "images\\train", "train on the net": "https://x.org/a.zip"}.items():
-    add(f"yolo {what}", ERROR, file("data.yaml", f"names: [cat, dog]\ntrain: {value}\nval: images/val\n"),
-        f"SET/data.yaml: {ELSEWHERE.format(value)}", also=(NOTHING,))
-add("yolo path above", ERROR, file("data.yaml", "path: ../\nnames: [cat, dog]\ntrain: images/train"), also=(NOTHING,),
+BAD_PATHS = {
+    "absent": "images/trane", "outside": "/etc", "above": "../../etc", "one up": "../",
+    "with backslashes": "images\\train", "on the net": "https://x.org/a.zip",
+}
+for what, value in BAD_PATHS.items():
+    add(f"yolo train {what}", ERROR, file("data.yaml", f"names: [cat, dog]\ntrain: {value}\nval: images/val\n"),
+        f"SET/data.yaml: {ELSEWHERE.format(value)}")
+add("yolo path above", ERROR, file("data.yaml", "path: ../\nnames: [cat, dog]\ntrain: images/train"),
     message="SET/data.yaml: its 'path' '../' lies outside of SET, where nothing is read; remove the line")
 add("yolo path ignored", NOTE, counts={"path ignored": 1},
     spoil=file("data.yaml", "path: /datasets/mine\nnames: [cat, dog]\ntrain: images/train\nval: images/val\n"))
-add("yolo yaml with byte order mark", FINE, file("data.yaml", "\ufeffnames: [cat, dog]\ntrain: images/train\nval: images/val"))
+add("yolo yaml with byte order mark", FINE,
+    file("data.yaml", "\ufeffnames: [cat, dog]\ntrain: images/train\nval: images/val"))
 add("yolo yaml with a command", FINE, file("data.yaml", "names: [cat, dog]\ntrain: images/train\nval: images/val\n"
     "download: !!python/object/apply:os._exit [1]"))
 
@@ -849,13 +865,18 @@ BAD_OBJECTS = {
     "decimal comma": (voc_object(corners=(9, 7, "24,5", 18)), "has the <xmax> '24,5'; expected a number of pixels"),
     "1e400": (voc_object(corners=(9, 7, 24, "1e400")), "has the <ymax> '1e400'; expected a number of pixels"),
     "width and height": (voc_object().replace("xmin", "x"), NO_BOX),
+    "5,000 digits": (voc_object(corners=(9, 7, 24, "9" * 5000)),
+                     f"has the <ymax> '{'9' * 59}; expected a number of pixels"),
+    "shares": (voc_object(corners=(0.125, 0.125, 0.375, 0.375)),
+               "has corners within 1 pixel, which look like shares of the image's sides; write pixels"),
     "no box": ("<object><name>cat</name></object>", NO_BOX),
     "no name": ("<object/>", "has no <name>; write its class there"),
     "blank name": (voc_object(" "), "has no <name>; write its class there"),
     "difficult 2": (voc_object(more="<difficult>2</difficult>"), "has <difficult> '2'; expected 0 or 1"),
 }
 for what, (value, reason) in BAD_OBJECTS.items():
-    add(f"voc {what}", ERROR, file("Annotations/a.xml", voc_file("a.png", value, SECOND)), FIRST + reason, left=GOOD[1:])
+    add(f"voc {what}", ERROR, file("Annotations/a.xml", voc_file("a.png", value, SECOND)), FIRST + reason,
+        left=GOOD[1:])
 ENTITIES = "".join(f'<!ENTITY e{n} "{10 * f"&e{n - 1};"}">' for n in range(1, 10))
 DOCTYPE = "it declares a document type; remove the line <!DOCTYPE ...>"
 BAD_XMLS: dict[str, tuple[str | bytes, str]] = {
@@ -866,10 +887,10 @@ BAD_XMLS: dict[str, tuple[str | bytes, str]] = {
     "tags crossed": ("<annotation></object>", "mismatched tag: line 1, column 14"),
     "empty": ("", "no element found: line 1, column 0"),
     "bare ampersand": (voc_file("a.png", voc_object("cat & dog")), "not well-formed (invalid token): line 1, ..."),
-    "Latin-1": (voc_file("a.png", voc_object("c\xe4t")).encode("latin-1"), "not well-formed (invalid token): line 1, ..."),
+    "Latin-1": (voc_file("a.png", voc_object("\xe4")).encode("latin-1"), "not well-formed (invalid token): line 1..."),
     "JSON": ("{}", "not well-formed (invalid token): line 1, column 0"),
     "two documents": (2 * voc_file("a.png"), "junk after document element: line 1, ..."),
-    "deep": (10**5 * "<annotation>", "..."),
+    "deep": (10**4 * "<annotation>", "..."),
 }
 for what, (content, reason) in BAD_XMLS.items():
     end = "" if reason.endswith("...") else "); mend it, or save it anew in UTF-8"
@@ -884,7 +905,8 @@ for what, value in {"of text": "wide", "negative": "-64", "of fractions": "64.5"
 for what, size in {"none": "", "0": "<size><width>0</width><height>0</height></size>"}.items():
     spoil = file("Annotations/a.xml", voc_file("a.png", voc_object(), SECOND, size=size))
     add(f"voc size {what}", REPAIRED, spoil, counts={SIZES: 1})
-add("voc size of another image", UNREADABLE, message="SET/JPEGImages/a.png: is 64x48 pixels, but its annotation says 64x50; ...",
+add("voc size of another image", UNREADABLE,
+    message="SET/JPEGImages/a.png: is 64x48 pixels, but its annotation says 64x50; ...",
     spoil=file("Annotations/a.xml", voc_file("a.png", voc_object(), SECOND, size=SIZE.replace("48", "50"))))
 FINE_XMLS = {
     "byte order mark": ("\ufeff" + voc_file("a.png", voc_object(), SECOND)).encode(),
@@ -893,11 +915,13 @@ FINE_XMLS = {
 }
 for what, content in FINE_XMLS.items():
     add(f"voc {what}", FINE, file("Annotations/a.xml", content))
-for what, value in {"outside": "../../secret.jpg", "absolute": "/etc/passwd", "on a drive": "C:\\pictures\\a.png"}.items():
+PATHS = {"outside": "../../secret.jpg", "absolute": "/etc/passwd", "on a drive": "C:\\pictures\\a.png"}
+for what, value in PATHS.items():
     spoil = file("Annotations/a.xml", voc_file(value, voc_object(), SECOND))
     add(f"voc file name {what}", NOTE, spoil, counts={"filename is a path": 1})
-add("voc file name of another", ERROR, file("Annotations/a.xml", voc_file("b.png", voc_object())), left=[("b", "cat", BOXES[0])],
-    message="SET/Annotations/b.xml: is of the image b.png, as is SET/Annotations/a.xml; correct its <filename>, or remove ...")
+add("voc file name of another", ERROR, file("Annotations/a.xml", voc_file("b.png", voc_object())),
+    left=[("b", "cat", BOXES[0])],
+    message="SET/Annotations/b.xml: is of the image b.png, as is SET/Annotations/a.xml; correct its ...")
 add("voc box over the edges", REPAIRED, counts={CLIPPED: 1}, left=[("a", "cat", [-6, -6, 86, 66]), GOOD[2]],
     spoil=file("Annotations/a.xml", voc_file("a.png", voc_object(corners=(-5, -5, 80, 60)))))
 add("voc XML missing", ERROR, lambda tree: tree.drop("Annotations/a.xml"), left=GOOD[2:],
@@ -905,7 +929,7 @@ add("voc XML missing", ERROR, lambda tree: tree.drop("Annotations/a.xml"), left=
 add("voc XML a link to itself", ERROR, loop("Annotations/a.xml"), left=GOOD[2:],
     message="SET/Annotations/a.xml: cannot be read as XML ([Errno 40] Too many levels of symbolic links: ...")
 add("voc image missing", ERROR, lambda tree: tree.drop("JPEGImages/a.png"), left=GOOD[2:],
-    message="SET/Annotations/a.xml: its <filename> 'a.png' is not in SET/JPEGImages, and no a.jpg or the like either; ...")
+    message="SET/Annotations/a.xml: its <filename> 'a.png' is not in SET/JPEGImages, and no a.jpg or the like ...")
 add("voc image a folder", ERROR, folder("JPEGImages/a.png"), left=GOOD[2:],
     message=f"SET/JPEGImages/a.png: {GONE.replace('FILE', 'SET (train)')}")
 add("voc image empty", UNREADABLE, file("JPEGImages/a.png", b""), f"SET/JPEGImages/a.png: {EMPTY}")
@@ -913,8 +937,8 @@ add("voc image a bomb", UNREADABLE, file("JPEGImages/a.png", BOMB), f"SET/JPEGIm
 add("voc name listed twice", ERROR, file("ImageSets/Main/train.txt", "b\na\nb\n"), left=GOOD,
     message="SET/ImageSets/Main/train.txt:3: lists 'b' again, after line 1; remove one")
 add("voc name listed outside", ERROR, file("ImageSets/Main/train.txt", "../../secret\nb\n"), left=GOOD[2:],
-    message="SET/ImageSets/Main/train.txt:1: lists '../../secret', but SET/Annotations has no ../../secret.xml; add ...")
-add("voc list empty", ERROR, file("ImageSets/Main/train.txt", "\n"), also=("SET (train): 'images' is empty; there is nothing to read",),
+    message="SET/ImageSets/Main/train.txt:1: lists '../../secret', but SET/Annotations has no ...")
+add("voc list empty", ERROR, file("ImageSets/Main/train.txt", "\n"),
     message="SET/ImageSets/Main/train.txt: lists no images; write a name without suffix on each line")
 
 # Hugging Face: image folders with metadata.jsonl
@@ -927,7 +951,7 @@ def objects(row: int, **fields: Any) -> Callable[[HubTree], None]:
     return lambda tree: tree.rows[row]["objects"].update(fields)
 
 
-def value(row: int, name: str, number: int, one: Any) -> Callable[[HubTree], None]:
+def one_value(row: int, name: str, number: int, one: Any) -> Callable[[HubTree], None]:
     """Another value of one object."""
     return lambda tree: tree.rows[row]["objects"][name].__setitem__(number, one)
 
@@ -946,9 +970,10 @@ def every(**fields: Any) -> Callable[[HubTree], None]:
 add("metadata good", FINE)
 add("metadata absent file", ERROR, lambda tree: tree.drop("train/a.png"), left=GOOD[2:],
     message="SET (train): image 1 states no width and height, and its file SET/train/a.png: No such file or directory")
-for what, name in {"outside": "../../secret.jpg", "absolute": "/etc/hostname", "of a URL": "file:///etc/hostname"}.items():
+LEADING_OUT = {"outside": "../../secret.jpg", "absolute": "/etc/hostname", "of a URL": "file:///etc/hostname"}
+for what, name in LEADING_OUT.items():
     add(f"metadata name {what}", ERROR, lambda tree, name=name: tree.rows[0].update(file_name=name),
-        f"--data SET: {LIBRARY} (ValueError: Invalid metadata file_name '{name}': `file_name` must be a relative path ...")
+        f"--data SET: {LIBRARY} (ValueError: Invalid metadata file_name '{name}': `file_name` must be ...")
 add("metadata name null", ERROR, lambda tree: tree.rows[0].update(file_name=None), left=GOOD[2:],
     message="SET (train): image 1 states no width and height, and there is no image")
 add("metadata name twice", ERROR, lambda tree: tree.rows[0].update(file_name="b.png"),
@@ -958,7 +983,7 @@ add("metadata name longer", ERROR, lambda tree: tree.rows[0].update(file_name=LO
 add("metadata no names", ERROR, lambda tree: [row.pop("file_name") for row in tree.rows],
     f"--data SET: {LIBRARY} (ValueError: `file_name`, ...")
 add("metadata no images", ERROR, lambda tree: [tree.drop(f"train/{name}.png") for name in "ab"],
-    "--data SET: has no image column (its columns are file_name, objects); put the images beside the file that names them")
+    "--data SET: has no image column (its columns are objects, file_name); put the images beside the file that ...")
 add("metadata no objects", ERROR, lambda tree: [row.pop("objects") for row in tree.rows],
     "--data SET: has no column 'objects' with 'bbox' and 'category' (its columns are image)")
 add("metadata objects a text", ERROR, lambda tree: [row.update(objects="x") for row in tree.rows],
@@ -969,11 +994,12 @@ add("metadata too few classes", ERROR, objects(0, category=["cat"]), annotation=
 add("metadata too few boxes", ERROR, objects(0, bbox=BOXES[:1]), annotation=2, left=[GOOD[0], GOOD[2]],
     message=f"SET (train): annotation 2 has bbox None{BOX}")
 NULL = "has a list that begins with null, which is not read as such; leave that object out"
-add("metadata class null, first", ERROR, value(0, "category", 0, None), f"FILE:1: {NULL}")
-add("metadata box null, first", ERROR, value(1, "bbox", 0, None), f"FILE:2: {NULL}")
-add("metadata class null, second", ERROR, value(0, "category", 1, None), annotation=2, left=[GOOD[0], GOOD[2]],
+add("metadata class null, first", ERROR, one_value(0, "category", 0, None), f"FILE:1: {NULL}")
+add("metadata box null, first", ERROR, one_value(1, "bbox", 0, None), f"FILE:2: {NULL}")
+add("metadata class null, second", ERROR, one_value(0, "category", 1, None), annotation=2, left=[GOOD[0], GOOD[2]],
     message="SET (train): annotations[1] (id 2) has category_id None; it must be a whole number")
-add("metadata classes of numbers, one -1", ERROR, all_of(every(category=0), value(0, "category", 0, -1)), annotation=1,
+add("metadata classes of numbers, one -1", ERROR, annotation=1,
+    spoil=all_of(every(category=0), one_value(0, "category", 0, -1)),
     message="SET (train): annotation 1 has category_id -1, which 'categories' does not list",
     left=[("a", "0", BOXES[1]), ("b", "0", BOXES[2])])
 for what, one, kind in (("fractions", 0.5, "float64"), ("true", True, "bool")):
@@ -982,8 +1008,10 @@ for what, one, kind in (("fractions", 0.5, "float64"), ("true", True, "bool")):
 add("metadata classes in lists", ERROR, every(category=["cat"]), "--data SET: 'objects.category' is of the type ...")
 add("metadata classes blank", ERROR, every(category=" "),
     "--data SET: 'objects.category' has no class in any row: whole numbers from 0 on, or names")
-add("metadata classes mixed", ERROR, value(0, "category", 0, 5), f"--data SET: {LIBRARY} (ArrowInvalid: JSON parse error: ...")
-add("metadata box of three", ERROR, value(0, "bbox", 0, [8, 6, 16]), f"SET (train): annotation 1 has bbox [8, 6, 16]{BOX}",
+add("metadata classes mixed", ERROR, one_value(0, "category", 0, 5),
+    f"--data SET: {LIBRARY} (ArrowInvalid: JSON parse error: ...")
+add("metadata box of three", ERROR, one_value(0, "bbox", 0, [8, 6, 16]),
+    f"SET (train): annotation 1 has bbox [8, 6, 16]{BOX}",
     annotation=1, left=GOOD[1:])
 add("metadata boxes in shares", ERROR, every(bbox=[0.1, 0.2, 0.3, 0.4]), f"SET (train): {SHARES}")
 add("metadata image id twice", ERROR, lambda tree: [row.update(image_id=5) for row in tree.rows],
@@ -993,7 +1021,8 @@ add("metadata size of another image", UNREADABLE, lambda tree: [row.update(width
 BAD_METADATA: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "empty file": (lambda s: "\n", ": is empty; write an object for each image, on a line of its own"),
     "cut short": (lambda s: s[: s.index("\n") + 20], ":2: is no JSON object (..."),
-    "Latin-1": (lambda s: s.replace("cat", "c\xe4t").encode("latin-1"), ":1: is no JSON object ('utf-8' codec can't ..."),
+    "Latin-1": (lambda s: s.replace("cat", "c\xe4t").encode("latin-1"),
+    ":1: is no JSON object ('utf-8' codec can't ..."),
     "UTF-16": (lambda s: s.encode("utf-16"), ":1: is no JSON object ('utf-8' codec can't decode byte 0xff in ..."),
     "array": (lambda s: f"[{s.strip().replace(chr(10), ',')}]", ":1: is no JSON object (it is something else); ..."),
     "deep nesting": (lambda s: '{"x": ' + "[" * 100_000, ":1: is no JSON object (maximum recursion depth exceeded ..."),
@@ -1002,9 +1031,11 @@ for what, (change, reason) in BAD_METADATA.items():
     add(f"metadata {what}", ERROR, text(change), f"FILE{reason}")
 add("metadata byte order mark", FINE, text(lambda s: s.encode("utf-8-sig")))
 add("metadata blank lines", FINE, text(lambda s: s.replace("\n", "\r\n\r\n")))
-add("metadata NaN", ERROR, swap("[[8, 6", "[[NaN, 6"), f"SET (train): annotation 1 has bbox [nan, 6.0, 16.0, 12.0]{BOX}",
+add("metadata NaN", ERROR, swap("[[8, 6", "[[NaN, 6"),
+    f"SET (train): annotation 1 has bbox [nan, 6.0, 16.0, 12.0]{BOX}",
     annotation=1, left=GOOD[1:])
-add("metadata 1e400", ERROR, swap("[[8, 6", "[[1e400, 6"), f"--data SET: {LIBRARY} (ArrowInvalid: JSON parse error: ...")
+add("metadata 1e400", ERROR, swap("[[8, 6", "[[1e400, 6"),
+    f"--data SET: {LIBRARY} (ArrowInvalid: JSON parse error: ...")
 add("metadata image empty", ERROR, file("train/a.png", b""), left=GOOD[2:],
     message=f"SET (train): image 1 states no width and height, and row 0, a.png: {EMPTY}")
 add("metadata image cut short", UNREADABLE, file("train/a.png", PICTURE[:2000]), f"SET (train): row 0, a.png: {CUT}")
@@ -1028,10 +1059,10 @@ add("metadata README names files outside", ERROR, file("README.md", README.forma
 
 
 def cell(content: bytes | None, path: str | None = None) -> Callable[[ParquetTree], None]:
-    """Another image in the first row; `path` may name ROOT."""
+    """Another image in the first row; `path` may begin with ROOT or SET."""
 
     def change(tree: ParquetTree) -> None:
-        place = None if path is None else path.replace("ROOT", str(tree.folder.parent))
+        place = None if path is None else path.replace("SET", "ROOT/set").replace("ROOT", str(tree.folder.parent))
         tree.rows[0]["image"] = None if content is None and path is None else {"bytes": content, "path": place}
 
     return change
@@ -1058,31 +1089,34 @@ for kind in ("parquet", "saved"):
     add(f"{kind} image null", ERROR, cell(None), NO_SIZE + "there is no image", left=GOOD[2:])
     add(f"{kind} image no image", ERROR, cell(b"xx", "a.png"), f"{NO_SIZE}row 0, a.png: {NO_IMAGE}", left=GOOD[2:])
     add(f"{kind} image cut short", UNREADABLE, cell(PICTURE[:2000], "a.png"), f"SET (train): row 0, a.png: {CUT}")
-    add(f"{kind} class -1", ERROR, value(0, "category", 0, -1), annotation=1, left=GOOD[1:],
+    add(f"{kind} class -1", ERROR, one_value(0, "category", 0, -1), annotation=1, left=GOOD[1:],
         message="SET (train): annotation 1 has category_id -1, which 'categories' does not list")
-    add(f"{kind} class too high", ERROR, value(0, "category", 0, 2), annotation=1, left=GOOD[1:],
+    add(f"{kind} class too high", ERROR, one_value(0, "category", 0, 2), annotation=1, left=GOOD[1:],
         message="SET (train): annotation 1 has category_id 2, which 'categories' does not list")
-    add(f"{kind} class null", ERROR, value(0, "category", 0, None), annotation=1, left=GOOD[1:],
+    add(f"{kind} class null", ERROR, one_value(0, "category", 0, None), annotation=1, left=GOOD[1:],
         message="SET (train): annotations[0] (id 1) has category_id None; it must be a whole number")
-    add(f"{kind} box null", ERROR, value(0, "bbox", 0, None), f"SET (train): annotation 1 has bbox None{BOX}",
+    add(f"{kind} box null", ERROR, one_value(0, "bbox", 0, None), f"SET (train): annotation 1 has bbox None{BOX}",
         annotation=1, left=GOOD[1:])
-    add(f"{kind} box of three", ERROR, value(0, "bbox", 0, [8, 6, 16]), annotation=1, left=GOOD[1:],
+    add(f"{kind} box of three", ERROR, one_value(0, "bbox", 0, [8, 6, 16]), annotation=1, left=GOOD[1:],
         message=f"SET (train): annotation 1 has bbox [8.0, 6.0, 16.0]{BOX}")
-    add(f"{kind} box negative", ERROR, value(0, "bbox", 0, [8, 6, -16, 12]), annotation=1, left=GOOD[1:],
+    add(f"{kind} box negative", ERROR, one_value(0, "bbox", 0, [8, 6, -16, 12]), annotation=1, left=GOOD[1:],
         message=f"SET (train): annotation 1 has bbox [8.0, 6.0, -16.0, 12.0]{BOX}")
     add(f"{kind} lists of unequal length", ERROR, objects(0, category=[0]), annotation=2, left=[GOOD[0], GOOD[2]],
         message="SET (train): annotations[1] (id 2) has category_id None; it must be a whole number")
-for what, path in {"outside": "ROOT/secret.jpg", "above": "ROOT/set/../secret.jpg", "relative": "a.png",
+for what, path in {"outside": "ROOT/secret.jpg", "above": "SET/../secret.jpg", "relative": "a.png",
                    "on the net": "http://127.0.0.1:9/a.png"}.items():
     add(f"parquet image file {what}", ERROR, cell(None, path), NO_SIZE + NOT_IN.format(path), left=GOOD[2:])
+NUMBERS = features(datasets.Value("int64"))
 add("parquet class -1, not named", ERROR, annotation=1, left=[("a", "1", BOXES[1]), ("b", "1", BOXES[2])],
-    spoil=all_of(value(0, "category", 0, -1), lambda tree: setattr(tree, "features", features(datasets.Value("int64")))),
+    spoil=all_of(one_value(0, "category", 0, -1), lambda tree: setattr(tree, "features", NUMBERS)),
     message="SET (train): annotation 1 has category_id -1, which 'categories' does not list")
 MAGIC = "Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file."
 SAVE = "mend it, or save the set anew"
 PIECE = "train-00000-of-00001.parquet"
-for what, content, reason in (("no parquet", b"PAR1 and nonsense", MAGIC), ("empty file", b"", "Parquet file size is 0 bytes")):
-    add(f"parquet {what}", ERROR, after=file(PIECE, content), message=f"FILE: {LIBRARY} (ArrowInvalid: {reason}); {SAVE}")
+add("parquet no parquet", ERROR, after=file(PIECE, "PAR1 nonsense"),
+    message=f"FILE: {LIBRARY} (ArrowInvalid: {MAGIC}); {SAVE}")
+add("parquet empty file", ERROR, after=file(PIECE, ""),
+    message=f"FILE: {LIBRARY} (ArrowInvalid: Parquet file size is 0 bytes); {SAVE}")
 add("parquet cut short", ERROR, after=lambda tree: tree.put(PIECE, (tree.folder / PIECE).read_bytes()[:-500]),
     message=f"FILE: {LIBRARY} (ArrowInvalid: {MAGIC}); {SAVE}")
 add("parquet other columns in a second file", ERROR,
@@ -1091,12 +1125,15 @@ add("parquet other columns in a second file", ERROR,
 add("saved no split of training", ERROR, lambda tree: setattr(tree, "split", "holiday"),
     "--data SET: has the splits holiday, and none called train or validation")
 ARROW = "data-00000-of-00001.arrow"
-add("saved no arrow", ERROR, after=file(f"train/{ARROW}", "nonsense"), message=f"--data SET: {LIBRARY} (ArrowInvalid: ...")
-add("saved cut short", ERROR, after=lambda tree: tree.put(f"train/{ARROW}", (tree.folder / "train" / ARROW).read_bytes()[:3000]),
+add("saved no arrow", ERROR, after=file(f"train/{ARROW}", "nonsense"),
+    message=f"--data SET: {LIBRARY} (ArrowInvalid: ...")
+add("saved cut short", ERROR,
+    after=lambda tree: tree.put(f"train/{ARROW}", (tree.folder / "train" / ARROW).read_bytes()[:3000]),
     message=f"--data SET: {LIBRARY} (OSError: Expected to be able to read ...")
 add("saved arrow missing", ERROR, after=lambda tree: tree.drop(f"train/{ARROW}"),
-    message=f"--data SET: {LIBRARY} (FileNotFoundError: [Errno 2] No such file or directory: 'SET/train/{ARROW}'); {SAVE}")
-add("saved state no JSON", ERROR, after=file("train/state.json", "{"), message=f"--data SET: {LIBRARY} (JSONDecodeError: ...")
+    message=f"--data SET: {LIBRARY} (FileNotFoundError: [Errno 2] No such file or directory: 'SET/train/{ARROW}...")
+add("saved state no JSON", ERROR, after=file("train/state.json", "{"),
+    message=f"--data SET: {LIBRARY} (JSONDecodeError: ...")
 add("saved split missing", ERROR, after=file("dataset_dict.json", '{"splits": ["train", "test"]}'),
     message=f"--data SET: {LIBRARY} (FileNotFoundError: No such files: 'SET/test/dataset_info.json', nor ...")
 
@@ -1109,4 +1146,4 @@ def arrow_outside(tree: Tree) -> None:
 
 
 add("saved rows outside", ERROR, after=arrow_outside,
-    message="SET/state.json: names the file SET/train/../../rows.arrow, which does not lie in SET; nothing else is read: ...")
+    message="SET/train/state.json: names the file ROOT/rows.arrow, which does not lie in SET; ...")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from conftest import CocoFolder, MakeCocoFolder
@@ -16,6 +17,7 @@ from pycocotools import mask as coco_mask
 from direct_pt.data import json_stream
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.coco import CocoSplit, find_coco
+from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.sources import DataOptions, find_sources, load_split, load_tables
 from direct_pt.errors import InputError
 
@@ -635,3 +637,42 @@ def test_splits_must_list_the_same_categories(
         load_tables(explicit(folder.paths, val.write()))
     for word in (str(val.paths.annotations), str(folder.paths.annotations), "categories", "the same"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_names_that_no_file_can_have(folder: CocoFolder, stated: bool) -> None:
+    """Too long ones, with the separators of another system too; whether their sizes are to be read or not."""
+    for name in ("x" * 300, "x" * 300 + "\\y", "a\0b"):
+        folder.content["images"][1] |= {"file_name": name, "width": 25 if stated else None}
+        message = refused(folder)
+        assert ("must lie in the image folder" if "\0" in name else "1 of 3 images are missing") in message
+
+
+def test_no_image_is_left(folder: CocoFolder) -> None:
+    """Who collects problems gets one for each image, and no table."""
+    for row in range(3):
+        (folder.paths.images / f"{row}.png").unlink()
+    problems = Problems(collects=True)
+    with pytest.raises(DataError, match="none of its images can be read"):
+        load_split(folder.write(), problems=problems)
+    assert [problem.kind for problem in problems.listed] == ["missing image"] * 3
+
+
+def test_ids_are_told_on_one_line(folder: CocoFolder) -> None:
+    folder.content["images"][1]["id"] = "2\n\x1b[0m0"
+    assert "\x1b" not in refused(folder)
+
+
+def test_categories_of_a_hub_set_that_are_lists(tmp_path: Path) -> None:
+    """In objects one by one; where they are lists beside each other, a list of categories is right."""
+    objects = {
+        "one": [[{"bbox": [1, 2, 9, 9], "category": [0]}]],
+        "beside": [{"bbox": [[1, 2, 9, 9]], "category": [0]}],
+    }
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
+    for name, column in objects.items():
+        rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "image.png")], "objects": column})
+        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / name)
+    with pytest.raises(InputError, match=r"'objects\.category' is of the type List"):
+        load_tables(DataOptions(data=tmp_path / "one"))
+    assert load_tables(DataOptions(data=tmp_path / "beside"))["train"].labels.tolist() == [0]

@@ -1,19 +1,15 @@
 """From Pascal VOC trees to records, and trees in which something is wrong."""
 
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from label_trees import HEIGHT, WIDTH, names, read, save_image, write
 
 from direct_pt.data.images import Decoding
 from direct_pt.data.problems import NOTE, DataError, Problems
 from direct_pt.data.records import read_table
 from direct_pt.data.voc import VocSplit, find_voc
 
-Lists = dict[str, list[dict[str, Any]]]
-WIDTH, HEIGHT = 64, 32
 SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
 
 
@@ -32,16 +28,6 @@ GOOD = thing()
 GOOD_BOX = [8, 4, 16, 16]
 
 
-def write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def save_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
-
-
 def make(folder: Path, files: dict[str, str | bytes], lists: dict[str, str] | None = None) -> Path:
     """A devkit tree with an image for each XML file, which is given by its stem."""
     for stem, content in files.items():
@@ -56,20 +42,6 @@ def find(folder: Path) -> dict[str, VocSplit]:
     found = find_voc(folder)
     assert found is not None
     return found
-
-
-def read(split: VocSplit, problems: Problems | None = None) -> Lists:
-    """All records, by key; the chunks must say where they belong."""
-    lists: Lists = defaultdict(list)
-    for key, first, records in split.records(problems or Problems()):
-        assert first == len(lists[key])
-        lists[key] += records
-    assert set(lists) == {"categories", "images", "annotations"}
-    return lists
-
-
-def names(lists: Lists) -> list[str]:
-    return [record["file_name"] for record in lists["images"]]
 
 
 # What is read

@@ -3,9 +3,9 @@
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
+from label_trees import HEIGHT, WIDTH, Lists, names, read, save_image, write
 from PIL import Image
 
 from direct_pt.data.images import ORIENTATION_TAG, Decoding, UnreadableImage, image_size
@@ -14,21 +14,9 @@ from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problems
 from direct_pt.data.records import read_table
 from direct_pt.data.yolo import YoloSplit, find_yolo
 
-Lists = dict[str, list[dict[str, Any]]]
-WIDTH, HEIGHT = 64, 32
 YAML = "names: [cat, dog]\ntrain: images/train\nval: images/val\n"
 GOOD = "1 0.5 0.5 0.25 0.5\n"
 GOOD_BOX = [24.0, 8.0, 16.0, 16.0]
-
-
-def save_image(path: Path, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (WIDTH, HEIGHT)).save(path, **options)
-
-
-def write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def make(folder: Path, yaml: str | bytes = YAML, labels: dict[str, str | bytes] | None = None) -> Path:
@@ -44,20 +32,6 @@ def find(folder: Path) -> dict[str, YoloSplit]:
     found = find_yolo(folder)
     assert found is not None
     return found
-
-
-def read(split: YoloSplit, problems: Problems | None = None) -> Lists:
-    """All records, by key; the chunks must say where they belong."""
-    lists: Lists = defaultdict(list)
-    for key, first, records in split.records(problems or Problems()):
-        assert first == len(lists[key])
-        lists[key] += records
-    assert set(lists) == {"categories", "images", "annotations"}
-    return lists
-
-
-def names(lists: Lists) -> list[str]:
-    return [record["file_name"] for record in lists["images"]]
 
 
 # What is read
@@ -234,7 +208,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_chunks() -> None:
-    images = [({"file_name": str(row)}, [{"row": row}] * (row % 5)) for row in range(5000)]
+    images = [({"file_name": str(row)}, [{"row": row, "bbox": [0, 0, row, 2]}] * (row % 5)) for row in range(5000)]
     lists: Lists = defaultdict(list)
     for key, first, records in in_chunks([{"id": 0}], images):
         assert first == len(lists[key]) and (len(records) or not lists[key]) and len(records) <= 4096 + 4
@@ -242,6 +216,7 @@ def test_chunks() -> None:
     assert [record["id"] for record in lists["images"]] == list(range(1, 5001))
     assert [record["id"] for record in lists["annotations"]] == list(range(1, 10001))
     assert all(record["image_id"] == record["row"] + 1 for record in lists["annotations"])
+    assert all(record["area"] == 2 * record["row"] for record in lists["annotations"])
     assert list(in_chunks([], [])) == [("categories", 0, []), ("images", 0, []), ("annotations", 0, [])]
 
 

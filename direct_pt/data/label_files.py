@@ -13,7 +13,8 @@ def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]])
 
     Args:
         categories: complete.
-        images: an image's record and those of its objects; ids are given here, from 1 in this order.
+        images: an image's record and those of its objects; ids are given here, from 1 in this order, and as area the
+            box's, as these formats have none.
     """
     yield "categories", 0, categories
     waiting: dict[str, list[Json]] = {"images": [], "annotations": []}
@@ -21,8 +22,9 @@ def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]])
     for image_id, (image, objects) in enumerate(images, start=1):
         waiting["images"].append({"id": image_id, **image})
         first = passed["annotations"] + len(waiting["annotations"]) + 1
-        numbered = ({"id": number, "image_id": image_id, **record} for number, record in enumerate(objects, first))
-        waiting["annotations"] += numbered
+        for number, record in enumerate(objects, first):
+            area = record["bbox"][2] * record["bbox"][3]
+            waiting["annotations"].append({"id": number, "image_id": image_id, "area": area, **record})
         for key, records in waiting.items():
             if len(records) >= CHUNK:
                 yield key, passed[key], records

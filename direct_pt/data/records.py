@@ -65,8 +65,9 @@ def read_table(
         InputError: naming the file, the field and the annotation, and the remedy: the first, or the one that leaves
             nothing to be read.
     """
-    columns = _read_columns(source, problems)
+    columns, left_out = _read_columns(source, problems)
     categories, images, objects = (columns[key] for key in READERS)
+    listed = {key: np.append(columns[key]["id"], np.array(left_out[key], np.int64)) for key in READERS}
     images["row"] = np.arange(len(images["id"]))
     for records, key, remedy in (
         (categories, "categories", "list the classes there"),
@@ -91,8 +92,8 @@ def read_table(
     if not len(images["id"]):
         raise DataError("empty", source.source, "none of its images can be read; the errors before this one say why")
     names = images["file_name"]
-    image_of, known = _rows(objects, "image_id", images["id"], source.source, problems)
-    label_of, of_class = _rows(objects, "category_id", category_ids, source.source, problems)
+    image_of, known = _rows(objects, "image_id", images["id"], listed["images"], source.source, problems)
+    label_of, of_class = _rows(objects, "category_id", category_ids, listed["categories"], source.source, problems)
     kept = known & of_class
     kept &= _outlines_fit(objects, images["size"][image_of], kept, source.source, problems)
     order = np.flatnonzero(kept)[np.argsort(image_of[kept], kind="stable")]
@@ -144,14 +145,18 @@ def read_table(
     return table
 
 
-def _read_columns(source: Source, problems: Problems) -> dict[str, Columns]:
-    """The columns of each list of records that READERS names. Python objects of one chunk of them live at a time."""
+def _read_columns(source: Source, problems: Problems) -> tuple[dict[str, Columns], dict[str, list[int]]]:
+    """The columns of each list of records that READERS names, and the ids of records that are left out as wrong.
+
+    Python objects of one chunk of them live at a time.
+    """
     chunks: dict[str, list[Columns]] = {}
+    left_out: dict[str, list[int]] = {key: [] for key in READERS}
     for key, first, records in source.records(problems):
         if key in READERS and isinstance(records, list):
             if first == 0:  # of a key that stands there twice the last one counts, as everywhere in JSON
                 chunks[key] = []
-            chunks[key].append(_read_chunk(key, first, records, source.source, problems))
+            chunks[key].append(_read_chunk(key, first, records, source.source, problems, left_out[key]))
         elif key in READERS:
             chunks.pop(key, None)
     for key in READERS:
@@ -159,14 +164,20 @@ def _read_columns(source: Source, problems: Problems) -> dict[str, Columns]:
             message = f"needs the key '{key}' with a list; a COCO detection file has one"
             raise DataError("missing key", source.source, message)
     # A column's pieces are let go as soon as they are joined.
-    return {
+    joined = {
         key: {name: np.concatenate([chunk.pop(name) for chunk in chunks[key]]) for name in list(chunks[key][0])}
         for key in READERS
     }
+    return joined, left_out
 
 
-def _read_chunk(key: str, first: int, records: list[Any], source: str, problems: Problems) -> Columns:
-    """The columns of some records; where problems are collected, of those in which nothing is wrong."""
+def _read_chunk(
+    key: str, first: int, records: list[Any], source: str, problems: Problems, left_out: list[int]
+) -> Columns:
+    """The columns of some records; where problems are collected, of those in which nothing is wrong.
+
+    The ids of the others are added to `left_out`.
+    """
     try:
         return READERS[key](records, first, source)
     except DataError:
@@ -177,12 +188,19 @@ def _read_chunk(key: str, first: int, records: list[Any], source: str, problems:
         with problems.caught():
             READERS[key]([record], row, source)
             sound.append({"id": row, **record})  # the number that it has among all
+            continue
+        number = record.get("id") if isinstance(record, dict) else None
+        left_out += [number] if type(number) is int and abs(number) < 2**63 else []
     return READERS[key](sound, first, source)
 
 
 def _read_categories(records: list[Any], first: int, source: str) -> Columns:
     """id [n] int64 and name [n] str of the categories, the first of which has the number `first`."""
     _require(records, first, "categories", ("id", "name"), source)
+    for row, record in enumerate(records, first):
+        if not isinstance(record["name"], str | int) or isinstance(record["name"], bool) or record["name"] == "":
+            text = f"has name {record['name']!r:.60}; it must be text"
+            raise _of_record("name", text, "categories", row, record, source)
     names = np.array([str(record["name"]) for record in records], dtype=np.str_)
     return {"id": _integers(records, first, "categories", "id", source), "name": names}
 
@@ -195,11 +213,11 @@ def _read_images(records: list[Any], first: int, source: str) -> Columns:
         stated = (record.get("height"), record.get("width"))
         if all(type(side) is int and 0 < side < 2**31 for side in stated):
             sizes[row] = stated
-        name = str(record["file_name"])
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            message = f"{_name('images', first + row, record)} has file_name {name!r}; it must lie in the image folder"
-            raise DataError("file_name", source, f"{message}: give it relative to that, without '..'", name)
-    names = np.array([encode_name(str(record["file_name"])) for record in records], dtype=np.bytes_)
+        name = record["file_name"]
+        if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            text = f"has file_name {name!r}; it must lie in the image folder: give it relative to that, without '..'"
+            raise _of_record("file_name", text, "images", first + row, record, source)
+    names = np.array([encode_name(record["file_name"]) for record in records], dtype=np.bytes_)
     return {"id": _integers(records, first, "images", "id", source), "file_name": names, "size": sizes}
 
 
@@ -287,14 +305,18 @@ def _keep(columns: Columns, rows: np.ndarray) -> None:
 
 
 def _rows(
-    objects: Columns, field: str, known: np.ndarray, source: str, problems: Problems
+    objects: Columns, field: str, known: np.ndarray, listed: np.ndarray, source: str, problems: Problems
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[M] int64: for each annotation the row of `known` that its `field` names; [M] bool, whether there is one."""
+    """[M] int64: for each annotation the row of `known` that its `field` names; [M] bool, whether there is one.
+
+    Those that are `listed` and not known any more have been told of as errors.
+    """
     values, order = objects[field], np.argsort(known)
     rows = order[np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)]
     found = known[rows] == values
     where = "images" if field == "image_id" else "categories"
-    for row in np.flatnonzero(~found):
+    absent = np.flatnonzero(~found)
+    for row in absent[~np.isin(values[absent], listed)]:
         with problems.caught():
             number, image = int(objects["id"][row]), int(objects["image_id"][row])
             text = f"annotation {number} has {field} {values[row]}, which '{where}' does not list"
@@ -320,7 +342,7 @@ def _areas(annotations: list[Json]) -> np.ndarray:
     areas = np.full(len(annotations), np.nan)
     for row, record in enumerate(annotations):
         area = record.get("area")
-        if isinstance(area, int | float) and not isinstance(area, bool) and abs(area) < LARGEST:
+        if isinstance(area, int | float) and not isinstance(area, bool) and 0 <= area < LARGEST:
             areas[row] = area
     return areas
 
@@ -372,6 +394,8 @@ def _pack(values: list[Any]) -> Columns:
             byte_counts[row] = len(packed)
         elif value:
             kept = [polygon for polygon in value if len(polygon) >= 6]
+            if any(not set(map(type, short)) <= {int, float} for short in value if len(short) < 6):
+                raise TypeError("it has a coordinate that is no number")
             polygons.extend(kept)
             polygon_counts[row], left_out[row] = len(kept), len(value) - len(kept)
     flat = list(chain.from_iterable(polygons))
@@ -489,6 +513,6 @@ def _refuse_other_formats(table: AnnotationTable) -> None:
     if fit_as_corners and (boxes[:, :2] + boxes[:, 2:] > limits).any(axis=1).mean() > 0.5:
         text = (
             "its boxes look like [x1, y1, x2, y2]: most leave their images as [x, y, width, height], none as corners; "
-            "rewrite them, or for a hub data set give --bbox-format corners"
+            "rewrite them, or for a hub data set give --bbox-format voc"
         )
         raise DataError("bbox", table.source, text)
