@@ -352,8 +352,9 @@ def hunt(
             said = log.read_bytes()[-5000:].decode(errors="replace")
             if files is None and not status:
                 break
-            if files is None:
-                raise RuntimeError(f"{target.name}: the reading process ended with {status} by itself: {said}")
+            if files is None:  # it has not begun
+                report.failures["usual"] = Failure("usual", f"the usual files: {said}", {})
+                break
             crashes += 1
             report.inputs += 1
             late = status == -signal.SIGALRM

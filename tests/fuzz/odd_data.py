@@ -38,7 +38,7 @@ HUGE = "9" * 5000  # digits that Python makes no number of
 NAMES = ["", " ", "a\0b", "\ud800", "a" * 300, *words("cat dog é 图\U0001f600 \\ ~ null 3 a/b .. .")]
 PATHS = [
     *words("../a.png /etc/passwd /etc / . .. a.png/x sub\\c.jpg sub/../a.png ./a.png sub//c.jpg images ~/a.png"),
-    *("/proc/self/mem", "/dev/zero", "file:///etc/passwd", "x" * 300, "/".join(["x"] * 3000)),
+    *("/proc/self/mem", "/dev/zero", "../" * 9 + "etc/passwd", "file:///etc/passwd", "x" * 300, "/".join(["x"] * 3000)),
 ]
 NUMBERS = [
     *(0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e9, 1e15, 1e16, -1e15, 1e308, -1e308, math.nan, math.inf, -math.inf, 10**400),
@@ -91,7 +91,7 @@ def image_files() -> list[bytes]:
     files += [encoded(noise(size, mode), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")]
     files += [encoded(noise(size, mode), "TIFF") for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F")]
     compressions = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
-    files += [encoded(noise(size), "TIFF", compression=name, exif=turned(3)) for name in compressions]
+    files += [encoded(noise(size), "TIFF", compression=name, exif=turned(6)) for name in compressions]
     files += [encoded(noise(size, "1"), "TIFF", compression=name) for name in ("group3", "group4")]
     frames = [noise(size, "P"), noise(size, "P").rotate(180)]
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
@@ -270,9 +270,8 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog", "supercategory"
 COORDINATES = st.one_of(st.integers(-5, 60), st.floats(-5, 60), st.integers(0, 20).map(lambda value: value / 4))
 SIDES = st.one_of(st.integers(0, 60), st.floats(0, 60))
 BOXES = st.tuples(COORDINATES, COORDINATES, SIDES, SIDES).map(list)
-POLYGONS = st.lists(
-    st.lists(COORDINATES, min_size=3, max_size=4).map(lambda values: values * 2), min_size=1, max_size=2
-)
+CORNERS = st.one_of(*[st.lists(COORDINATES, min_size=3, max_size=4).map(lambda values: values * 2)] * 3, BOXES)
+POLYGONS = st.lists(st.one_of(CORNERS, CORNERS.map(lambda values: values[1:])), min_size=1, max_size=3)
 
 
 @st.composite
@@ -312,6 +311,8 @@ def coco_documents(draw: Draw) -> Json:
     stated = draw(st.booleans())
     sizes = {row: dict(zip(("height", "width"), SIZES[name], strict=True)) if stated else {} for row, name in rows}
     images = [{"id": row, "file_name": name, **sizes[row]} for row, name in rows]
+    if seldom(draw, 30):
+        images[-1]["file_name"] = draw(st.sampled_from(PATHS))
     some = [draw(st.sampled_from(rows)) for _ in range(draw(st.sampled_from((0, 1, 1, 2, 3, 10))))]
     objects = [draw(annotations(row, SIZES[name])) for row, name in some]
     return draw(spoilt({"images": images, "annotations": objects, "categories": CATEGORIES}))
@@ -353,7 +354,7 @@ YOLO_WORDS = (
     *b"path train val names nc kpt_shape : - ? | > { } [ ] , # ' \" & * ! % @ ` ~ <<: --- ... *x &x".split(),
     *b"!!python/object: 0 1 2 -1 nan inf 1e400 1_0 0x1 . .. / /etc ../ images labels".split(),
     *b"\xd9\xa1 \xff \xc3 \xef\xbb\xbf".split(),
-    *(b"\n", b"\r", b"\t", b"\0", b"\x0b", b"\x1c", b"\xe2\x80\xa8", b" ", b"\n  ", HUGE.encode(), b"[" * 2000),
+    *(b"\n", b"\r", b"\t", b"\0", b"\x0b", b"\x1c", b"\xe2\x80\xa8", b" ", b"\n  ", HUGE.encode(), b"[" * 600),
 )
 RAW_YAML = [
     *words("~ *x 2020-01-01 '' << yes [a,[b]] {[a]:b} {0:cat,0:dog} - ? | > % @ ` ! & * # [ ] { }"),
