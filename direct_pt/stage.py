@@ -25,7 +25,6 @@ from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables
 from direct_pt.data.spot_check import spot_check
-from direct_pt.data.survey import summary, whole_image
 from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
@@ -41,6 +40,7 @@ from direct_pt.recipes import Recipe, recipe_for
 from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
+from direct_pt.survey import summary, whole_image
 from direct_pt.training import Trainer, TrainingData
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable
 
 def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
     tables = load_tables(settings, required="train")
-    for table in tables.values():
+    for table in tables.values() if not settings.resumes else ():  # a run that goes on may have copies of its images
         spot_check(table)
     return tables
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -188,7 +189,7 @@ class Trainer:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         images = [image for batch in batches for image in batch.indices.tolist()]
-        names = gather_object([self.data.feed.image_name(image) for image in images])
+        names = gather_object([Path(self.data.feed.image_name(image)).name for image in images])
         names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         if self.accelerator.is_main_process:
             where = f"the loss of images {names_text}" if names else "a gradient"

@@ -5,12 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-matplotlib.use("Agg")  # files only; a display is not needed
-from matplotlib import pyplot as plt
 
 TINT = 128  # of 255, how much of its class's colour a mask takes on
 
@@ -62,7 +58,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Losses, learning rate and AP over the optimizer steps, from the records of metrics.jsonl."""
     logged = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if "bbox" in record]
-    figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = _figure(12, 4.5)
+    losses, scores = figure.subplots(1, 2)
     steps = [record["step"] for record in logged]
     for name in logged[0]["losses"] if logged else []:
         losses.plot(steps, [record["losses"][name] for record in logged], label=name, linewidth=1)
@@ -96,7 +93,8 @@ def plot_object_sizes(panels: Mapping[str, Mapping[str, np.ndarray]], marks: Map
         marks: sides to mark in the last panel, and what for.
         path: of the picture.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.5), layout="constrained", squeeze=False)
+    figure = _figure(12, 4.5)
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for plot, (title, splits) in zip(axes[0], panels.items(), strict=True):
         largest = max([64.0, *(sides.max(initial=1) for sides in splits.values())])
         _plot_shares(plot, splits, np.geomspace(1, largest * 1.01, 41))
@@ -112,7 +110,8 @@ def plot_object_sizes(panels: Mapping[str, Mapping[str, np.ndarray]], marks: Map
 
 def plot_image_sizes(splits: Mapping[str, np.ndarray], path: Path) -> None:
     """The image sizes [N, 2] (height, width) of each split: widths and heights, and aspect ratios."""
-    figure, (plane, ratios) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = _figure(12, 4.5)
+    plane, ratios = figure.subplots(1, 2)
     for color, (split, sizes) in enumerate(splits.items()):
         different, counts = np.unique(sizes, axis=0, return_counts=True)
         areas = 15 + 400 * counts / len(sizes)  # of the dots
@@ -135,7 +134,8 @@ def plot_classes(names: Sequence[str], splits: Mapping[str, np.ndarray], path: P
     """Objects [C] of each class in each split, of the `most` frequent classes of all splits together."""
     total = np.sum(list(splits.values()), axis=0)
     order = np.argsort(-total, kind="stable")[:most]
-    figure, plot = plt.subplots(figsize=(9, 1.5 + 0.25 * len(order)), layout="constrained")
+    figure = _figure(9, 1.5 + 0.25 * len(order))
+    plot = figure.subplots()
     rows, height = np.arange(len(order)), 0.8 / len(splits)
     for color, (split, counts) in enumerate(splits.items()):
         plot.barh(rows + height * (color + 0.5) - 0.4, counts[order], height, label=split, color=f"C{color}")
@@ -179,10 +179,15 @@ def _plot_shares(plot: Any, splits: Mapping[str, np.ndarray], edges: np.ndarray)
     plot.legend(fontsize=8)
 
 
+def _figure(width: float, height: float) -> Any:
+    """In inches."""
+    from matplotlib.figure import Figure  # takes half a second to load, which most processes never need
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a write that failed does not say where
-    finally:
-        plt.close(figure)

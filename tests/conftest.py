@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
 from direct_pt.launch import make_accelerator
 

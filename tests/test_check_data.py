@@ -12,7 +12,6 @@ import small_runs as runs
 from conftest import CocoFolder, MakeCocoFolder
 from PIL import Image
 
-from direct_pt.data.coco import find_coco
 from direct_pt.data.duplicates import (
     MOST_BITS,
     Fingerprints,
@@ -22,6 +21,7 @@ from direct_pt.data.duplicates import (
     twins_between,
     twins_within,
 )
+from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.sources import load_split
 from direct_pt.errors import InputError
 

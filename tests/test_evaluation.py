@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset

@@ -24,7 +24,7 @@ from PIL import Image
 from direct_pt.batch import Batch, Sample
 from direct_pt.data import image_cache
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import find_coco
+from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.image_cache import KINDS, RECORD, ImageCache, open_image_cache
 from direct_pt.data.loader import Share, TableFeed, TrainingImages
 from direct_pt.data.sources import load_split

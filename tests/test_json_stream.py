@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from direct_pt.data import json_stream
-from direct_pt.data.json_stream import NotAnObject, read_members
+from direct_pt.data.formats import json_stream
+from direct_pt.data.formats.json_stream import NotAnObject, read_members
 
 CONTENT: dict[str, Any] = {
     "info": {"year": 2017, "about": 'a "quoted" \\ string\twith é and 图 and \U0001f600'},

@@ -206,7 +206,7 @@ def test_batches_hold_what_the_table_says(table: AnnotationTable) -> None:
 
 ENDS = """
 import contextlib, pathlib, sys
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset

@@ -20,7 +20,7 @@ from test_evaluation import REFERENCE, needs_reference, predictions_of, pycocoto
 from direct_pt import evaluation, visualize
 from direct_pt.checkpoint import save_model
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit, find_coco
+from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import TestPreset

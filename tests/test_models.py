@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.batch import Batch, Detections, Objects, PackedMasks, collate
-from direct_pt.data.coco import find_coco
+from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.images import read_image
 from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split

@@ -7,7 +7,7 @@ import pytest
 import small_runs as runs
 
 from direct_pt.checkpoint import from_pretrained, save_model
-from direct_pt.data.coco import find_coco
+from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import find_coco
+from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.images import Decoding
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import DataOptions, load_split, load_tables

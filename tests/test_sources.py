@@ -14,9 +14,9 @@ from conftest import CocoFolder, MakeCocoFolder
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from direct_pt.data import json_stream
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit, find_coco
+from direct_pt.data.formats import json_stream
+from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.sources import DataOptions, find_sources, load_split, load_tables
 from direct_pt.errors import InputError

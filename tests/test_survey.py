@@ -9,7 +9,11 @@ import torch
 from conftest import MakeCocoFolder
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.survey import (
+from direct_pt.data.transforms import TestPreset
+from direct_pt.models.anchors import Anchors
+from direct_pt.models.boxes import overlaps
+from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
+from direct_pt.survey import (
     STAGE_1,
     STAGE_2,
     anchor_recall,
@@ -23,10 +27,6 @@ from direct_pt.data.survey import (
     summary,
     whole_image,
 )
-from direct_pt.data.transforms import TestPreset
-from direct_pt.models.anchors import Anchors
-from direct_pt.models.boxes import overlaps
-from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 
 Box = Sequence[float]
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from direct_pt.data import table_cache
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
 from direct_pt.data.table_cache import MANIFEST, OUTLINES, ROWS, CachedTable, cache_root

@@ -376,7 +376,8 @@ def damaged(demo: Path, folder: Path, images: list[int]) -> Path:
     shutil.copytree(demo, folder)
     for image in images:
         path = folder / f"images/train_{image:06d}.jpg"
-        path.write_bytes(path.read_bytes()[:200])
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])  # its header is whole
     return folder
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit, find_coco
+from direct_pt.data.formats.coco import CocoSplit, find_coco
+from direct_pt.data.formats.voc import find_voc
+from direct_pt.data.formats.yolo import find_yolo
 from direct_pt.data.images import DEFAULT, Decoding
 from direct_pt.data.joining import join
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, check_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
-from direct_pt.data.voc import find_voc
-from direct_pt.data.yolo import find_yolo
 from direct_pt.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -100,7 +100,7 @@ def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
         for tree in (find_coco(data), find_yolo(data, options.decoding), find_voc(data)):
             if tree:
                 return tree
-    from direct_pt.data.hugging_face import find_hugging_face  # its library takes a second to load
+    from direct_pt.data.formats.hugging_face import find_hugging_face  # its library takes a second to load
 
     found = find_hugging_face(data, options.bbox_format, options.streaming)
     if found is not None:

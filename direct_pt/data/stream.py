@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 
 from direct_pt.batch import Batch, Sample
 from direct_pt.data.annotations import AnnotationTable, decode_name
-from direct_pt.data.hub_rows import Layout, find_layout
-from direct_pt.data.hugging_face import image_bytes, image_root, load_splits
+from direct_pt.data.formats.hub_rows import Layout, find_layout
+from direct_pt.data.formats.hugging_face import image_bytes, image_root, load_splits
 from direct_pt.data.images import Decoding
 from direct_pt.data.loader import Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems

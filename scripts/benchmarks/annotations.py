@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 
 from benchmarks.rows import Row, in_process, peak_gib, row
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
 from direct_pt.settings import positive_integer
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import Row, in_process, peak_gib, row, seconds
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
 from direct_pt.evaluation import METRICS, Predictions, coco_metrics, mask_run_lengths
 from direct_pt.settings import positive_integer

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from benchmarks.rows import Row, row, seconds
 from direct_pt.batch import collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.image_cache import KINDS, ImageCache, open_image_cache
 from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split

@@ -49,7 +49,7 @@ from benchmarks.rows import Row, row, seconds
 from benchmarks.step import detector, made_up
 from direct_pt.checkpoint import Progress, TrainingState, load_training_state, save_model, save_training_state
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import SampleOrder
 from direct_pt.data.sources import load_split
 from direct_pt.evaluation import Predictions, mask_run_lengths

@@ -13,19 +13,19 @@ import numpy as np
 from odd_data import Files
 from pycocotools import mask as coco_mask
 
-from direct_pt.data import json_stream
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.hub_rows import find_layout
-from direct_pt.data.hugging_face import image_root, load_splits
+from direct_pt.data.formats import json_stream
+from direct_pt.data.formats.hub_rows import find_layout
+from direct_pt.data.formats.hugging_face import image_root, load_splits
 from direct_pt.data.images import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.run_lengths import totals
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.data.spot_check import spot_check
 from direct_pt.data.stream import Place, Stream
-from direct_pt.data.survey import describe
 from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
+from direct_pt.survey import describe
 
 LONGEST = 20_000  # characters of a message: some names are long
 RENDERED = 2000  # largest side of an image that is rendered

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from direct_pt.data.formats.label_files import in_chunks, read_text
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
-from direct_pt.data.label_files import in_chunks, read_text
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 

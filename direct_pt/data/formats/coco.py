@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from direct_pt.data.json_stream import NotAnObject, read_members
+from direct_pt.data.formats.json_stream import NotAnObject, read_members
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Chunk
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from direct_pt.data.hub_rows import ROWS, Layout, find_layout
+from direct_pt.data.formats.hub_rows import ROWS, Layout, find_layout
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Chunk
 from direct_pt.errors import InputError

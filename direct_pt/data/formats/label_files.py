@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from direct_pt.data.json_stream import CHUNK
+from direct_pt.data.formats.json_stream import CHUNK
 from direct_pt.data.problems import DataError
 from direct_pt.data.records import Chunk, Json
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
+from direct_pt.data.formats.label_files import in_chunks, read_text
 from direct_pt.data.images import FORMATS
-from direct_pt.data.label_files import in_chunks, read_text
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 
