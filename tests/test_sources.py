@@ -676,3 +676,9 @@ def test_categories_of_a_hub_set_that_are_lists(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'objects\.category' is of the type List"):
         load_tables(DataOptions(data=tmp_path / "one"))
     assert load_tables(DataOptions(data=tmp_path / "beside"))["train"].labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0", " ", None, True, ["cat"]])
+def test_class_names_that_cannot_be_written(folder: CocoFolder, name: Any) -> None:
+    folder.content["categories"][1]["name"] = name
+    assert f"categories[1] (id 2) has name {name!r}; it must be text" in refused(folder)

@@ -6,6 +6,7 @@ pixel; parts of outlines with fewer than three corners are left out. Everything 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -198,11 +199,17 @@ def _read_categories(records: list[Any], first: int, source: str) -> Columns:
     """id [n] int64 and name [n] str of the categories, the first of which has the number `first`."""
     _require(records, first, "categories", ("id", "name"), source)
     for row, record in enumerate(records, first):
-        if not isinstance(record["name"], str | int) or isinstance(record["name"], bool) or record["name"] == "":
-            text = f"has name {record['name']!r:.60}; it must be text"
+        name = record["name"]
+        if not isinstance(name, str | int) or isinstance(name, bool) or not _is_text(str(name)):
+            text = f"has name {name!r:.60}; it must be text"
             raise _of_record("name", text, "categories", row, record, source)
     names = np.array([str(record["name"]) for record in records], dtype=np.str_)
     return {"id": _integers(records, first, "categories", "id", source), "name": names}
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be written and drawn: JSON can say halves of characters."""
+    return bool(name.strip()) and "\0" not in name and not re.search("[\ud800-\udfff]", name)
 
 
 def _read_images(records: list[Any], first: int, source: str) -> Columns:

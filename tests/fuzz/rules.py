@@ -156,6 +156,7 @@ def check_table(table: AnnotationTable) -> None:
         "sizes": (table.sizes > 0).all() and table.sizes.shape[1] == 2,
         "image ids": len(set(table.image_ids.tolist())) == len(table),
         "classes": len(set(table.class_names)) == len(set(table.category_ids)) == len(table.class_names) > 0,
+        "class names": all(name.strip() and name.encode() for name in table.class_names),
         "types": (table.boxes.dtype, table.labels.dtype, table.sizes.dtype) == (np.float64, np.int64, np.int32),
     }
     if not all(sound.values()):
