@@ -25,7 +25,7 @@ from direct_pt.batch import Batch
 from direct_pt.checkpoint import History, Progress, TrainingState
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
-from direct_pt.data.loader import Feed, Share, unreadable_reason
+from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
 from direct_pt.data.transforms import TestPreset
 from direct_pt.device import is_out_of_memory
 from direct_pt.errors import StopSignal, TrainingStopped
@@ -373,6 +373,8 @@ class Trainer:
                 )
                 what = f"out of memory with {self.plan.micro_batch_size} images at once ({first_line})"
                 advice = f"--resume and {advice}, or --gradient-checkpointing"
+            elif isinstance(error, FeedFailed):
+                what, advice = f"{self.data.feed.source} cannot be read on ({first_line})", "--resume"
             elif "DataLoader worker" in str(error):
                 what, advice = f"a process that reads images ended ({first_line})", "--resume and fewer --num-workers"
             elif self.plan.processes > 1 and any(word in str(error) for word in PEER_IS_GONE):

@@ -18,7 +18,7 @@ from direct_pt.data.loader import Share
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.data.stream import Stream, StreamFeed, open_stream
 from direct_pt.data.transforms import PretrainPreset, TestPreset
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, TrainingStopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here
 FEATURES = datasets.Features(
@@ -232,6 +232,36 @@ def test_interrupted_run_is_uninterrupted(shards: Path, tmp_path: Path) -> None:
         shutil.rmtree(resumed / f"checkpoints/step-{step}")
     runs.train("pretrain", *flags, "--output-dir", resumed, "--resume")
     assert runs.largest_difference(runs.weights(whole / "model"), runs.weights(resumed / "model")) == 0
+
+
+@runs.cpu_only
+def test_a_stream_that_breaks_off(shards: Path, tmp_path: Path) -> None:
+    """The state is saved, and once the file is whole again the run goes on to the same end."""
+    data = shutil.copytree(shards, tmp_path / "set")
+    flags = (*runs.TINY, "--data", data, "--streaming", "--shuffle-buffer", 4, "--image-size", 64)
+    flags += ("--global-batch-size", 4, "--micro-batch-size", 4, "--max-steps", 9, *runs.NO_EVALUATION)
+    runs.train("pretrain", *flags, "--output-dir", tmp_path / "whole")
+    last = int(np.random.default_rng((0, 0)).permutation(SHARDS)[-1])  # of the first epoch
+    path = data / f"train-{last:05d}-of-{SHARDS:05d}.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes(5000) + content[5008:])  # the footer is whole
+    with pytest.raises(TrainingStopped) as error:
+        runs.train("pretrain", *flags, "--output-dir", tmp_path / "run")
+    message = str(error.value)
+    assert f"{data} (train) cannot be read on (" in message and message.endswith("go on with --resume")
+    assert runs.steps_saved(tmp_path / "run")
+    path.write_bytes(content)
+    runs.train("pretrain", *flags, "--output-dir", tmp_path / "run", "--resume")
+    found, expected = (runs.weights(tmp_path / name / "model") for name in ("run", "whole"))
+    assert runs.largest_difference(found, expected) == 0
+
+
+def test_a_file_that_is_cut_short(shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(shards, tmp_path / "set")
+    path = sorted(data.glob("train-*"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=rf"{path.name}: cannot be read as parquet"):
+        stream_of(data)
 
 
 def test_flags_that_look_at_all_images(shards: Path, tmp_path: Path) -> None:

@@ -212,8 +212,16 @@ class Share:
     world: int = 1
 
 
+class FeedFailed(RuntimeError):
+    """No more images can be read for now, as when a network is down. The message names the source."""
+
+
 class Feed(Protocol):
     """What training batches come from."""
+
+    @property
+    def source(self) -> str:
+        """For messages."""
 
     def __len__(self) -> int:
         """Images an epoch."""
@@ -260,6 +268,11 @@ class TableFeed:
     grouped: bool = False
     cache: ImageCache | None = None
     repeat_threshold: float | None = None
+
+    @property
+    def source(self) -> str:
+        """The table's."""
+        return self.table.source
 
     def __len__(self) -> int:
         return len(self.table)

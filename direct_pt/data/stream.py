@@ -25,7 +25,7 @@ from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.formats.hub_rows import Layout, find_layout
 from direct_pt.data.formats.hugging_face import image_bytes, image_root, load_splits
 from direct_pt.data.images import Decoding
-from direct_pt.data.loader import Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
+from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
 from direct_pt.data.transforms import Preset
@@ -165,7 +165,18 @@ def _rows_of_files(data: Path, split: str) -> int:
     paths = [Path(str(file)) for file in files]
     if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
         return 0
-    return sum(parquet.read_metadata(path).num_rows for path in paths)
+    try:
+        return sum(parquet.read_metadata(path).num_rows for path in paths)
+    except (pa.ArrowException, OSError) as error:
+        broken = next(path for path in paths if not _is_parquet(path))
+        raise InputError(f"{broken}: cannot be read as parquet ({error}); mend it, or save the set anew") from error
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        return bool(parquet.read_metadata(path))
+    except (pa.ArrowException, OSError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -256,6 +267,11 @@ class StreamFeed:
     _share: Share | None = None
     _first: int = 0  # samples that were taken before this run began
     _reasons: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """The stream's."""
+        return self.stream.source
 
     def __len__(self) -> int:
         return self.stream.images
@@ -369,14 +385,16 @@ def _ahead(windows: Iterator[tuple[Place, Window]]) -> Iterator[tuple[Place, Win
                 put(window)
                 if ended.is_set():
                     return
-        except BaseException as error:
+        except InputError as error:
             put(error)
+        except Exception as error:  # the library has no base class for what goes wrong on the way
+            put(FeedFailed(f"{type(error).__name__}: {' '.join(str(error).split()):.300}"))
 
     threading.Thread(target=read, daemon=True).start()
     try:
         while True:
             item = ready.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             yield item
     finally:
