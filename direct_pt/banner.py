@@ -28,7 +28,7 @@ def banner(
     survey: list[str],
 ) -> str:
     """What is about to happen, for a person to check before the hours are spent. `survey` is what the data are like."""
-    config, cache = detector.config, data.cache
+    config = detector.config
     trained = [p for p in detector.parameters() if p.requires_grad]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
     sizes = (
@@ -36,8 +36,6 @@ def banner(
         if settings.stage == "pretrain"
         else f"fit into {settings.long_side}x{settings.short_side}"
     )
-    if cache is not None:
-        sizes += f", out of {cache.gigabytes:.2g} GB of {cache.made_from['kind']} copies in {cache.folder}"
     lines = [
         f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
         f"  run        {settings.output_dir} (git {git_revision()})",

@@ -72,26 +72,9 @@ def run_stage(settings: Settings) -> None:
     fitting = None
     if settings.micro_batch_size == "auto" and isinstance(train, AnnotationTable):
         fitting = _fitting_micro_batch_size(settings, recipe, detector, train, preset, processes, earlier)
-    images = len(train)
-    if not images and settings.max_steps is None:
-        raise InputError(f"{train.source}: does not say how many images it has: give --max-steps")
-    images = images or global_batch_size(settings, recipe) * (settings.max_steps or 0)
-    plan = make_plan(settings, recipe, images, processes.num_processes, fitting)
-    cache = None
-    feed: Feed
-    common = preset, settings.seed, detector.has_masks, settings.num_workers, settings.stage == "finetune"
-    if isinstance(train, AnnotationTable):
-        if settings.cache != "none":
-            cache = open_image_cache(
-                train, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
-            )
-        feed = TableFeed(train, *common, cache, settings.repeat_threshold)
-    else:
-        from direct_pt.data.stream import StreamFeed
-
-        feed = StreamFeed(replace(train, images=images), *common, settings.drop_empty)
-        feed.check()
-    data = TrainingData(feed, val_table, test_preset, cache)
+    plan = make_plan(settings, recipe, _count(train, settings, recipe), processes.num_processes, fitting)
+    feed = _feed(settings, train, plan, preset, detector.has_masks)
+    data = TrainingData(feed, val_table, test_preset)
     accelerator = make_accelerator(
         settings.mixed_precision,
         plan.micro_batch_size,
@@ -111,10 +94,9 @@ def run_stage(settings: Settings) -> None:
     progress = Progress() if earlier is None else earlier.put_state(sharded, average, accelerator)
     main_decides(lambda: _write_config(settings, plan), processes)
     if accelerator.is_main_process:
-        told = []
-        if isinstance(train, AnnotationTable):
-            seen = whole_image(settings.image_size) if settings.stage == "pretrain" else test_preset
-            told = summary({"train": train, **({"val": val_table} if val_table else {})}, seen)
+        seen = whole_image(settings.image_size) if settings.stage == "pretrain" else test_preset
+        tables = {split: of for split, of in (("train", train), ("val", val_table)) if isinstance(of, AnnotationTable)}
+        told = summary(tables, seen) if "train" in tables else []
         print(banner(settings, recipe, plan, detector, data, accelerator, origin, progress, told), flush=True)
     if settings.report_to != "none":
         accelerator.init_trackers("tensorboard")
@@ -145,6 +127,32 @@ def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
     for table in tables.values() if not settings.resumes else ():  # a run that goes on may have copies of its images
         spot_check(table)
     return tables
+
+
+def _count(train: "AnnotationTable | Stream", settings: Settings, recipe: Recipe) -> int:
+    """How many training images there are; of a stream that does not say, those that the run takes."""
+    if len(train):
+        return len(train)
+    if settings.max_steps is None:
+        raise InputError(f"{train.source}: does not say how many images it has: give --max-steps")
+    return global_batch_size(settings, recipe) * settings.max_steps
+
+
+def _feed(settings: Settings, train: "AnnotationTable | Stream", plan: Plan, preset: Preset, with_masks: bool) -> Feed:
+    """Where the batches come from. Raises InputError where a stream begins with much that is wrong."""
+    common = preset, settings.seed, with_masks, settings.num_workers, settings.stage == "finetune"
+    if isinstance(train, AnnotationTable):
+        cache = None
+        if settings.cache != "none":
+            cache = open_image_cache(
+                train, settings.cache, settings.image_size, settings.cache_dir, settings.num_workers
+            )
+        return TableFeed(train, *common, cache, settings.repeat_threshold)
+    from direct_pt.data.stream import StreamFeed
+
+    feed = StreamFeed(replace(train, images=plan.images), *common, settings.drop_empty)
+    feed.check()
+    return feed
 
 
 def _fitting_micro_batch_size(

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from direct_pt.batch import Batch
 from direct_pt.checkpoint import History, Progress, TrainingState
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
 from direct_pt.data.transforms import TestPreset
 from direct_pt.device import is_out_of_memory
@@ -47,12 +46,11 @@ ECHO_SECONDS = 5  # in which a signal that comes again is the launcher's, which 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on, out of a cache where there is one, what is validated on, and how."""
+    """What is trained on, what is validated on, and how."""
 
     feed: Feed
     val: AnnotationTable | None
     test_preset: TestPreset
-    cache: ImageCache | None = None
 
 
 class Trainer:

@@ -283,7 +283,11 @@ class TableFeed:
         if self.repeat_threshold:
             factors = repeat_factors(self.table, self.repeat_threshold)
             repeated = f"; {int((factors > 1).sum())} with rare classes come up to {factors.max():.1f} times an epoch"
-        return self.table.describe() + repeated
+        copies = ""
+        if self.cache is not None:
+            kind, where = self.cache.made_from["kind"], self.cache.folder
+            copies = f"; out of {self.cache.gigabytes:.2g} GB of {kind} copies in {where}"
+        return self.table.describe() + repeated + copies
 
     def objects_a_class(self) -> list[int]:
         """Crowd regions are none."""

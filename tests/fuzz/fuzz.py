@@ -321,7 +321,7 @@ def hunt(
 ) -> Report:
     """Give a target so many inputs, in processes of their own."""
     report, crashes, began = Report(target.name), 0, cpu_seconds()
-    with mmap.mmap(-1, ROOM) as state, tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+    with mmap.mmap(-1, ROOM) as state, tempfile.TemporaryDirectory(prefix="direct_pt_fuzz_", dir=IN_MEMORY) as folder:
         log = Path(folder) / "stderr"
         while report.inputs < inputs and crashes < MOST_CRASHES:
             state.seek(0)
