@@ -29,7 +29,7 @@ demo: setup
 	@echo "metrics: $(RUN)/metrics.json   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"
 
 test: setup
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -18,6 +18,11 @@ from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
 from direct_pt.launch import make_accelerator
 
+LONGEST = (
+    "test_launch", "test_deepspeed", "test_training", "test_resume", "test_faults", "test_spread", "test_benchmark",
+    "test_skipped_steps", "test_micro_batch", "test_two_nodes", "test_five_detectors", "test_golden", "test_stream",
+    "test_same_images", "test_odd_sets", "test_malformed", "test_real_data", "test_check_data", "test_image_cache",
+)  # fmt: skip
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 
 
@@ -29,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw") or -1) % len(cores)]})
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: else one of pytest-xdist's workers would end long before another."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -360,7 +360,7 @@ def test_curves_of_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     boxes = [{"step": step, "bbox": {"AP": 0.1 * step, "AP50": 0.2, "AP75": 0.3}} for step in (1, 2)]
     masks = [{**record, "segm": {"AP": 0.05 * record["step"], "AP50": 0.15}} for record in boxes]
     figures: list[Any] = []
-    monkeypatch.setattr(visualize.plt, "close", figures.append)
+    monkeypatch.setattr(visualize, "_save", lambda figure, path: figures.append(figure))
     for records in (boxes, masks):
         visualize.plot_curves(losses + records, tmp_path / "curves.png")
     (box_lines, mask_lines) = ({line.get_label(): line for line in figure.axes[1].lines} for figure in figures)
