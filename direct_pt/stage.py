@@ -103,6 +103,7 @@ def run_stage(settings: Settings) -> None:
     gathered = {} if earlier is None else earlier.of_process(accelerator)
     history = [*history, _history_entry(settings, plan)]
     Trainer(settings, plan, accelerator, sharded, average, data, progress, gathered, history).train()
+    accelerator.wait_for_everyone()  # they leave together: none closes its connections while another still writes
     accelerator.end_training()
 
 
