@@ -1,5 +1,6 @@
 """How the programs end: what a user can mend is one line on stderr and exit status 2."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -38,5 +39,10 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 
 def _report(kind: str, message: Exception, status: int) -> int:
     one_line = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-    print(f"{kind}: {one_line}", file=sys.stderr, flush=True)
+    print(f"{kind}: {printable(one_line)}", file=sys.stderr, flush=True)
     return status
+
+
+def printable(text: str) -> str:
+    """With the escapes of control characters and of halves of characters, which file names may hold, in their place."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)

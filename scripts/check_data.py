@@ -29,7 +29,7 @@ from direct_pt.data.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, load_tables
 from direct_pt.data.transforms import TestPreset
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError, printable, run_program
 from direct_pt.files import write_json
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
@@ -345,7 +345,7 @@ def main() -> None:
     with writing(folder):
         report["pictures"] = write_pictures(tables, prints, folder) if tables else []
         write_json(folder / "report.json", report)
-    print(report_text(report))
+    print("\n".join(map(printable, report_text(report).split("\n"))))
     print(f"\nwritten to {folder}: {', '.join(['report.json', *report['pictures']])}")
     errors = [problem for of in problems.values() for problem in of.listed if problem.grade == ERROR]
     if errors:

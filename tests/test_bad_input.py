@@ -94,6 +94,7 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
         (None, 0, ""),
         (InputError("no such file"), 2, "error: no such file\n"),
         (InputError("the hub says:\n\n404"), 2, "error: the hub says: 404\n"),
+        (InputError("no \x1b[1m, \udcff.jpg"), 2, "error: no \\x1b[1m, \\udcff.jpg\n"),
         (TrainingStopped("not finite"), 1, "stopped: not finite\n"),
         (StopSignal("SIGTERM", 143), 143, "stopped: SIGTERM\n"),
         (KeyboardInterrupt(), 130, ""),
