@@ -335,7 +335,10 @@ def _micro_batch_size(text: str) -> int | str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("names no class: give some, such as person,car")
+    return names
 
 
 def _share(text: str) -> float:

@@ -237,6 +237,11 @@ def test_unknown_detector(demo: Path, output: Path) -> None:
     assert "has no feature maps at strides 4, 8, 16 and 32; use a hierarchical network" in message
 
 
+def test_classes_that_name_none(demo: Path, output: Path) -> None:
+    message = refused("pretrain", "--data", demo, "--output-dir", output, "--classes", ",")
+    assert message == "argument --classes: names no class: give some, such as person,car (see --help)"
+
+
 def test_sizes_and_batches(demo: Path, output: Path) -> None:
     flags = ("--data", demo, "--output-dir", output)
     assert refused("pretrain", *flags, "--image-size", 90) == "--image-size 90 is no multiple of 32: use 64 or 96"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from direct_pt.batch import Batch
 from direct_pt.data.images import Decoding
-from direct_pt.data.loader import Share
+from direct_pt.data.loader import FeedFailed, Share
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.data.stream import Stream, StreamFeed, open_stream
 from direct_pt.data.transforms import PretrainPreset, TestPreset
@@ -166,6 +166,14 @@ def test_without_empty_images(shards: Path) -> None:
     feed = feed_of(shards, drop_empty=True)
     seen = ids_of(list(feed.batches(Share(1, 0, 33))), feed)
     assert sorted(seen) == [number for number in range(IMAGES) if number % 5 != 4]
+
+
+def test_nothing_to_learn_ends(tmp_path: Path) -> None:
+    """In place of going through the shards for ever."""
+    rows = [a_row(number) for number in range(4, 40, 5)]  # without objects
+    feed = feed_of(write(tmp_path / "set", rows, 1), drop_empty=True)
+    with pytest.raises(FeedFailed, match="no image of a whole epoch can be trained on"):
+        next(feed.batches(Share(2, 0, 4)))
 
 
 def test_wrong_rows_are_replaced_and_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from direct_pt.batch import Batch, Sample
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.formats.hub_rows import Layout, find_layout
-from direct_pt.data.formats.hugging_face import image_bytes, image_root, load_splits
+from direct_pt.data.formats.hugging_face import damaged_file, image_bytes, image_root, load_splits
 from direct_pt.data.images import Decoding
 from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
@@ -168,15 +168,8 @@ def _rows_of_files(data: Path, split: str) -> int:
     try:
         return sum(parquet.read_metadata(path).num_rows for path in paths)
     except (pa.ArrowException, OSError) as error:
-        broken = next(path for path in paths if not _is_parquet(path))
-        raise InputError(f"{broken}: cannot be read as parquet ({error}); mend it, or save the set anew") from error
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        return bool(parquet.read_metadata(path))
-    except (pa.ArrowException, OSError):
-        return False
+        text = f"cannot be read as parquet ({error}); mend it, or save the set anew"
+        raise InputError(f"{damaged_file(data) or data}: {text}") from error
 
 
 @dataclass(frozen=True)
@@ -335,8 +328,11 @@ class StreamFeed:
         done, size = self._first, share.micro_batch_size
         wrong: list[str] = []
         keys: list[StreamKey] = []
+        fruitful = place.epoch  # the last one that had an image
         left = len(range(share.start + share.rank, share.stop, share.world))
         for here, window in _ahead(self.stream.windows(place, self.seed, share.rank, share.world)):
+            if here.epoch > fruitful + 1:
+                raise FeedFailed("no image of a whole epoch can be trained on")
             table, reasons = window.table(self.with_masks)
             wrong += reasons.values()
             if table is None:
@@ -350,6 +346,7 @@ class StreamFeed:
             names = [decode_name(table.file_names[row]) for row in order.tolist()]
             self._marks.append((done - skipped, here, names))
             for row in order[skipped:].tolist():
+                fruitful = here.epoch
                 number = done * share.world + share.rank
                 if wrong:
                     self._reasons[number] = wrong[0]

@@ -157,7 +157,7 @@ def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
             what = "no such folder, and the hub gives no such data set"
             raise InputError(f"--data {data}: {what} ({_root_cause(error)})") from error
         what = f"cannot be loaded by the datasets library ({_root_cause(error)})"
-        raise InputError(f"{_damaged_file(data) or f'--data {data}'}: {what}; mend it, or save the set anew") from error
+        raise InputError(f"{damaged_file(data) or f'--data {data}'}: {what}; mend it, or save the set anew") from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
     ours = {split: [loaded[name] for name in names if name in loaded] for split, names in NAMES.items()}
@@ -227,7 +227,7 @@ def _begins_with_null(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and (value[0] is None or any(map(_begins_with_null, value)))
 
 
-def _damaged_file(data: Path) -> Path | None:
+def damaged_file(data: Path) -> Path | None:
     """The first parquet file that is none: the library's errors do not name it."""
     for path in sorted(data.rglob("*.parquet")):
         try:
