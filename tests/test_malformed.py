@@ -17,7 +17,7 @@ from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.images import UnreadableImage
 from direct_pt.data.problems import Problem, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError, printable, run_program
 
 FOLLOWING = (  # what follows from an image or a class that is left out
     "all splits must list the same",
@@ -123,7 +123,7 @@ def test_case(name: str, tmp_path: Path, opened: list[str]) -> None:
     if case.grade == ERROR:
         assert status == 2
         (line,) = errors.splitlines()
-        assert is_meant(named(line, tree), f"error: {case.message}"), line
+        assert is_meant(named(line, tree), f"error: {printable(case.message)}"), line
         check_collected(case, tree, problems, left, ending)
         return
     assert (status, errors) == (0, "")
