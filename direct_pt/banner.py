@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from direct_pt.checkpoint import Progress
 from direct_pt.launch import precision_of
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
-from direct_pt.recipes import LEAST_BATCHNORM_IMAGES, Recipe
+from direct_pt.progress import Progress
+from direct_pt.recipes import MIN_BATCHNORM_IMAGES, SMALL_SET_IMAGES, STAGES, Recipe
 from direct_pt.settings import Settings
 from direct_pt.training import TrainingData
 
@@ -49,6 +49,7 @@ def banner(
         f"  weights    {origin}",
         f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
         f"{sum(map(_size, trained)):,} of {sum(map(_size, detector.parameters())):,} parameters",
+        f"  recipe     {_recipe(settings, recipe, plan)}",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
         f"  optimizer  {_optimizer(recipe)}{_options(settings)}",
@@ -57,10 +58,10 @@ def banner(
         f"evaluation every {plan.eval_steps}",
         *(f"  note       {note}" for note in plan.notes),
     ]
-    if any(layer.training for layer in batchnorms(detector)) and plan.micro_batch_size < LEAST_BATCHNORM_IMAGES:
+    if any(layer.training for layer in batchnorms(detector)) and plan.micro_batch_size < MIN_BATCHNORM_IMAGES:
         lines.append(
             f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
-            f"{LEAST_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
+            f"{MIN_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
         )
     counts = data.feed.objects_a_class()
     lines.append(f"  classes    {len(config.class_names)} (id name{': training objects' if counts else ''})")
@@ -73,6 +74,19 @@ def banner(
 
 def _size(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO 3 a process holds none of it
+
+
+def _recipe(settings: Settings, recipe: Recipe, plan: Plan) -> str:
+    """Which, and why."""
+    if recipe.name == "paper":
+        return "the paper's" + " (--recipe paper)" * (settings.recipe == "paper")
+    paper = STAGES[settings.stage]
+    why = "--recipe small" if settings.recipe == "small" else f"under {SMALL_SET_IMAGES:,} training images"
+    return (
+        f"small ({why}): batch {recipe.global_batch_size}, warm-up {recipe.warmup_steps} steps, at least "
+        f"{recipe.min_images_seen:,} images seen, where the paper has {paper.global_batch_size}, {paper.warmup_steps}, "
+        f"{paper.epochs} epochs (--recipe paper)"
+    )
 
 
 def _optimizer(recipe: Recipe) -> str:

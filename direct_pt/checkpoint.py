@@ -19,26 +19,12 @@ from torch import Tensor
 from direct_pt.errors import InputError
 from direct_pt.files import DamagedFile, read_tensors, sync, write_json, write_tensors
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.progress import Progress
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"
 History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: optimizer steps done, those that were skipped included.
-        skipped: steps without an update, as a loss or a gradient was not finite.
-        skipped_in_a_row: how many of them are the latest ones.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
 
 
 @dataclass
@@ -172,6 +158,17 @@ def load_training_state(folder: Path) -> TrainingState | None:
     if found:
         raise InputError(f"{folder}: none of its {len(found)} checkpoints is whole; remove the folder to begin anew")
     return None
+
+
+def set_aside_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints from `step` on to diverged-N: a run does not resume from them. Returns them."""
+    aside = []
+    for path in checkpoints(folder):
+        if _step(path) >= step:
+            aside.append(folder / f"diverged-{_step(path)}")
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            path.rename(aside[-1])
+    return aside
 
 
 def _read_training_state(folder: Path) -> TrainingState:

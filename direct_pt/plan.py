@@ -1,7 +1,10 @@
 """From settings, the number of images and of processes to the numbers of a run: batch, steps, learning rate."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from direct_pt.errors import InputError
 from direct_pt.recipes import SCHEDULES, Recipe
@@ -57,9 +60,28 @@ class Plan:
         return lr
 
 
-def global_batch_size(settings: Settings, recipe: Recipe) -> int:
-    """Images an optimizer step, over all processes."""
-    return settings.global_batch_size or recipe.global_batch_size
+def read_plan(path: Path) -> Plan:
+    """The plan in a run's config.json. Raises InputError."""
+    try:
+        values = json.loads(path.read_text())["plan"]
+        return Plan(**{**values, "decay_steps": tuple(values["decay_steps"]), "notes": tuple(values["notes"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
+
+
+def global_batch_size(settings: Settings, recipe: Recipe, processes: int, saved: "Plan | None" = None) -> int:
+    """Images an optimizer step, over all processes: what the flag says, or a resumed run had, or the recipe's.
+
+    The small recipe's batch grows with the processes so that each of them has a whole micro-batch.
+    """
+    if settings.global_batch_size is not None:
+        return settings.global_batch_size
+    if saved is not None:
+        return saved.global_batch_size
+    if recipe.name == "paper" or isinstance(settings.micro_batch_size, int):
+        return recipe.global_batch_size
+    least = max(recipe.global_batch_size, recipe.min_micro_batch_size * processes)
+    return -(-least // processes) * processes
 
 
 def micro_batch_sizes(global_batch_size: int, processes: int) -> list[int]:
@@ -74,7 +96,13 @@ def smaller_micro_batches(plan: Plan) -> list[int]:
 
 
 def make_plan(
-    settings: Settings, recipe: Recipe, images: int, processes: int, fitting_micro_batch_size: int | None = None
+    settings: Settings,
+    recipe: Recipe,
+    images: int,
+    processes: int,
+    fitting_micro_batch_size: int | None = None,
+    saved: Plan | None = None,
+    changed: Collection[str] = (),
 ) -> Plan:
     """Resolve the batch, the schedule and the learning rate: what the settings say, and the recipe where they do not.
 
@@ -84,13 +112,14 @@ def make_plan(
         images: of the training split.
         processes: that share the work.
         fitting_micro_batch_size: what was found where the settings say "auto".
+        saved: of a resumed run: it keeps its batch, length, rate and schedule, but for `changed`.
+        changed: "lr", "warmup_steps": which of these follow the settings all the same.
 
     Raises:
         InputError: the batch does not divide; the message gives the nearest ones that do.
     """
-    given = settings.micro_batch_size
-    micro = (given if isinstance(given, int) else fitting_micro_batch_size) or recipe.micro_batch_size
-    batch = global_batch_size(settings, recipe)
+    batch = global_batch_size(settings, recipe, processes, saved)
+    micro = fitting_micro_batch_size or _micro_batch_size(settings, recipe, batch, processes, saved)
     unit = micro * processes
     if batch % unit:
         near = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
@@ -106,26 +135,34 @@ def make_plan(
     elif settings.epochs is not None:
         steps = max(1, round(settings.epochs * images / batch))
     else:
-        epochs = recipe.epochs * SCHEDULES[settings.schedule]
-        steps = max(1, round(epochs * images / batch))
-        # The floor is in images seen, so that a smaller batch gets more steps.
-        floor = round(recipe.least_steps * SCHEDULES[settings.schedule] * recipe.global_batch_size / batch)
+        times = SCHEDULES[settings.schedule]
+        steps = max(1, round(recipe.epochs * times * images / batch))
+        floor = round(recipe.min_images_seen * times / batch)
         if steps < floor:
-            notes.append(f"{epochs} epochs of {images} images are {steps} steps: raised to the floor of {floor}")
+            notes.append(f"{recipe.epochs * times} epochs of {images} images are {steps} steps: raised to {floor}")
             steps = floor
     lr = settings.lr
     if lr is None:
         lr = recipe.lr * batch / recipe.global_batch_size
         if batch != recipe.global_batch_size:
             notes.append(f"lr {lr:g} = {recipe.lr:g} x {batch} / {recipe.global_batch_size}")
-    warmup = settings.warmup_steps
+    warmup = _first(settings.warmup_steps, recipe.warmup_steps)
+    if warmup > steps:
+        notes.append(f"the warm-up of {warmup} steps is longer than the run: lr stays below {lr:g}")
     cosine = settings.lr_schedule == "cosine"
     if cosine:
         notes.append("lr falls to 0 along a cosine, which the recipe does not")
-    if warmup is None:
-        warmup = min(recipe.warmup_steps, max(1, steps // 10))
-        if warmup < recipe.warmup_steps:
-            notes.append(f"warm-up {warmup} steps, a tenth of the run, in place of {recipe.warmup_steps}")
+    if saved is not None:
+        return replace(
+            saved,
+            images=images,
+            processes=processes,
+            micro_batch_size=micro,
+            accumulation=batch // unit,
+            lr=lr if "lr" in changed else saved.lr,
+            warmup_steps=warmup if "warmup_steps" in changed else saved.warmup_steps,
+            notes=(),
+        )
     eval_steps = steps / 12 if settings.eval_every is None else settings.eval_every * images / batch
     return Plan(
         images=images,
@@ -142,3 +179,17 @@ def make_plan(
         eval_steps=max(1, round(eval_steps)),
         notes=tuple(notes),
     )
+
+
+def _micro_batch_size(settings: Settings, recipe: Recipe, batch: int, processes: int, saved: Plan | None) -> int:
+    """What the flag says; else the recipe's, or a resumed run's, made to fit where no flag gave the batch."""
+    if isinstance(settings.micro_batch_size, int):
+        return settings.micro_batch_size
+    wanted = recipe.micro_batch_size if saved is None else saved.micro_batch_size
+    fitting = [size for size in micro_batch_sizes(batch, processes) if size <= wanted]
+    chosen = settings.global_batch_size is None and recipe.name == "small"
+    return fitting[0] if fitting and (saved is not None or chosen) else wanted
+
+
+def _first(given: int | None, otherwise: int) -> int:
+    return otherwise if given is None else given

@@ -1,10 +1,11 @@
-"""The paper's numbers, once: what each stage trains with unless a flag says otherwise.
+"""What each stage trains with unless a flag says otherwise: the paper's numbers, and ours for small data sets.
 
-Source: the released configuration of Li, Zhang, Zhang, "Rethinking Training from Scratch for Object Detection",
-arXiv 2106.03112. The floors of steps are ours.
+Source of the paper's: the released configuration of Li, Zhang, Zhang, "Rethinking Training from Scratch for Object
+Detection", arXiv 2106.03112. docs/small_sets.md holds the measurements behind ours.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class Recipe:
     """How one stage trains one detector.
 
     Attributes:
+        name: "paper" or "small".
         optimizer: "sgd" with momentum 0.9, or "adamw" with betas (0.9, 0.999).
         global_batch_size: images an optimizer step, over all processes and accumulation.
         micro_batch_size: images that go through the detector together on one device.
@@ -21,9 +23,11 @@ class Recipe:
         warmup_steps: of linear warm-up.
         warmup_factor: share of the lr that the warm-up starts from.
         decays: shares of the run after which the lr falls to a tenth.
-        least_steps: that a small data set is given (ours; see README, "Small data sets").
+        min_images_seen: floor of the length, in images seen; 0 for none.
+        min_micro_batch_size: which BatchNorm needs where it trains; 1 where it does not.
     """
 
+    name: str
     optimizer: str
     global_batch_size: int
     micro_batch_size: int
@@ -33,10 +37,14 @@ class Recipe:
     warmup_steps: int
     warmup_factor: float
     decays: tuple[float, ...]
-    least_steps: int
+    min_images_seen: int
+    min_micro_batch_size: int
 
+
+MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
 
 PRETRAIN = Recipe(
+    name="paper",
     optimizer="sgd",
     global_batch_size=64,
     micro_batch_size=8,
@@ -46,10 +54,12 @@ PRETRAIN = Recipe(
     warmup_steps=500,
     warmup_factor=0.01,
     decays=(),
-    least_steps=500,
+    min_images_seen=0,
+    min_micro_batch_size=MIN_BATCHNORM_IMAGES,
 )
 
 FINETUNE = Recipe(
+    name="paper",
     optimizer="sgd",
     global_batch_size=16,
     micro_batch_size=2,
@@ -59,24 +69,49 @@ FINETUNE = Recipe(
     warmup_steps=500,
     warmup_factor=0.001,
     decays=(8 / 12, 11 / 12),
-    least_steps=250,
+    min_images_seen=0,
+    min_micro_batch_size=1,
 )
 
 STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 
+# Ours for small sets: few images give many updates in small batches, at the paper's rate for such a batch.
+SMALL_SET_IMAGES = 5_000  # fewer training images than these make a small set
+SMALL: dict[str, dict[str, Any]] = {
+    "pretrain": {"name": "small", "global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
+    "finetune": {"name": "small", "global_batch_size": 8, "warmup_steps": 100, "min_images_seen": 4_000},
+}
+RECIPES = ("auto", "paper", "small")
 
-def recipe_for(stage: str, model: str, has_layernorm: bool) -> Recipe:
-    """The numbers of a stage, "pretrain" or "finetune", for a detector by name, and by how its backbone normalises."""
+
+def recipe_for(stage: str, model: str, has_layernorm: bool, name: str = "paper") -> Recipe:
+    """The numbers of a stage.
+
+    Args:
+        stage: "pretrain" or "finetune".
+        model: the detector's name.
+        has_layernorm: how its backbone normalises.
+        name: "paper" or "small".
+    """
     recipe = STAGES[stage]
     if has_layernorm:  # the paper's for Swin-T
-        return replace(recipe, optimizer="adamw", lr=4e-4 if stage == "pretrain" else 1e-4, weight_decay=0.05)
-    if model == "retinanet_r50_fpn" and stage == "pretrain":
-        return replace(recipe, lr=0.04, warmup_steps=1000)
+        recipe = replace(recipe, optimizer="adamw", lr=4e-4 if stage == "pretrain" else 1e-4, weight_decay=0.05)
+    elif model == "retinanet_r50_fpn" and stage == "pretrain":
+        recipe = replace(recipe, lr=0.04, warmup_steps=1000)
+    if name == "small":
+        changes = SMALL[stage]
+        recipe = replace(recipe, lr=recipe.lr * changes["global_batch_size"] / recipe.global_batch_size, **changes)
     return recipe
+
+
+def recipe_name(choice: str, images: int) -> str:
+    """The choice, "paper" or "small"; where it is "auto", by the number of training images (0: not known)."""
+    if choice == "auto":
+        return "small" if 0 < images < SMALL_SET_IMAGES else "paper"
+    return choice
 
 
 SCHEDULES = {"1x": 1, "3x": 3, "6x": 6}  # times the epochs
 
 IMAGE_SIZE = 448  # stage 1, pixels
 SHORT_SIDE, LONG_SIDE = 800, 1333  # stage 2 and testing, pixels
-LEAST_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)

@@ -6,10 +6,11 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from timm.utils import ModelEmaV3
 
-from direct_pt.checkpoint import CONFIG, Progress, Tensors, TrainingState, load_training_state
+from direct_pt.checkpoint import CONFIG, Tensors, TrainingState, load_training_state
 from direct_pt.models.detector import Detector
-from direct_pt.plan import Plan
+from direct_pt.plan import Plan, read_plan
 from direct_pt.processes import main_decides, share_tensors
+from direct_pt.progress import Progress
 from direct_pt.settings import MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
 
@@ -23,7 +24,8 @@ class Resumption:
         scaler: of fp16's loss scale.
         of_processes: what each process had gathered since the last log.
         micro_batch_size: images at once on a device.
-        notes: what is another now than in the settings that the run had.
+        plan: the run's batch, length, rate and schedule.
+        changed: the flags that may change when a run is resumed, and have: name, value now, value before.
         state: the tensors, on the main process.
     """
 
@@ -31,7 +33,8 @@ class Resumption:
     scaler: dict[str, Any] | None
     of_processes: list[dict[str, Any]]
     micro_batch_size: int
-    notes: list[str]
+    plan: Plan
+    changed: list[tuple[str, Any, Any]]
     state: TrainingState | None = None
 
     @classmethod
@@ -39,7 +42,7 @@ class Resumption:
         """What `settings` go on from, or None for a new run. Every process must call it.
 
         Raises:
-            InputError: all checkpoints are damaged.
+            InputError: all checkpoints are damaged, or config.json is.
         """
         read: list[TrainingState] = []  # on the main process
 
@@ -48,8 +51,9 @@ class Resumption:
             if state is None:
                 return None
             read.append(state)
-            notes = _other_flags(settings)
-            return cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, notes)
+            plan, changed = _earlier_plan(settings)
+            state.progress.resume()
+            return cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, plan, changed)
 
         found = main_decides(look, processes)
         if found is not None and read:
@@ -79,25 +83,27 @@ class Resumption:
 
     def differences(self, plan: Plan) -> tuple[str, ...]:
         """What is another than before, in words."""
+        notes = [f"resumed with --{name.replace('_', '-')} {now}, before {then}" for name, now, then in self.changed]
         before = len(self.of_processes), self.micro_batch_size
-        if before == (plan.processes, plan.micro_batch_size):
-            return tuple(self.notes)
-        return (
-            f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before {before[0]} "
-            f"with {before[1]}: the same global batch and schedule",
-            *self.notes,
-        )
+        if before != (plan.processes, plan.micro_batch_size):
+            notes.insert(
+                0,
+                f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before "
+                f"{before[0]} with {before[1]}: the same global batch and schedule",
+            )
+        return tuple(notes)
 
     def _tensors(self, name: str) -> Tensors | None:
         return None if self.state is None else getattr(self.state, name)
 
 
-def _other_flags(settings: Settings) -> list[str]:
-    """The flags that may change when a run goes on, and have."""
+def _earlier_plan(settings: Settings) -> tuple[Plan, list[tuple[str, Any, Any]]]:
+    """The plan of the run that is resumed, and the flags that may change then and have."""
     path = settings.output_dir / CONFIG
-    saved, given = read_settings(path) if path.exists() else {}, asdict(settings)
-    return [
-        f"resumed with --{name.replace('_', '-')} {given[name]}, before {saved[name]}"
+    saved, given = read_settings(path), asdict(settings)
+    changed = [
+        (name, given[name], saved.get(name))
         for name in sorted(MENDABLE - {"micro_batch_size"})
-        if name in saved and saved[name] != given[name]
+        if saved.get(name, vars(Settings).get(name)) != given[name]
     ]
+    return read_plan(path), changed

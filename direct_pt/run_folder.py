@@ -1,6 +1,7 @@
 """A run's folder, as the main process writes it while training goes on, also where the disk is full for a while."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from direct_pt.checkpoint import (
     History,
     TrainingState,
     checkpoints,
+    load_training_state,
     read_history,
     save_model,
     save_training_state,
     save_weights,
+    set_aside_checkpoints,
 )
 from direct_pt.errors import InputError, TrainingStopped
 from direct_pt.files import write_text
@@ -81,11 +84,30 @@ class RunFolder:
             self._write_best()
             write_text(self.path / "metrics.jsonl", _lines(self.records))
             save_model(self.path / "model", result, history)  # a run killed in between does it again
-            save_training_state(self.path / "checkpoints", state, self.keep)
+            # While steps fail it is not known yet whether the latest weights are any good.
+            keep = self.keep + state.progress.skipped_in_a_row
+            save_training_state(self.path / "checkpoints", state, keep)
             self._error = ""
             plot_curves(self.records, self.path / "curves.png")
 
         self._try(write)
+
+    def set_aside_diverged(self, step: int, result: Detector, history: History) -> str:
+        """Put the weights from `step` on out of the way, as they led to losses out of range; model/ holds those from
+        before it again. For the main process. Returns what is left, in words."""
+        try:
+            aside = set_aside_checkpoints(self.path / "checkpoints", step)
+            if aside:
+                state = load_training_state(self.path / "checkpoints")
+                if state is None:
+                    shutil.rmtree(self.path / "model", ignore_errors=True)
+                else:
+                    steps = [*history[:-1], {**history[-1], "steps": state.progress.step}]
+                    save_weights(self.path / "model", result.config, state.average or state.weights, steps)
+        except (OSError, InputError) as error:
+            return f"some could not be moved: {error}"
+        moved = f" (later ones are now {', '.join(path.name for path in aside)})" if aside else ""
+        return self.newest_checkpoint() + moved
 
     def newest_checkpoint(self) -> str:
         """In words."""

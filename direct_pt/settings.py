@@ -12,7 +12,16 @@ from direct_pt.data.sources import VAL_SHARE, DataOptions
 from direct_pt.errors import InputError
 from direct_pt.launch import PRECISIONS
 from direct_pt.models.detector import BOX_HEADS, MODELS
-from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SCHEDULES, SHORT_SIDE, STAGES, Recipe
+from direct_pt.recipes import (
+    IMAGE_SIZE,
+    LONG_SIDE,
+    RECIPES,
+    SCHEDULES,
+    SHORT_SIDE,
+    SMALL,
+    SMALL_SET_IMAGES,
+    STAGES,
+)
 
 # What may differ between a run and its resumption: where and how it runs, not what it computes.
 FREE_ON_RESUME = {
@@ -27,7 +36,7 @@ FREE_ON_RESUME = {
     "gradient_checkpointing",
 }
 # What may differ besides, as a run that failed may need it to go on; the banner says so.
-MENDABLE = {"lr", "clip_grad_norm", "micro_batch_size", "mixed_precision"}
+MENDABLE = {"lr", "warmup_steps", "clip_grad_norm", "micro_batch_size", "mixed_precision"}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
@@ -53,6 +62,7 @@ class Settings(DataOptions):
     cache_dir: Path | None = None
     short_side: int = SHORT_SIDE
     long_side: int = LONG_SIDE
+    recipe: str = "auto"
     schedule: str = "1x"
     epochs: float | None = None
     max_steps: int | None = None
@@ -162,7 +172,7 @@ def parse_training(stage: str, description: str, argv: list[str] | None = None) 
     data.add_argument("--repeat-threshold", type=_share, metavar="X", help=text)
     _add_detector_arguments(p.add_argument_group("detector"), stage)
     _add_image_arguments(p.add_argument_group("images"), stage)
-    _add_schedule_arguments(p.add_argument_group("schedule and batch"), STAGES[stage])
+    _add_schedule_arguments(p.add_argument_group("schedule and batch"), stage)
     _add_run_arguments(p.add_argument_group("run"))
 
     given, _ = p.parse_known_args(argv)
@@ -208,14 +218,18 @@ def _add_image_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
         group.add_argument("--long-side", **_count(LONG_SIDE, "PIXELS", f"images fit in (paper: {LONG_SIDE})"))
 
 
-def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> None:
+def _add_schedule_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
     """All counted in optimizer steps or passes over the training images."""
+    recipe, small = STAGES[stage], SMALL[stage]
+    text = f"whose numbers are the defaults: small below {SMALL_SET_IMAGES:,} training images, else paper (auto)"
+    group.add_argument("--recipe", choices=RECIPES, default="auto", help=text)
     length = group.add_mutually_exclusive_group()
-    text = f"1x: {recipe.epochs} epochs (paper), with a floor of steps for small data sets"
+    text = f"1x: {recipe.epochs} epochs (paper; small: at least {small['min_images_seen']:,} images seen)"
     length.add_argument("--schedule", choices=list(SCHEDULES), help=text)
     length.add_argument("--epochs", type=positive_float, metavar="N", help="in place of --schedule")
     length.add_argument("--max-steps", **_count(None, "N", "in place of --schedule"))
-    text = f"images an optimizer step, over all processes (paper: {recipe.global_batch_size})"
+    sizes = f"(paper: {recipe.global_batch_size}, small: {small['global_batch_size']})"
+    text = f"images an optimizer step, over all processes {sizes}"
     group.add_argument("--global-batch-size", **_count(None, "N", text))
     text = (
         f"images at once on a device, the rest is accumulated; auto: as many as fit (paper: {recipe.micro_batch_size})"
@@ -225,7 +239,7 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup, recipe: Recipe) -> N
     group.add_argument("--lr", type=positive_float, metavar="X", help=text)
     text = "recipe: constant in stage 1, two steps down in stage 2 (paper); cosine: down to 0 (recipe)"
     group.add_argument("--lr-schedule", choices=["recipe", "cosine"], default="recipe", help=text)
-    text = f"(paper: {recipe.warmup_steps}; at most a tenth of the run)"
+    text = f"(paper: {recipe.warmup_steps}, small: {small['warmup_steps']})"
     group.add_argument("--warmup-steps", type=not_negative_integer, metavar="N", help=text)
     text = "scale down gradients that measure more (paper: none)"
     group.add_argument("--clip-grad-norm", type=positive_float, metavar="X", help=text)

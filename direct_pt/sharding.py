@@ -62,10 +62,19 @@ class Sharded:
         self.accelerator.backward(loss)
 
     def gradient_norm(self) -> Tensor | None:
-        """Of a step's whole gradient, on all processes alike; None where fp16's scaler or DeepSpeed looks after it."""
-        if self.zero_stage or self.accelerator.scaler is not None:
+        """Of a step's whole gradient, on all processes alike, without fp16's loss scale, and infinite or NaN where that
+        is too large. Under DeepSpeed None: see `norm_after_update`."""
+        if self.zero_stage:
             return None
+        self.accelerator.unscale_gradients(self.optimizer)
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+
+    def norm_after_update(self) -> float | None:
+        """What DeepSpeed measured in its update."""
+        if not self.zero_stage:
+            return None
+        norm = self.model.get_global_grad_norm()  # type: ignore[operator]  # of its engine
+        return None if norm is None else float(norm)
 
     def update(self, clip_grad_norm: float | None, norm: Tensor | None) -> bool:
         """One step of the optimizer; whether it was left out, as a gradient was not finite.
@@ -73,13 +82,11 @@ class Sharded:
         What fp16's scaler leaves out while it looks for its scale does not count.
 
         Args:
-            clip_grad_norm: the most that the gradient may measure.
-            norm: what it measures, if `gradient_norm` told.
+            clip_grad_norm: the most that the gradient may measure. DeepSpeed clips by itself.
+            norm: what it measures, as `gradient_norm` told.
         """
         if clip_grad_norm is not None and norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained(), clip_grad_norm, norm)
-        elif clip_grad_norm is not None and not self.zero_stage:  # DeepSpeed does it by itself
-            self.accelerator.clip_grad_norm_(self._trained(), clip_grad_norm)
         self.optimizer.step()
         if self.accelerator.scaler is not None:
             return self.optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1

@@ -13,13 +13,7 @@ from timm.utils import ModelEmaV3
 
 from direct_pt.backbone_weights import load_backbone
 from direct_pt.banner import banner, git_revision
-from direct_pt.checkpoint import (
-    CONFIG,
-    History,
-    Progress,
-    from_pretrained,
-    read_history,
-)
+from direct_pt.checkpoint import CONFIG, History, from_pretrained, read_history
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.loader import Feed, TableFeed
@@ -36,7 +30,8 @@ from direct_pt.models.recompute import recompute_blocks
 from direct_pt.optimizers import make_optimizer
 from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.processes import main_decides, one_a_machine_first
-from direct_pt.recipes import Recipe, recipe_for
+from direct_pt.progress import Progress
+from direct_pt.recipes import Recipe, recipe_for, recipe_name
 from direct_pt.resumption import Resumption
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
@@ -67,12 +62,15 @@ def run_stage(settings: Settings) -> None:
             if isinstance(table, AnnotationTable):
                 table.require_masks()
     _transform_backbone(detector.backbone, settings)
-    recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
+    name = recipe_name(settings.recipe, len(train))
+    recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm, name)
     preset, test_preset = presets(settings)
     fitting = None
     if settings.micro_batch_size == "auto" and isinstance(train, AnnotationTable):
         fitting = _fitting_micro_batch_size(settings, recipe, detector, train, preset, processes, earlier)
-    plan = make_plan(settings, recipe, _count(train, settings, recipe), processes.num_processes, fitting)
+    saved, changed = (None, []) if earlier is None else (earlier.plan, [name for name, *_ in earlier.changed])
+    images = _count(train, settings, recipe, processes.num_processes)
+    plan = make_plan(settings, recipe, images, processes.num_processes, fitting, saved, changed)
     feed = _feed(settings, train, plan, preset, detector.has_masks)
     data = TrainingData(feed, val_table, test_preset)
     accelerator = make_accelerator(
@@ -130,13 +128,13 @@ def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
     return tables
 
 
-def _count(train: "AnnotationTable | Stream", settings: Settings, recipe: Recipe) -> int:
+def _count(train: "AnnotationTable | Stream", settings: Settings, recipe: Recipe, processes: int) -> int:
     """How many training images there are; of a stream that does not say, those that the run takes."""
     if len(train):
         return len(train)
     if settings.max_steps is None:
         raise InputError(f"{train.source}: does not say how many images it has: give --max-steps")
-    return global_batch_size(settings, recipe) * settings.max_steps
+    return global_batch_size(settings, recipe, processes) * settings.max_steps
 
 
 def _feed(settings: Settings, train: "AnnotationTable | Stream", plan: Plan, preset: Preset, with_masks: bool) -> Feed:
@@ -166,7 +164,7 @@ def _fitting_micro_batch_size(
     earlier: Resumption | None,
 ) -> int:
     """For --micro-batch-size auto: what the run had, else the most that fits on every process."""
-    batch = global_batch_size(settings, recipe)
+    batch = global_batch_size(settings, recipe, processes.num_processes, earlier.plan if earlier else None)
     sizes = micro_batch_sizes(batch, processes.num_processes)
     if not sizes:
         raise InputError(f"--global-batch-size {batch} does not divide over {processes.num_processes} processes")

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import History, Progress, TrainingState
+from direct_pt.checkpoint import History, TrainingState
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
 from direct_pt.data.transforms import TestPreset
@@ -32,16 +32,36 @@ from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.models.detector import Detector
 from direct_pt.models.norms import running_statistics
 from direct_pt.plan import Plan, smaller_micro_batches
-from direct_pt.processes import gather_to_main
+from direct_pt.processes import gather_to_main, main_decides
+from direct_pt.progress import MAX_FAILED_STEPS, Progress
 from direct_pt.run_folder import RunFolder
 from direct_pt.settings import Settings
 from direct_pt.sharding import Sharded
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops
-MOST_SKIPPED = 10  # steps in a row without an update: the run stops
+UNTIMED_STEPS, TIMED_STEPS = 2, 10  # the first steps of a process are slower than the rest
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm sends ahead of its limit
 PEER_IS_GONE = ("gloo", "NCCL", "Connection", "c10d")  # in the messages of collectives that fail
 ECHO_SECONDS = 5  # in which a signal that comes again is the launcher's, which passes on what all processes got
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What all processes agree on after the backward pass of a step.
+
+    Attributes:
+        is_good: whether all losses, and the gradient as far as it is known, are finite and in range.
+        mixed: whether some micro-batches are good and others are not.
+        loss: the mean over all micro-batches.
+        norm: of the gradient; None where it is not known before the update.
+        stop_signal: that any process got, or 0.
+    """
+
+    is_good: bool
+    mixed: bool
+    loss: float
+    norm: float | None
+    stop_signal: int
 
 
 @dataclass(frozen=True)
@@ -76,8 +96,6 @@ class Trainer:
         self.detector: Detector = sharded.detector
         self.data = data
         self.progress = progress
-        if progress.skipped_in_a_row >= MOST_SKIPPED:  # a person had the run go on
-            progress.skipped_in_a_row = 0
         self.history = history
         self.history[-1]["steps"] = progress.step
         self.folder = RunFolder(settings.output_dir, accelerator, progress.step, settings.keep_checkpoints)
@@ -86,9 +104,11 @@ class Trainer:
         self.reasons: dict[int, str] = {}  # of all processes'
         self.losses: dict[str, Any] = dict(gathered.get("losses", {}))  # summed since the last log
         self.updates: int = gathered.get("updates", 0)  # the same, of steps that were not skipped
+        self.largest_norm: float | None = gathered.get("largest_norm")  # the same, of the gradients
         self.logged_step = progress.step - gathered.get("steps", 0)
         self.logged_time = time.monotonic()
         self.first_step, self.feed_state = progress.step, gathered.get("feed")
+        self.timed_from = time.monotonic()
         self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
         self.stop_signal, self.stop_time = 0, 0.0
@@ -111,6 +131,7 @@ class Trainer:
                 self.progress.step += 1
                 self.history[-1]["steps"] = done = self.progress.step
                 self.bar.update()
+                self._tell_time()
                 if done % self.settings.log_every == 0 or done == total:
                     self._log()
                 if self._evaluation_due() or done % self.settings.save_every == 0 or done == total:
@@ -132,20 +153,22 @@ class Trainer:
         self._keep_statistics()
         micro_batches = [next(batches).to(self.accelerator.device) for _ in range(self.plan.accumulation)]
         sums: dict[str, Tensor] = {}
-        finite: list[Tensor] = []
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        good: list[Tensor] = []  # of each micro-batch, whether its loss is finite and in range
         for batch, share in zip(micro_batches, self._shares(micro_batches), strict=True):
             with self.accelerator.accumulate(self.sharded.model):
                 losses = {name: loss * share for name, loss in self.sharded.model(batch).items()}
                 loss = torch.stack(list(losses.values())).sum()
-                finite.append(loss.detach().isfinite())
-                last = len(finite) == len(micro_batches)
-                self.sharded.backward(loss, torch.stack(finite).all() if last else None)
+                good.append(loss.detach().isfinite() & (loss.detach() <= self.progress.max_loss))
+                last = len(good) == len(micro_batches)
+                self.sharded.backward(loss, torch.stack(good).all() if last else None)
+            total += loss.detach()
             for name, part in losses.items():
                 sums[name] = sums.get(name, 0) + part.detach()
             self.unreadable.update(batch.unreadable)
         norm = self.sharded.gradient_norm()
-        checked = finite if norm is None else [*finite, norm.isfinite()]
-        skip, stop = self._agree(torch.stack(checked).all())
+        step = self._agree(torch.stack(good), total / len(good), norm)
+        skip = not step.is_good
         if not skip:
             statistics, self.kept = self.kept, None
             skip = self.sharded.update(self.settings.clip_grad_norm, norm)
@@ -153,16 +176,20 @@ class Trainer:
         self.sharded.optimizer.zero_grad()
         if skip:
             self._undo()
-            self._skipped([batch for batch, fine in zip(micro_batches, finite, strict=True) if not fine])
-            return stop
-        self.progress.skipped_in_a_row = 0
-        for name, total in sums.items():
-            self.losses[name] = self.losses.get(name, 0) + total
+            self._skipped([batch for batch, fine in zip(micro_batches, good, strict=True) if not fine], step.mixed)
+            return step.stop_signal
+        known = self.sharded.norm_after_update() if norm is None else step.norm
+        known = known if known is not None and math.isfinite(known) else None  # fp16 looks for its scale
+        self.progress.succeeded(step.loss, known)
+        if known is not None:
+            self.largest_norm = max(known, self.largest_norm or 0.0)
+        for name, part in sums.items():
+            self.losses[name] = self.losses.get(name, 0) + part
         self.updates += 1
         average_running_statistics(self.detector, self.accelerator)
         if self.average is not None:
             self.average.update(self.sharded.whole(), self.progress.step + 1)
-        return stop
+        return step.stop_signal
 
     def _keep_statistics(self) -> None:
         """BatchNorm's, as they are before a step: it is undone where it comes to nothing."""
@@ -174,35 +201,66 @@ class Trainer:
             statistic.copy_(before)
         self.kept = None
 
-    def _agree(self, all_finite: Tensor) -> tuple[bool, int]:
-        """Whether any process found what is not finite, and the stop signal that any got: the same on all of them."""
-        flags = torch.stack([~all_finite, torch.tensor(self.stop_signal).to(all_finite.device)]).int()
-        if self.plan.processes > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        skip, stop = flags.tolist()
-        return bool(skip), stop
+    def _agree(self, good: Tensor, loss: Tensor, norm: Tensor | None) -> "StepOutcome":
+        """What all processes make of a step, the same on all of them; the one wait for the device in it.
 
-    def _skipped(self, batches: list[Batch]) -> None:
-        """Count a step without an update; too many in a row end the run. Every process must call it."""
-        self.progress.skipped += 1
-        self.progress.skipped_in_a_row += 1
+        Args:
+            good: [accumulation] bool, of this process's micro-batches.
+            loss: their mean.
+            norm: of the gradient, the same on all processes.
+        """
+        norms = [] if norm is None else [norm.double()]
+        signals = torch.tensor([self.stop_signal == number for number in STOP_SIGNALS]).to(good.device)
+        sums = torch.stack([good.sum(), (~good).sum(), loss, *signals, *norms]).double()
+        if self.plan.processes > 1:
+            torch.distributed.all_reduce(sums)
+        fine, failed, total, *told = sums.tolist()
+        size = None if norm is None else told.pop() / self.plan.processes
+        stop = next((number for number, count in zip(STOP_SIGNALS, told, strict=True) if count), 0)
+        overflow = size is not None and not math.isfinite(size) and self.accelerator.scaler is None
+        return StepOutcome(not failed and not overflow, bool(fine and failed), total / self.plan.processes, size, stop)
+
+    def _skipped(self, batches: list[Batch], mixed: bool) -> None:
+        """Count a step without an update; too many in a row end the run. Every process must call it.
+
+        Args:
+            batches: this process's micro-batches that failed.
+            mixed: whether others were good.
+        """
+        progress, limit = self.progress, self.progress.max_loss
+        progress.failed(mixed)
         images = [image for batch in batches for image in batch.indices.tolist()]
         names = gather_object([Path(self.data.feed.image_name(image)).name for image in images])
         names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        alone = mixed or progress.skipped_in_a_row == 1  # among good batches, as far as is known yet
         if self.accelerator.is_main_process:
-            where = f"the loss of images {names_text}" if names else "a gradient"
-            self.bar.write(f"step {self.progress.step + 1} skipped: {where} is not finite", file=sys.stderr)
-        if self.progress.skipped_in_a_row >= MOST_SKIPPED:
-            self.progress.step += 1
-            self._save()
-            self.folder.must_be_saved(self.progress.step)
-            raise TrainingStopped(
-                f"{MOST_SKIPPED} steps in a row were skipped, as losses or gradients were not finite"
-                + (f", in the last one of images {names_text}" if names else "")
-                + f"; the state of step {self.progress.step}, with the weights from before them, is saved. Look at "
-                "those images' annotations, then go on with --resume and a lower --lr, --clip-grad-norm 10, or bf16 in "
-                "place of fp16"
+            where = "a gradient" if not names else f"the loss of images {names_text}" if alone else "every loss"
+            range_text = f", or over {limit:.3g}" if names and math.isfinite(limit) else ""
+            self.bar.write(f"step {progress.step + 1} skipped: {where} is not finite{range_text}", file=sys.stderr)
+        if not progress.must_stop:
+            return
+        fp16 = " or bf16 in place of fp16," if self.accelerator.scaler is not None else ""
+        if progress.has_diverged:
+            first = progress.first_failed_step
+            lr = self.plan.learning_rate(first - 1)
+            # The weights before the first failed step are what failed in it.
+            result = self._result()
+            left = main_decides(
+                lambda: self.folder.set_aside_diverged(first - 1, result, self.history), self.accelerator.state
             )
+            raise TrainingStopped(
+                f"the run has diverged: {progress.describe_divergence(lr)}. Weights from then on are not kept: {left}. "
+                f"Go on with --resume and a lower rate, such as --lr {lr / 4:.2g},{fp16} a longer --warmup-steps, or "
+                "--clip-grad-norm 10"
+            )
+        progress.step += 1
+        self._save()
+        self.folder.must_be_saved(progress.step)
+        raise TrainingStopped(
+            f"{MAX_FAILED_STEPS} steps in a row were skipped, as the losses of some images among good ones were not "
+            f"finite or far out of range, in the last one of images {names_text}; the state of step {progress.step}, "
+            f"with the weights from before them, is saved. Look at those images' annotations, then go on with --resume"
+        )
 
     def _shares(self, micro_batches: list[Batch]) -> list[Tensor | float]:
         """What each micro-batch's losses are multiplied by to make the step's the same as of one large batch."""
@@ -218,6 +276,29 @@ class Trainer:
         steps = self.progress.step, plan.total_steps
         return self.data.feed.batches(
             Share(plan.micro_batch_size, steps[0] * a_step, steps[1] * a_step, process, plan.processes), self.feed_state
+        )
+
+    def _tell_time(self) -> None:
+        """What the run will take, once some steps have been timed."""
+        timed = self.progress.step - self.first_step - UNTIMED_STEPS
+        left = self.plan.total_steps - self.progress.step
+        if timed == 0:
+            self.timed_from = time.monotonic()
+        if timed != TIMED_STEPS or not left or not self.accelerator.is_main_process:
+            return
+        seconds = (time.monotonic() - self.timed_from) / TIMED_STEPS
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + left * seconds))
+        evaluations = "no evaluation"
+        if self.data.val is not None:
+            every = self.plan.eval_steps
+            wait = min(every - self.progress.step % every, left)
+            evaluations = (
+                f"evaluation every {every:,} steps, which comes on top, the next one after step "
+                f"{self.progress.step + wait:,} in {duration(wait * seconds)}"
+            )
+        self.bar.write(
+            f"  time       {seconds:.2g} s a step: {duration(left * seconds)} for the other {left:,} steps, until "
+            f"about {end}; {evaluations}"
         )
 
     def _log(self) -> None:
@@ -237,12 +318,14 @@ class Trainer:
             "loss": sum(losses.values()) if losses else None,  # of skipped steps alone
             "losses": losses,
             "lr": self.plan.learning_rate(done - 1),
+            "gradient_norm": self.largest_norm,  # the largest since the last line
             "images_per_second": steps * self.plan.global_batch_size / elapsed,
             "memory_gib": _memory_gib(),
         }
         if self.progress.skipped:
             record["skipped"] = self.progress.skipped
-        self.losses, self.updates, self.logged_step, self.logged_time = {}, 0, done, time.monotonic()
+        self.losses, self.updates, self.largest_norm = {}, 0, None
+        self.logged_step, self.logged_time = done, time.monotonic()
         self.bar.set_postfix_str(
             f"loss {record['loss'] or math.nan:.3f}, lr {record['lr']:.2g}, "
             f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
@@ -279,7 +362,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Metrics of the weights as saved. A stop signal ends it: it is done anew after the resumption."""
         assert self.data.val is not None
-        detector = self._result()
+        detector, start = self._result(), time.monotonic()
         metrics, predictions = evaluate(
             detector, self.data.val, self.data.test_preset, self.plan.micro_batch_size, self.accelerator,
             self.settings.num_workers, self._leave_if_asked,
@@ -289,7 +372,8 @@ class Trainer:
         self.folder.add_evaluation(record, detector, self.history)
         self._track(record)
         if self.accelerator.is_main_process:
-            self.bar.write(f"step {self.progress.step}: {metrics_table(metrics)}")
+            spent = duration(time.monotonic() - start)
+            self.bar.write(f"step {self.progress.step}: {metrics_table(metrics)} ({spent})")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.data.val, image)}")
         self.logged_time = time.monotonic()
@@ -306,6 +390,7 @@ class Trainer:
         gathered = {
             "losses": {name: float(value) for name, value in self.losses.items()},
             "updates": self.updates,
+            "largest_norm": self.largest_norm,
             "steps": self.progress.step - self.logged_step,
             "feed": self.data.feed.state((self.progress.step - self.first_step) * self.plan.accumulation),
         }
@@ -399,6 +484,13 @@ def average_running_statistics(detector: Detector, accelerator: Accelerator) -> 
         flat = accelerator.reduce(torch.cat([stat.flatten() for stat in statistics]), reduction="mean")
         for stat, mean in zip(statistics, flat.split([stat.numel() for stat in statistics]), strict=True):
             stat.copy_(mean.view_as(stat))
+
+
+def duration(seconds: float) -> str:
+    """In words, in the unit that fits."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:

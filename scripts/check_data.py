@@ -34,7 +34,7 @@ from direct_pt.files import write_json
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 from direct_pt.plan import make_plan
-from direct_pt.recipes import STAGES, recipe_for
+from direct_pt.recipes import STAGES, recipe_for, recipe_name
 from direct_pt.settings import Settings, add_data_arguments, data_options, not_negative_integer, parser
 from direct_pt.survey import (
     LEAST_SIDE,
@@ -172,11 +172,12 @@ def schedules(images: int) -> dict[str, Any]:
     """What the recipe's two stages will do with so many training images."""
     found = {}
     for stage in STAGES:
-        recipe = recipe_for(stage, "faster_rcnn_r50_fpn", has_layernorm=False)
+        recipe = recipe_for(stage, "faster_rcnn_r50_fpn", False, recipe_name("auto", images))
         plan = make_plan(Settings(stage=stage, output_dir=Path()), recipe, images, processes=1)
         found[stage] = {
-            "steps": plan.total_steps, "images_a_step": plan.global_batch_size, "epochs": round(plan.epochs, 1),
-            "floor": recipe.least_steps, "notes": list(plan.notes),
+            "recipe": recipe.name, "steps": plan.total_steps, "images_a_step": plan.global_batch_size,
+            "epochs": round(plan.epochs, 1), "lr": plan.lr, "warmup_steps": plan.warmup_steps,
+            "notes": list(plan.notes),
         }  # fmt: skip
     return found
 

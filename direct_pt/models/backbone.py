@@ -57,6 +57,8 @@ class Backbone(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels if self.has_layernorm)
         self.channels_last = getattr(network, "output_fmt", None) == "NHWC"
         _undo_zero_init(network)
+        if self.has_layernorm:
+            _undo_zero_biases(network)
         for module in network.modules():
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = DetectionSwinBlock
@@ -129,3 +131,12 @@ def _undo_zero_init(network: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and weight is not None and not weight.any():
             nn.init.ones_(weight)
+
+
+def _undo_zero_biases(network: nn.Module) -> None:
+    """Convolutions that start without a bias make the padding's maps constant, whose LayerNorm multiplies gradients by
+    1,000 a layer: ConvNeXt's first gradient would measure 1e10, out of float16's range, and hold AdamW's steps down for
+    thousands of steps. As in Swin, whose patch embedding starts with random biases, it then measures about 1."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None and not module.bias.any():
+            nn.init.normal_(module.bias, std=0.02)
