@@ -160,11 +160,20 @@ def load_training_state(folder: Path) -> TrainingState | None:
     return None
 
 
-def set_aside_checkpoints(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints from `step` on to diverged-N: a run does not resume from them. Returns them."""
+def set_aside_checkpoints(folder: Path, calm_step: int, failed_step: int) -> list[Path]:
+    """Rename the checkpoints of a run that diverged to diverged-N: it does not resume from them. Returns them.
+
+    Args:
+        folder: of the run's checkpoints.
+        calm_step: the last step, from 1, whose loss said that the weights before it were good. What is newer goes, if
+            something older is there.
+        failed_step: the first one whose loss said that they were not. The weights before it go in any case.
+    """
+    steps = [_step(path) for path in checkpoints(folder)]
+    first = calm_step if any(step < calm_step for step in steps) else failed_step - 1
     aside = []
     for path in checkpoints(folder):
-        if _step(path) >= step:
+        if _step(path) >= first:
             aside.append(folder / f"diverged-{_step(path)}")
             shutil.rmtree(aside[-1], ignore_errors=True)
             path.rename(aside[-1])

@@ -143,9 +143,11 @@ def make_plan(
             steps = floor
     lr = settings.lr
     if lr is None:
-        lr = recipe.lr * batch / recipe.global_batch_size
+        lr = recipe.lr_for(batch)
         if batch != recipe.global_batch_size:
-            notes.append(f"lr {lr:g} = {recipe.lr:g} x {batch} / {recipe.global_batch_size}")
+            share = f"{batch} / {recipe.global_batch_size}"
+            share = f"the root of {share}, as AdamW's" if recipe.optimizer == "adamw" else share
+            notes.append(f"lr {lr:.3g} = {recipe.lr:.3g} x {share}")
     warmup = _first(settings.warmup_steps, recipe.warmup_steps)
     if warmup > steps:
         notes.append(f"the warm-up of {warmup} steps is longer than the run: lr stays below {lr:g}")

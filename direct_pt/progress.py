@@ -6,6 +6,7 @@ from dataclasses import dataclass
 MAX_RISE = 100  # times its lowest value so far: a loss above that, or one that is not finite, fails its step
 MIN_LOWEST = 0.1  # a lower one counts as this: among well learnt images a single new one may cost 100 times as much
 SMOOTHING = 0.9  # of the moving average whose lowest value counts
+MAX_CALM_RISE = 2  # times the lowest value: a loss up to that says that its step's weights were good
 MAX_FAILED_STEPS = 10  # in a row: the run stops
 
 
@@ -20,7 +21,7 @@ class Progress:
         mixed_in_a_row: in how many of those some micro-batches failed among good ones.
         smoothed_loss: moving average of the loss of the steps that were not skipped; None before the first.
         lowest_loss: its lowest value.
-        lowest_step: the step of that, from 1.
+        calm_step: the latest step, from 1, with a loss near that.
         last_norm: of the gradient in the latest step that was not skipped; None where it is not known.
     """
 
@@ -30,7 +31,7 @@ class Progress:
     mixed_in_a_row: int = 0
     smoothed_loss: float | None = None
     lowest_loss: float | None = None
-    lowest_step: int = 0
+    calm_step: int = 0
     last_norm: float | None = None
 
     @property
@@ -61,7 +62,9 @@ class Progress:
         before = loss if self.smoothed_loss is None else self.smoothed_loss
         self.smoothed_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
         if self.lowest_loss is None or self.smoothed_loss < self.lowest_loss:
-            self.lowest_loss, self.lowest_step = self.smoothed_loss, self.step + 1
+            self.lowest_loss = self.smoothed_loss
+        if loss <= MAX_CALM_RISE * self.lowest_loss:
+            self.calm_step = self.step + 1
 
     def failed(self, mixed: bool) -> None:
         """Count the step under way; `mixed`: some of its micro-batches were good."""
@@ -77,11 +80,10 @@ class Progress:
     def describe_divergence(self, lr: float) -> str:
         """Where and how it began; `lr` of the first failed step."""
         first = self.first_failed_step
-        norm = "" if self.last_norm is None else f", the gradient norm {self.last_norm:.3g} in the step before"
-        lowest = (
-            "the loss was never finite"
-            if self.lowest_loss is None
-            else f"the smoothed loss was lowest at step {self.lowest_step} ({self.lowest_loss:.3g}); from step {first} "
-            f"on it was over {MAX_RISE} times that, or not finite"
+        norm = "" if self.last_norm is None else f", and the gradient norm in the step before {self.last_norm:.3g}"
+        if self.lowest_loss is None:
+            return f"the loss was never finite; the learning rate at step {first} was {lr:.3g}"
+        return (
+            f"the loss was last near its lowest, {self.lowest_loss:.3g}, at step {self.calm_step}, and from step "
+            f"{first} on over {MAX_RISE} times that, or not finite; the learning rate there was {lr:.3g}{norm}"
         )
-        return f"{lowest}; the learning rate was {lr:.3g} there{norm}"

@@ -4,6 +4,7 @@ Source of the paper's: the released configuration of Li, Zhang, Zhang, "Rethinki
 Detection", arXiv 2106.03112. docs/small_sets.md holds the measurements behind ours.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ class Recipe:
         global_batch_size: images an optimizer step, over all processes and accumulation.
         micro_batch_size: images that go through the detector together on one device.
         epochs: of schedule "1x".
-        lr: for `global_batch_size`; another batch scales it in proportion.
+        lr: for `global_batch_size`; see `lr_for`.
         weight_decay: none on norm layers and position tables.
         warmup_steps: of linear warm-up.
         warmup_factor: share of the lr that the warm-up starts from.
@@ -39,6 +40,11 @@ class Recipe:
     decays: tuple[float, ...]
     min_images_seen: int
     min_micro_batch_size: int
+
+    def lr_for(self, batch: int) -> float:
+        """The learning rate for another batch: in proportion to it with SGD, to its square root with AdamW."""
+        share = batch / self.global_batch_size
+        return self.lr * (math.sqrt(share) if self.optimizer == "adamw" else share)
 
 
 MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
@@ -100,7 +106,7 @@ def recipe_for(stage: str, model: str, has_layernorm: bool, name: str = "paper")
         recipe = replace(recipe, lr=0.04, warmup_steps=1000)
     if name == "small":
         changes = SMALL[stage]
-        recipe = replace(recipe, lr=recipe.lr * changes["global_batch_size"] / recipe.global_batch_size, **changes)
+        recipe = replace(recipe, lr=recipe.lr_for(changes["global_batch_size"]), **changes)
     return recipe
 
 

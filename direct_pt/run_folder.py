@@ -25,6 +25,7 @@ from direct_pt.checkpoint import (
 from direct_pt.errors import InputError, TrainingStopped
 from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
+from direct_pt.progress import Progress
 from direct_pt.visualize import plot_curves
 
 
@@ -92,13 +93,16 @@ class RunFolder:
 
         self._try(write)
 
-    def set_aside_diverged(self, step: int, result: Detector, history: History) -> str:
-        """Put the weights from `step` on out of the way, as they led to losses out of range; model/ holds those from
-        before it again. For the main process. Returns what is left, in words."""
+    def set_aside_diverged(self, progress: Progress, result: Detector, history: History) -> str:
+        """Put the weights of a run that diverged out of the way; model/ holds those from before it again.
+
+        For the main process. Returns what is left, in words.
+        """
         try:
-            aside = set_aside_checkpoints(self.path / "checkpoints", step)
+            folder = self.path / "checkpoints"
+            aside = set_aside_checkpoints(folder, progress.calm_step, progress.first_failed_step)
             if aside:
-                state = load_training_state(self.path / "checkpoints")
+                state = load_training_state(folder)
                 if state is None:
                     shutil.rmtree(self.path / "model", ignore_errors=True)
                 else:

@@ -241,17 +241,15 @@ class Trainer:
             return
         fp16 = " or bf16 in place of fp16," if self.accelerator.scaler is not None else ""
         if progress.has_diverged:
-            first = progress.first_failed_step
-            lr = self.plan.learning_rate(first - 1)
-            # The weights before the first failed step are what failed in it.
+            lr = self.plan.learning_rate(progress.first_failed_step - 1)
             result = self._result()
             left = main_decides(
-                lambda: self.folder.set_aside_diverged(first - 1, result, self.history), self.accelerator.state
+                lambda: self.folder.set_aside_diverged(progress, result, self.history), self.accelerator.state
             )
             raise TrainingStopped(
-                f"the run has diverged: {progress.describe_divergence(lr)}. Weights from then on are not kept: {left}. "
-                f"Go on with --resume and a lower rate, such as --lr {lr / 4:.2g},{fp16} a longer --warmup-steps, or "
-                "--clip-grad-norm 10"
+                f"the run has diverged: {progress.describe_divergence(lr)}. Resuming leaves out the weights from then "
+                f"on: {left}. Go on with --resume and a lower rate, such as --lr {lr / 4:.2g},{fp16} a longer "
+                "--warmup-steps, or --clip-grad-norm 10"
             )
         progress.step += 1
         self._save()
@@ -373,7 +371,7 @@ class Trainer:
         self._track(record)
         if self.accelerator.is_main_process:
             spent = duration(time.monotonic() - start)
-            self.bar.write(f"step {self.progress.step}: {metrics_table(metrics)} ({spent})")
+            self.bar.write(f"step {self.progress.step} ({spent}): {metrics_table(metrics)}")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.data.val, image)}")
         self.logged_time = time.monotonic()

@@ -34,8 +34,9 @@ MODEL = "faster_rcnn_r50_fpn"
 DETECTOR = ("--model", MODEL, "--backbone", "resnet18", "--channels", "32")
 COUNTS = ("--rois-per-image", "16", "--proposals", "64")
 MACHINE = ("--num-workers", "0", "--mixed-precision", "no")
-PRETRAIN = (*DETECTOR, *COUNTS, *MACHINE, "--image-size", str(SIZE), "--lr", "0.002")
-FINETUNE = (*COUNTS, *MACHINE, "--short-side", str(SIZE), "--long-side", "128", "--lr", "0.002")
+RATE = ("--lr", "0.002", "--warmup-steps", "1")
+PRETRAIN = (*DETECTOR, *COUNTS, *MACHINE, "--image-size", str(SIZE), *RATE)
+FINETUNE = (*COUNTS, *MACHINE, "--short-side", str(SIZE), "--long-side", "128", *RATE)
 # Smaller still, where a test makes many runs or saves: a checkpoint of 10 MB, not 100.
 TINY = (*PRETRAIN, "--backbone", "test_resnet", "--channels", "16")
 EIGHT = ("--global-batch-size", "8", "--micro-batch-size", "8")

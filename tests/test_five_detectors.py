@@ -59,7 +59,8 @@ class Case:
     def flags(self, *more: object) -> tuple[object, ...]:
         """For two steps of either stage."""
         lr = 2e-4 if self.has_layernorm else 0.002
-        return (*runs.COUNTS, *runs.MACHINE, "--lr", lr, "--max-steps", 2, "--log-every", 1, *more)
+        return (*runs.COUNTS, *runs.MACHINE, "--lr", lr, "--warmup-steps", 1, "--max-steps", 2,
+                "--log-every", 1, *more)  # fmt: skip
 
     def is_frozen(self, name: str) -> bool:
         """In stage 2: BatchNorm with its statistics, stem and first stage; where there is no BatchNorm, nothing."""

@@ -9,7 +9,7 @@ import pytest
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
 from direct_pt.plan import Plan, make_plan
-from direct_pt.recipes import STAGES, Recipe, recipe_for
+from direct_pt.recipes import STAGES, recipe_for, recipe_name
 from direct_pt.settings import Settings, parse_training
 
 COCO_IMAGES = 118_287
@@ -24,15 +24,13 @@ def parse(stage: str, *flags: object) -> Settings:
     return parse_training(stage, "", [*REQUIRED[stage], *map(str, flags)])
 
 
-def paper_recipe(stage: str, model: str) -> Recipe:
-    """Of a detector with its own backbone."""
-    return recipe_for(stage, model, model in WITH_LAYERNORM)
-
-
 def plan(
     stage: str, *flags: object, images: int = COCO_IMAGES, processes: int = 1, model: str = "faster_rcnn_r50_fpn"
 ) -> Plan:
-    return make_plan(parse(stage, *flags), paper_recipe(stage, model), images, processes)
+    """Of a detector with its own backbone."""
+    settings = parse(stage, *flags)
+    recipe = recipe_for(stage, model, model in WITH_LAYERNORM, recipe_name(settings.recipe, images))
+    return make_plan(settings, recipe, images, processes)
 
 
 # The plan
@@ -130,22 +128,64 @@ def test_lr_follows_the_batch() -> None:
     assert plan("finetune", "--global-batch-size", 32).lr == pytest.approx(0.04)
     assert plan("pretrain", processes=2).lr == 0.08  # not the processes
     assert plan("pretrain", "--global-batch-size", 16, model="retinanet_r50_fpn").lr == pytest.approx(0.01)
-    assert plan("finetune", "--global-batch-size", 4, model="mask_rcnn_swin_t_fpn").lr == pytest.approx(2.5e-5)
+    assert plan("finetune", "--global-batch-size", 4, model="mask_rcnn_swin_t_fpn").lr == pytest.approx(
+        5e-5
+    )  # its root
     p = plan("pretrain", "--global-batch-size", 16, "--lr", 0.5)
     assert p.lr == 0.5 and not any("lr" in note for note in p.notes)
 
 
-def test_floor_of_steps() -> None:
-    """Small data: as many images are seen as 500 (250) steps of the paper's batch have."""
-    assert plan("pretrain", images=300).total_steps == 500  # 48 epochs are 225
-    p = plan("pretrain", "--global-batch-size", 16, images=300)
-    assert p.total_steps == 2000
-    assert any("900 steps: raised to the floor of 2000" in note for note in p.notes)
-    assert plan("pretrain", "--schedule", "3x", images=300).total_steps == 1500
-    assert plan("pretrain", "--schedule", "6x", images=300).total_steps == 3000
-    assert plan("finetune", images=300).total_steps == 250
-    assert plan("finetune", images=300).decay_steps == (167, 229)
-    assert plan("finetune", "--schedule", "3x", images=20_000).total_steps == 45_000  # 36 x 20000 / 16: above it
+@pytest.mark.parametrize("model", MODELS)
+def test_the_small_recipe(model: str) -> None:
+    """Below 5,000 training images: batches of 8 at the paper's rate for 8, and at least 32,000 (4,000) images seen."""
+    lr = {"retinanet_r50_fpn": (0.005, 0.01), "mask_rcnn_swin_t_fpn": (4e-4 / 8**0.5, 1e-4 / 2**0.5)}.get(
+        model, (0.01, 0.01)
+    )
+    for stage, expected in (
+        ("pretrain", (8, 8, 1, 4000, lr[0], 200, 0.01, ())),
+        ("finetune", (8, 2, 4, 500, lr[1], 100, 0.001, (333, 458))),
+    ):
+        p = plan(stage, images=300, model=model)
+        found = (
+            p.global_batch_size, p.micro_batch_size, p.accumulation, p.total_steps, pytest.approx(p.lr),
+            p.warmup_steps, p.warmup_factor, p.decay_steps,
+        )  # fmt: skip
+        assert found == expected
+        assert plan(stage, images=4_999, model=model).global_batch_size == 8
+        assert plan(stage, "--recipe", "small", images=5_000, model=model).global_batch_size == 8
+        paper = plan(stage, images=5_000, model=model)
+        assert paper.global_batch_size == STAGES[stage].global_batch_size and paper.notes == ()
+        # Which is the paper's to the last number, whatever the size of the set.
+        paper = plan(stage, "--recipe", "paper", images=300, model=model)
+        assert paper.lr == plan(stage, model=model).lr and paper.warmup_steps == plan(stage, model=model).warmup_steps
+        assert paper.total_steps == round(STAGES[stage].epochs * 300 / STAGES[stage].global_batch_size)
+
+
+@pytest.mark.parametrize(
+    ("stage", "batches"),
+    [
+        ("pretrain", {1: (8, 8), 2: (8, 4), 3: (12, 4), 4: (16, 4), 8: (32, 4), 16: (64, 4)}),
+        ("finetune", {1: (8, 2), 2: (8, 2), 3: (9, 1), 4: (8, 2), 8: (8, 1), 16: (16, 1)}),
+    ],
+)
+def test_the_small_batch_on_many_processes(stage: str, batches: dict[int, tuple[int, int]]) -> None:
+    """It divides, and leaves each process as many images as BatchNorm needs; the rate and the length follow."""
+    for processes, (batch, micro) in batches.items():
+        p = plan(stage, images=300, processes=processes)
+        assert (p.global_batch_size, p.micro_batch_size) == (batch, micro)
+        assert p.lr == pytest.approx(0.01 * batch / 8)
+        seen = {"pretrain": 32_000, "finetune": 4_000}[stage]
+        assert p.total_steps * batch == pytest.approx(seen, abs=batch)
+        assert batch == 8 or any(f"x {batch} / 8" in note for note in p.notes)
+
+
+def test_floor_of_the_small_recipe() -> None:
+    p = plan("pretrain", images=300)
+    assert "48 epochs of 300 images are 1800 steps: raised to 4000" in p.notes
+    assert plan("pretrain", "--global-batch-size", 16, images=300).total_steps == 2000
+    assert plan("pretrain", "--schedule", "3x", images=300).total_steps == 12_000
+    assert plan("pretrain", "--schedule", "6x", images=300).total_steps == 24_000
+    assert plan("finetune", "--schedule", "3x", images=4_000).total_steps == 18_000  # 36 x 4000 / 8: above it
     # Who names a length gets it.
     assert plan("pretrain", "--epochs", 10, "--global-batch-size", 16, images=300).total_steps == 188
     assert plan("pretrain", "--epochs", 0.001, images=300).total_steps == 1
@@ -153,21 +193,37 @@ def test_floor_of_steps() -> None:
 
 
 def test_warmup() -> None:
+    """Never cut short: the rate that is reached after fewer steps makes the loss diverge."""
     assert plan("pretrain", "--max-steps", 5000).warmup_steps == 500
-    assert plan("pretrain", "--max-steps", 5000, model="retinanet_r50_fpn").warmup_steps == 500  # a tenth
-    p = plan("pretrain", "--max-steps", 1000)
-    assert p.warmup_steps == 100 and any("warm-up 100 steps" in note for note in p.notes)
-    assert plan("pretrain", "--max-steps", 3).warmup_steps == 1
+    assert plan("pretrain", "--max-steps", 5000, model="retinanet_r50_fpn").warmup_steps == 1000
+    p = plan("pretrain", "--max-steps", 200)
+    assert p.warmup_steps == 500 and "the warm-up of 500 steps is longer than the run: lr stays below 0.08" in p.notes
+    assert p.learning_rate(199) == pytest.approx(0.0324, abs=1e-3)
     p = plan("pretrain", "--max-steps", 1000, "--warmup-steps", 300)
     assert p.warmup_steps == 300 and not any("warm-up" in note for note in p.notes)
     assert plan("pretrain", "--max-steps", 10, "--warmup-steps", 0).learning_rate(0) == 0.08
 
 
+def test_a_resumed_run_keeps_its_plan() -> None:
+    """As one begun before there was a small recipe, on fewer images: its batch, length, rate and schedule."""
+    before = plan("pretrain", "--recipe", "paper", "--schedule", "3x", images=300)
+    small = recipe_for("pretrain", "faster_rcnn_r50_fpn", False, "small")
+    resumed = make_plan(parse("pretrain"), small, 290, 2, saved=before)
+    assert replace(resumed, images=300, processes=1, accumulation=8, notes=()) == replace(before, notes=())
+    assert (resumed.images, resumed.processes, resumed.micro_batch_size, resumed.accumulation) == (290, 2, 8, 4)
+    changed = make_plan(parse("pretrain", "--lr", 0.5, "--warmup-steps", 7), small, 300, 1, None, before, ["lr"])
+    assert (changed.lr, changed.warmup_steps) == (0.5, 500)
+    changed = make_plan(parse("pretrain", "--warmup-steps", 7), small, 300, 1, None, before, ["warmup_steps"])
+    assert (changed.lr, changed.warmup_steps) == (0.08, 7)
+    # Micro-batches that do not fit as many processes shrink.
+    assert make_plan(parse("pretrain"), small, 300, 16, saved=before).micro_batch_size == 4
+
+
 def test_evaluation_interval() -> None:
     assert plan("pretrain", "--max-steps", 1200).eval_steps == 100  # a twelfth
     assert plan("pretrain", "--max-steps", 5).eval_steps == 1
-    assert plan("pretrain", "--eval-every", 2, images=640).eval_steps == 20
-    assert plan("pretrain", "--eval-every", 0.001, images=640).eval_steps == 1
+    assert plan("pretrain", "--recipe", "paper", "--eval-every", 2, images=640).eval_steps == 20
+    assert plan("pretrain", "--recipe", "paper", "--eval-every", 0.001, images=640).eval_steps == 1
 
 
 def test_learning_rate_by_hand() -> None:

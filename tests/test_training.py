@@ -46,7 +46,7 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
     config = runs.read_json(pretrained / "config.json")
     assert set(config) == {"settings", "plan", "git"}
     settings = parse_training("pretrain", "", ["--config", str(pretrained / "config.json")])
-    plan = make_plan(settings, recipe_for("pretrain", runs.MODEL, has_layernorm=False), runs.TRAIN_IMAGES, 1)
+    plan = make_plan(settings, recipe_for("pretrain", runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
     assert config["settings"] == settings.to_dict() and settings.data == demo
     assert config["plan"] == json.loads(json.dumps(asdict(plan))) and (plan.total_steps, plan.eval_steps) == (4, 2)
 
