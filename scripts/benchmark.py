@@ -8,7 +8,7 @@ versions. docs/performance.md holds the figures of one machine and what each par
 
 from pathlib import Path
 
-from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream
+from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream, trials
 from benchmarks.rows import Row
 from direct_pt.errors import run_program
 from direct_pt.files import write_json
@@ -24,6 +24,7 @@ PARTS = {
     "size": size,
     "stream": stream,
     "gpu": gpu,
+    "trials": trials,
 }
 
 

@@ -63,6 +63,29 @@ def test_steps_in_two_processes_and_the_parts_of_scaling(tmp_path: Path) -> None
     assert by_setting["sampler, 1,000 images: kept"]["value"] == 8 * 1000 / 1e6
 
 
+def test_trials_of_two_arms(demo: Path, tmp_path: Path) -> None:
+    """One trains both stages, the other diverges in the first; those that are done are not done again."""
+    tiny = " ".join((*runs.TINY, *runs.EIGHT, *runs.NO_EVALUATION))
+    second = "--max-steps 2 --short-side 64 --long-side 64 --eval-every 9"
+    arms = (f"sound: {tiny} --max-steps 4 / {second}", f"far: {tiny} --lr 1e30")
+    flags = [part for arm in arms for part in ("--arm", arm)]
+    flags += ["--data", demo, "--model", runs.MODEL, "--whole", "--jobs", 2, "--output-dir", tmp_path / "trials"]
+    rows = measured(tmp_path / "rows.json", "trials", *flags)
+    by_setting = {row["setting"]: row for row in rows}
+    ends = [f"{arm} {runs.MODEL} {demo.name} seed 0" for arm in ("sound", "far")]
+    assert set(by_setting) == {
+        f"{ends[0]} pretrain", "  after 32 images", f"{ends[0]} finetune", "  after 16 images", f"{ends[1]} pretrain",
+    }  # fmt: skip
+    assert "stopped: the run has diverged" in by_setting[f"{ends[1]} pretrain"]["unit"]
+    assert by_setting[f"{ends[0]} finetune"]["unit"].startswith("largest gradient norm in 2 steps, loss")
+    folder = tmp_path / "trials" / ends[0].replace(" ", "-")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/model/*")}
+    assert len(before) == 4
+    again = measured(tmp_path / "again.json", "trials", *flags, "--arm", arms[0])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert all(row["value"] == by_setting[row["setting"]]["value"] for row in again if "sound" in row["setting"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_part_for_a_gpu_says_that_there_is_none() -> None:
     process = runs.start_script("benchmark", "gpu")
