@@ -250,7 +250,8 @@ def report_text(report: dict[str, Any]) -> str:
         lines += _problem_lines([problem for problem in report["problems"] if problem["grade"] == grade])
     lines += _anchor_table(report["anchors"])
     for stage, of in report["schedules"].items():
-        lines += ["", f"{stage}: {of['steps']} steps of {of['images_a_step']} images = {of['epochs']:g} epochs"]
+        length = f"{of['steps']} steps of {of['images_a_step']} images = {of['epochs']:g} epochs"
+        lines += ["", f"{stage}: {length}, by the {of['recipe']} recipe"]
         lines += [f"    {note}" for note in of["notes"]]
     lines += ["", f"proposals: {len(report['proposals']) or 'none'}", *(f"  * {line}" for line in report["proposals"])]
     return "\n".join(lines)

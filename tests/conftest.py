@@ -20,8 +20,9 @@ from direct_pt.launch import make_accelerator
 
 LONGEST = (
     "test_launch", "test_deepspeed", "test_training", "test_resume", "test_faults", "test_spread", "test_benchmark",
-    "test_skipped_steps", "test_micro_batch", "test_two_nodes", "test_five_detectors", "test_golden", "test_stream",
-    "test_same_images", "test_odd_sets", "test_malformed", "test_real_data", "test_check_data", "test_image_cache",
+    "test_skipped_steps", "test_divergence", "test_micro_batch", "test_two_nodes", "test_five_detectors",
+    "test_golden", "test_stream", "test_same_images", "test_odd_sets", "test_malformed", "test_real_data",
+    "test_check_data", "test_image_cache",
 )  # fmt: skip
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 

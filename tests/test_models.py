@@ -1012,6 +1012,18 @@ def test_groupnorm_in_any_backbone(backbone: str) -> None:
     assert relu == sum(isinstance(module, nn.ReLU) for module in small_detector(backbone=backbone).backbone.modules())
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "convnextv2_atto", "pvt_v2_b0", "swin_tiny_patch4_window7_224"])
+def test_padding_does_not_blow_up_gradients(name: str) -> None:
+    """Of networks with LayerNorm: maps without any contrast have it multiply gradients by 1,000."""
+    torch.manual_seed(0)
+    network = Backbone(name).train()
+    images = torch.randn(2, 3, 96, 96)
+    images[:, :, 48:] = 0  # as padding is
+    sum((maps * torch.randn_like(maps)).mean() for maps in network(images)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    assert 0.01 < norm < 100
+
+
 def test_residual_branches_start_at_one() -> None:
     assert all((layer.weight == 1).all() for layer in batchnorms(small_detector()))
 

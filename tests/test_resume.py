@@ -3,6 +3,7 @@
 Kills at random moments are in faults/, several processes in test_training.py and test_launch.py.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from direct_pt.batch import Batch
 from direct_pt.checkpoint import read_history
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.evaluation import evaluate
-from direct_pt.training import ECHO_SECONDS, Trainer
+from direct_pt.training import ECHO_SECONDS, StepOutcome, Trainer
 
 pytestmark = runs.cpu_only
 
@@ -239,6 +240,29 @@ def test_with_another_micro_batch_and_learning_rate(
     assert runs.records(run)[-2]["lr"] == 0.0001
 
 
+def test_a_run_of_before_there_was_a_small_recipe(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """24 images in the paper's batch of 64: it keeps batch, length, rate and warm-up."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = (*runs.DETECTOR, *runs.COUNTS, *runs.MACHINE, "--image-size", runs.SIZE, "--backbone", "test_resnet")
+    flags = ("--data", demo, *flags, "--channels", 16, *runs.NO_EVALUATION, "--epochs", 8, "--save-every", 2)
+    runs.train("pretrain", *flags, "--recipe", "paper", "--keep-checkpoints", 9, "--output-dir", whole)
+    assert runs.steps_saved(whole) == ["step-2", "step-3"]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints/step-3")
+    config = runs.read_json(run / "config.json")
+    del config["settings"]["recipe"]
+    (run / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    runs.train("pretrain", *flags, "--output-dir", run, "--resume")
+    output = capsys.readouterr().out
+    assert (
+        "batch      64 images a step" in output and "3 steps = 8.0 epochs, from step 2; lr 0.08, warm-up 500" in output
+    )
+    assert_same_run(run, whole, 3)
+
+
 def test_a_restart_by_the_launcher_goes_on(
     without_batchnorm: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,10 +318,10 @@ def test_out_of_memory_later(demo: Path, tmp_path: Path) -> None:
     class Hungry(Trainer):
         """In step 3 it asks for more than there is."""
 
-        def _agree(self, all_finite: torch.Tensor) -> tuple[bool, int]:
+        def _agree(self, good: torch.Tensor, loss: torch.Tensor, norm: torch.Tensor | None) -> StepOutcome:
             if self.progress.step == 2:
                 torch.empty(2**60, dtype=torch.uint8)
-            return super()._agree(all_finite)
+            return super()._agree(good, loss, norm)
 
     with pytest.raises(TrainingStopped) as stop:
         train(run, demo, *flags, trainer=Hungry)

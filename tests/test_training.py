@@ -3,6 +3,7 @@ interruption changes what is learnt."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,7 @@ def test_finetune_evaluate_predict(
     banner = capsys.readouterr().out
     assert f"156 of 156 tensors loaded from {pretrained}; BatchNorm, stem and first stage frozen" in banner
     assert "trainable  51 of 96 tensors" in banner
+    assert "recipe     small (under 5,000 training images): batch 8, warm-up 100 steps, at least 4,000" in banner
     before, after = runs.weights(pretrained), runs.weights(run)
     same = {name for name in before if torch.equal(before[name], after[name])}
     first_stage = ("backbone.network.conv1", "backbone.network.bn1", "backbone.network.layer1.")
@@ -143,6 +145,29 @@ def test_from_random_weights_in_stage_two(demo: Path, tmp_path: Path, capsys: py
     )
     assert "BatchNorm trains on micro-batches of 2" in banner
     assert "23 images (0 without objects)" in banner  # one of the 24 has none
+
+
+def test_the_time_that_a_run_will_take(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told once, after twelve steps."""
+    flags = (
+        *runs.TINY,
+        *runs.EIGHT,
+        "--max-steps",
+        28,
+        "--eval-every",
+        7,
+        "--save-every",
+        14,
+        "--output-dir",
+        tmp_path,
+    )
+    line = (
+        r"time       [\d.e-]+ s a step: \d+ s for the other 16 steps, until about \w{3} \d\d:\d\d; evaluation every 21"
+    )
+    runs.train("pretrain", "--data", demo, *flags)
+    output = capsys.readouterr().out
+    assert len(re.findall(line + r" steps, which comes on top, the next one after step 21 in \d+ s", output)) == 1
+    assert re.search(r"step 21 \(\d+ s\): AP", output)
 
 
 # Accumulation and processes
