@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-# Small enough for two CPU cores; a GPU runs the same.
-SMALL := --data data/demo --rois-per-image 32 --proposals 128 --num-workers 1 \
-    --global-batch-size 16 --micro-batch-size 16
+# The defaults, but for a detector, images and a length that two CPU cores can bear; a GPU runs the same.
+SMALL := --data data/demo --rois-per-image 32 --proposals 128 --num-workers 1
 
 .PHONY: demo test check setup clean-demo
 
@@ -20,9 +19,9 @@ setup: .venv/.done
 demo: setup
 	$(BIN)/python scripts/make_demo_data.py --output-dir data/demo --image-size 128
 	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --channels 128 \
-	    --image-size 128 --max-steps 600 --eval-every 6 --output-dir $(RUN)/pretrain --resume
+	    --image-size 128 --max-steps 1200 --eval-every 6 --output-dir $(RUN)/pretrain --resume
 	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 192 --long-side 192 \
-	    --max-steps 150 --eval-every 2 --output-dir $(RUN) --resume
+	    --max-steps 300 --eval-every 2 --output-dir $(RUN) --resume
 	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --num-workers 1
 	mkdir -p $(RUN)/samples && cp data/demo/images/val_00000*.jpg $(RUN)/samples/
 	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures

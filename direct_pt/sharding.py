@@ -66,8 +66,15 @@ class Sharded:
         is too large. Under DeepSpeed None: see `norm_after_update`."""
         if self.zero_stage:
             return None
-        self.accelerator.unscale_gradients(self.optimizer)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer.optimizer)
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+
+    def leave_out(self) -> None:
+        """Forget the gradient of a step that failed. fp16's loss scale stays as it is."""
+        if self.accelerator.scaler is not None:  # which otherwise waits for the update that its gradients were for
+            self.accelerator.scaler.update(self.accelerator.scaler.get_scale())
+        self.optimizer.zero_grad()
 
     def norm_after_update(self) -> float | None:
         """What DeepSpeed measured in its update."""
@@ -76,20 +83,26 @@ class Sharded:
         norm = self.model.get_global_grad_norm()  # type: ignore[operator]  # of its engine
         return None if norm is None else float(norm)
 
-    def update(self, clip_grad_norm: float | None, norm: Tensor | None) -> bool:
+    def update(self, clip_grad_norm: float | None, norm: Tensor | None, overflow: bool = False) -> bool:
         """One step of the optimizer; whether it was left out, as a gradient was not finite.
 
-        What fp16's scaler leaves out while it looks for its scale does not count.
+        What is left out while fp16 looks for its loss scale does not count.
 
         Args:
             clip_grad_norm: the most that the gradient may measure. DeepSpeed clips by itself.
             norm: what it measures, as `gradient_norm` told.
+            overflow: whether that is not finite.
         """
+        scaler = self.accelerator.scaler
+        if overflow and scaler is not None:  # the optimizer itself would set up its momentum from memory that nothing was written to
+            before = scaler.get_scale()
+            scaler.update()
+            self.optimizer.zero_grad()
+            return scaler.get_scale() < 1 or scaler.get_scale() >= before
         if clip_grad_norm is not None and norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained(), clip_grad_norm, norm)
         self.optimizer.step()
-        if self.accelerator.scaler is not None:
-            return self.optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1
+        self.optimizer.zero_grad()
         return bool(self.zero_stage) and self.optimizer.step_was_skipped
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -169,17 +169,19 @@ class Trainer:
         norm = self.sharded.gradient_norm()
         step = self._agree(torch.stack(good), total / len(good), norm)
         skip = not step.is_good
-        if not skip:
+        if skip:
+            self.sharded.leave_out()
+        else:
             statistics, self.kept = self.kept, None
-            skip = self.sharded.update(self.settings.clip_grad_norm, norm)
+            overflow = step.norm is not None and not math.isfinite(step.norm)  # of fp16, whose scale is too large
+            skip = self.sharded.update(self.settings.clip_grad_norm, norm, overflow)
             self.kept = statistics if skip else None
-        self.sharded.optimizer.zero_grad()
         if skip:
             self._undo()
             self._skipped([batch for batch, fine in zip(micro_batches, good, strict=True) if not fine], step.mixed)
             return step.stop_signal
         known = self.sharded.norm_after_update() if norm is None else step.norm
-        known = known if known is not None and math.isfinite(known) else None  # fp16 looks for its scale
+        known = None if known is None or not math.isfinite(known) else known
         self.progress.succeeded(step.loss, known)
         if known is not None:
             self.largest_norm = max(known, self.largest_norm or 0.0)

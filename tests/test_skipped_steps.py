@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import poisoned
 import pytest
 import small_runs as runs
+import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from direct_pt import stage
 from direct_pt.errors import TrainingStopped
 
 SCRIPT = Path(__file__).with_name("poisoned.py")
@@ -77,6 +81,39 @@ def test_ten_in_a_row_stop_the_run(demo: Path, tmp_path: Path) -> None:
     with runs.fresh_process():
         poisoned.run("12,13", *flags, "--resume")
     assert runs.records(tmp_path / "copy")[-2]["skipped"] == 12
+
+
+@pytest.fixture
+def loss_scale(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """fp16's loss scale around a float32 detector: what CPUs can show of it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=4)  # overflows at first
+    make = stage.make_accelerator
+
+    def make_scaled(*args: Any, **options: Any) -> Accelerator:
+        accelerator = make(*args, **options)
+        accelerator.scaler = scaler
+        return accelerator
+
+    monkeypatch.setattr(stage, "make_accelerator", make_scaled)
+    return scaler
+
+
+@pytest.mark.parametrize("clip", [(), ("--clip-grad-norm", 1000)])
+def test_with_a_loss_scale(
+    clip: tuple[object, ...], loss_scale: torch.amp.GradScaler, demo: Path, tmp_path: Path
+) -> None:
+    """While it looks for its scale, steps come to nothing without counting; a failed step leaves it as it is."""
+    flags = ("--data", demo, *runs.TINY, *runs.EIGHT, *EVERY_STEP, *clip, "--max-steps", 14, "--lr", 1e-5)
+    with runs.fresh_process():
+        poisoned.run("9,11", *map(str, flags), "--output-dir", str(tmp_path / "run"))
+    assert runs.largest_difference(saved(tmp_path / "run", 8), saved(tmp_path / "run", 9)) == 0
+    assert runs.largest_difference(saved(tmp_path / "run", 9), saved(tmp_path / "run", 10)) > 0
+    records = [record for record in runs.records(tmp_path / "run") if "loss" in record]
+    assert records[-1]["skipped"] == 2 and records[8]["loss"] is records[10]["loss"] is None
+    assert records[0]["gradient_norm"] is None  # infinite, times 2^127
+    norms = [norm for record in records if (norm := record["gradient_norm"]) is not None]
+    assert len(norms) > 4 and all(0.1 < norm < 100 for norm in norms)  # without the scale
+    assert 1 <= loss_scale.get_scale() < 2.0**127
 
 
 def test_a_bad_batch_among_good_ones_is_named(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
