@@ -94,7 +94,8 @@ class Sharded:
             overflow: whether that is not finite.
         """
         scaler = self.accelerator.scaler
-        if overflow and scaler is not None:  # the optimizer itself would set up its momentum from memory that nothing was written to
+        if overflow and scaler is not None:
+            # Not left to the fused optimizer, which would set up its momentum from memory that nothing was written to.
             before = scaler.get_scale()
             scaler.update()
             self.optimizer.zero_grad()
