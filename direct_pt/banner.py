@@ -11,7 +11,7 @@ from direct_pt.models.detector import Detector
 from direct_pt.models.norms import batchnorms
 from direct_pt.plan import Plan
 from direct_pt.progress import Progress
-from direct_pt.recipes import MIN_BATCHNORM_IMAGES, SMALL_SET_IMAGES, STAGES, Recipe
+from direct_pt.recipes import MIN_BATCHNORM_IMAGES, SMALL_SET_IMAGES, Recipe, recipe_for
 from direct_pt.settings import Settings
 from direct_pt.training import TrainingData
 
@@ -49,7 +49,7 @@ def banner(
         f"  weights    {origin}",
         f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
         f"{sum(map(_size, trained)):,} of {sum(map(_size, detector.parameters())):,} parameters",
-        f"  recipe     {_recipe(settings, recipe, plan)}",
+        f"  recipe     {_recipe(settings, recipe, plan, detector, progress)}",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
         f"  optimizer  {_optimizer(recipe)}{_options(settings)}",
@@ -76,16 +76,17 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO 3 a process holds none of it
 
 
-def _recipe(settings: Settings, recipe: Recipe, plan: Plan) -> str:
-    """Which, and why."""
+def _recipe(settings: Settings, recipe: Recipe, plan: Plan, detector: Detector, progress: Progress) -> str:
+    """Which, why, and how it differs from the paper's."""
+    if progress.step:
+        return "as the run began"
     if recipe.name == "paper":
         return "the paper's" + " (--recipe paper)" * (settings.recipe == "paper")
-    paper = STAGES[settings.stage]
+    paper = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
     why = "--recipe small" if settings.recipe == "small" else f"under {SMALL_SET_IMAGES:,} training images"
     return (
-        f"small ({why}): batch {recipe.global_batch_size}, warm-up {recipe.warmup_steps} steps, at least "
-        f"{recipe.min_images_seen:,} images seen, where the paper has {paper.global_batch_size}, {paper.warmup_steps}, "
-        f"{paper.epochs} epochs (--recipe paper)"
+        f"small ({why}): batch {plan.global_batch_size}, lr {plan.lr:.3g}, warm-up {plan.warmup_steps} steps; the "
+        f"paper's (--recipe paper): {paper.global_batch_size}, {paper.lr:.3g}, {paper.warmup_steps}"
     )
 
 

@@ -114,7 +114,8 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
     Args:
         folder: of the run's checkpoints.
         state: of step N.
-        keep: how many of the newest checkpoints stay.
+        keep: how many of the newest checkpoints stay; besides, the newest one from before the latest calm step, which
+            a run that diverges resumes from.
 
     Raises:
         OSError: it cannot be written; the checkpoints before it are as they were.
@@ -139,7 +140,9 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
         raise
     known = checkpoints(folder)
     beyond = [path for path in known if _step(path) > step]  # damaged: the run went on from one before them
-    for old in (replaced, *beyond, *known[: len(known) - len(beyond)][:-keep]):
+    whole = known[: len(known) - len(beyond)]
+    calm = [path for path in whole if _step(path) < state.progress.calm_step][-1:]
+    for old in (replaced, *beyond, *(path for path in whole[:-keep] if path not in calm)):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -160,20 +163,12 @@ def load_training_state(folder: Path) -> TrainingState | None:
     return None
 
 
-def set_aside_checkpoints(folder: Path, calm_step: int, failed_step: int) -> list[Path]:
-    """Rename the checkpoints of a run that diverged to diverged-N: it does not resume from them. Returns them.
-
-    Args:
-        folder: of the run's checkpoints.
-        calm_step: the last step, from 1, whose loss said that the weights before it were good. What is newer goes, if
-            something older is there.
-        failed_step: the first one whose loss said that they were not. The weights before it go in any case.
-    """
-    steps = [_step(path) for path in checkpoints(folder)]
-    first = calm_step if any(step < calm_step for step in steps) else failed_step - 1
+def set_aside_checkpoints(folder: Path, calm_step: int) -> list[Path]:
+    """Rename the checkpoints of a run that diverged to diverged-N, from its last calm step on: it does not resume from
+    them. Returns them."""
     aside = []
     for path in checkpoints(folder):
-        if _step(path) >= first:
+        if _step(path) >= calm_step:
             aside.append(folder / f"diverged-{_step(path)}")
             shutil.rmtree(aside[-1], ignore_errors=True)
             path.rename(aside[-1])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,15 +68,13 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
 
 
-def global_batch_size(settings: Settings, recipe: Recipe, processes: int, saved: "Plan | None" = None) -> int:
-    """Images an optimizer step, over all processes: what the flag says, or a resumed run had, or the recipe's.
+def global_batch_size(settings: Settings, recipe: Recipe, processes: int) -> int:
+    """Images an optimizer step, over all processes: what the flag says, or else the recipe's.
 
     The small recipe's batch grows with the processes so that each of them has a whole micro-batch.
     """
     if settings.global_batch_size is not None:
         return settings.global_batch_size
-    if saved is not None:
-        return saved.global_batch_size
     if recipe.name == "paper" or isinstance(settings.micro_batch_size, int):
         return recipe.global_batch_size
     least = max(recipe.global_batch_size, recipe.min_micro_batch_size * processes)
@@ -96,13 +93,7 @@ def smaller_micro_batches(plan: Plan) -> list[int]:
 
 
 def make_plan(
-    settings: Settings,
-    recipe: Recipe,
-    images: int,
-    processes: int,
-    fitting_micro_batch_size: int | None = None,
-    saved: Plan | None = None,
-    changed: Collection[str] = (),
+    settings: Settings, recipe: Recipe, images: int, processes: int, fitting_micro_batch_size: int | None = None
 ) -> Plan:
     """Resolve the batch, the schedule and the learning rate: what the settings say, and the recipe where they do not.
 
@@ -112,14 +103,16 @@ def make_plan(
         images: of the training split.
         processes: that share the work.
         fitting_micro_batch_size: what was found where the settings say "auto".
-        saved: of a resumed run: it keeps its batch, length, rate and schedule, but for `changed`.
-        changed: "lr", "warmup_steps": which of these follow the settings all the same.
 
     Raises:
         InputError: the batch does not divide; the message gives the nearest ones that do.
     """
-    batch = global_batch_size(settings, recipe, processes, saved)
-    micro = fitting_micro_batch_size or _micro_batch_size(settings, recipe, batch, processes, saved)
+    batch = global_batch_size(settings, recipe, processes)
+    micro, given = recipe.micro_batch_size, settings.micro_batch_size
+    if fitting_micro_batch_size or isinstance(given, int):
+        micro = fitting_micro_batch_size or int(given or 0)
+    elif recipe.name == "small" and settings.global_batch_size is None:  # which was made to divide
+        micro = next(size for size in micro_batch_sizes(batch, processes) if size <= micro)
     unit = micro * processes
     if batch % unit:
         near = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
@@ -139,7 +132,9 @@ def make_plan(
         steps = max(1, round(recipe.epochs * times * images / batch))
         floor = round(recipe.min_images_seen * times / batch)
         if steps < floor:
-            notes.append(f"{recipe.epochs * times} epochs of {images} images are {steps} steps: raised to {floor}")
+            notes.append(
+                f"{recipe.epochs * times} epochs of {images} images are {steps} steps: raised to {floor} steps"
+            )
             steps = floor
     lr = settings.lr
     if lr is None:
@@ -148,23 +143,12 @@ def make_plan(
             share = f"{batch} / {recipe.global_batch_size}"
             share = f"the root of {share}, as AdamW's" if recipe.optimizer == "adamw" else share
             notes.append(f"lr {lr:.3g} = {recipe.lr:.3g} x {share}")
-    warmup = _first(settings.warmup_steps, recipe.warmup_steps)
+    warmup = recipe.warmup_steps if settings.warmup_steps is None else settings.warmup_steps
     if warmup > steps:
         notes.append(f"the warm-up of {warmup} steps is longer than the run: lr stays below {lr:g}")
     cosine = settings.lr_schedule == "cosine"
     if cosine:
         notes.append("lr falls to 0 along a cosine, which the recipe does not")
-    if saved is not None:
-        return replace(
-            saved,
-            images=images,
-            processes=processes,
-            micro_batch_size=micro,
-            accumulation=batch // unit,
-            lr=lr if "lr" in changed else saved.lr,
-            warmup_steps=warmup if "warmup_steps" in changed else saved.warmup_steps,
-            notes=(),
-        )
     eval_steps = steps / 12 if settings.eval_every is None else settings.eval_every * images / batch
     return Plan(
         images=images,
@@ -183,15 +167,48 @@ def make_plan(
     )
 
 
-def _micro_batch_size(settings: Settings, recipe: Recipe, batch: int, processes: int, saved: Plan | None) -> int:
-    """What the flag says; else the recipe's, or a resumed run's, made to fit where no flag gave the batch."""
-    if isinstance(settings.micro_batch_size, int):
-        return settings.micro_batch_size
-    wanted = recipe.micro_batch_size if saved is None else saved.micro_batch_size
-    fitting = [size for size in micro_batch_sizes(batch, processes) if size <= wanted]
-    chosen = settings.global_batch_size is None and recipe.name == "small"
-    return fitting[0] if fitting and (saved is not None or chosen) else wanted
+def resumed_plan(
+    saved: Plan, settings: Settings, images: int, processes: int, fitting_micro_batch_size: int | None = None
+) -> Plan:
+    """A resumed run's plan: its own batch, length and schedule, on the processes that there are now.
+
+    Args:
+        saved: its plan until now.
+        settings: of the run, which may bring another rate, warm-up or micro-batch.
+        images: of the training split now.
+        processes: see `make_plan`.
+        fitting_micro_batch_size: see `make_plan`.
+
+    Raises:
+        InputError: the batch does not divide; the message gives the numbers of processes or the micro-batches that do.
+    """
+    batch = saved.global_batch_size
+    sizes = micro_batch_sizes(batch, processes)
+    if not sizes:
+        fitting = [str(number) for number in range(1, batch + 1) if batch % number == 0]
+        raise InputError(
+            f"--resume: the run's batch of {batch} does not divide over {processes} processes; start {_one_of(fitting)}"
+        )
+    given = settings.micro_batch_size
+    micro = fitting_micro_batch_size or next(size for size in sizes if size <= saved.micro_batch_size or size == 1)
+    if isinstance(given, int):
+        micro = given
+        if micro not in sizes:
+            raise InputError(
+                f"--micro-batch-size {micro}: the run's batch of {batch} does not divide so on {processes} "
+                f"process(es); use {_one_of([str(size) for size in reversed(sizes)])}"
+            )
+    return replace(
+        saved,
+        images=images,
+        processes=processes,
+        micro_batch_size=micro,
+        accumulation=batch // (micro * processes),
+        lr=saved.lr if settings.lr is None else settings.lr,
+        warmup_steps=saved.warmup_steps if settings.warmup_steps is None else settings.warmup_steps,
+        notes=(),
+    )
 
 
-def _first(given: int | None, otherwise: int) -> int:
-    return otherwise if given is None else given
+def _one_of(choices: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))

@@ -25,7 +25,7 @@ class Recipe:
         warmup_factor: share of the lr that the warm-up starts from.
         decays: shares of the run after which the lr falls to a tenth.
         min_images_seen: floor of the length, in images seen; 0 for none.
-        min_micro_batch_size: which BatchNorm needs where it trains; 1 where it does not.
+        min_micro_batch_size: that the small recipe leaves each process; in stage 1 as many as BatchNorm needs.
     """
 
     name: str

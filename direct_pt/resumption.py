@@ -1,6 +1,6 @@
 """What a run goes on from: found and read by the main process, told to the others, put where it belongs."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -25,7 +25,7 @@ class Resumption:
         of_processes: what each process had gathered since the last log.
         micro_batch_size: images at once on a device.
         plan: the run's batch, length, rate and schedule.
-        changed: the flags that may change when a run is resumed, and have: name, value now, value before.
+        notes: which settings have changed, in words.
         state: the tensors, on the main process.
     """
 
@@ -34,12 +34,17 @@ class Resumption:
     of_processes: list[dict[str, Any]]
     micro_batch_size: int
     plan: Plan
-    changed: list[tuple[str, Any, Any]]
+    notes: list[str]
     state: TrainingState | None = None
 
     @classmethod
-    def find(cls, settings: Settings, processes: PartialState) -> "Resumption | None":
+    def find(cls, settings: Settings, notes: list[str], processes: PartialState) -> "Resumption | None":
         """What `settings` go on from, or None for a new run. Every process must call it.
+
+        Args:
+            settings: of the run, as `resumed_settings` gave them, with its `notes`.
+            notes: see above.
+            processes: that look for it together.
 
         Raises:
             InputError: all checkpoints are damaged, or config.json is.
@@ -51,9 +56,9 @@ class Resumption:
             if state is None:
                 return None
             read.append(state)
-            plan, changed = _earlier_plan(settings)
             state.progress.resume()
-            return cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, plan, changed)
+            plan = read_plan(settings.output_dir / CONFIG)
+            return cls(state.progress, state.scaler, state.of_processes, state.micro_batch_size, plan, notes)
 
         found = main_decides(look, processes)
         if found is not None and read:
@@ -83,7 +88,7 @@ class Resumption:
 
     def differences(self, plan: Plan) -> tuple[str, ...]:
         """What is another than before, in words."""
-        notes = [f"resumed with --{name.replace('_', '-')} {now}, before {then}" for name, now, then in self.changed]
+        notes = list(self.notes)
         before = len(self.of_processes), self.micro_batch_size
         if before != (plan.processes, plan.micro_batch_size):
             notes.insert(
@@ -97,13 +102,27 @@ class Resumption:
         return None if self.state is None else getattr(self.state, name)
 
 
-def _earlier_plan(settings: Settings) -> tuple[Plan, list[tuple[str, Any, Any]]]:
-    """The plan of the run that is resumed, and the flags that may change then and have."""
-    path = settings.output_dir / CONFIG
-    saved, given = read_settings(path), asdict(settings)
-    changed = [
-        (name, given[name], saved.get(name))
-        for name in sorted(MENDABLE - {"micro_batch_size"})
-        if saved.get(name, vars(Settings).get(name)) != given[name]
-    ]
-    return read_plan(path), changed
+def resumed_settings(settings: Settings, processes: PartialState) -> tuple[Settings, list[str]]:
+    """The settings of a run, and what has changed in them since it began, in words. Every process must call it.
+
+    What may change when a run is resumed, and is not given now, is as an earlier resumption left it.
+
+    Raises:
+        InputError: the run's config.json cannot be read.
+    """
+
+    def look() -> tuple[Settings, list[str]]:
+        path = settings.output_dir / CONFIG
+        if not settings.resumes or not path.exists():
+            return settings, []
+        saved, names = read_settings(path), sorted(MENDABLE - {"micro_batch_size"})  # the plan keeps that if it fits
+        kept = {name: saved[name] for name in names if getattr(settings, name) is None and saved.get(name) is not None}
+        notes = []
+        for name in names:
+            now, then = kept.get(name, getattr(settings, name)), saved.get(name, getattr(Settings, name))
+            if now != then:
+                before = "not given before" if then is None else f"before {then}"
+                notes.append(f"resumed with --{name.replace('_', '-')} {now}, {before}")
+        return replace(settings, **kept), notes
+
+    return main_decides(look, processes)

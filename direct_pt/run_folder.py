@@ -25,7 +25,6 @@ from direct_pt.checkpoint import (
 from direct_pt.errors import InputError, TrainingStopped
 from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
-from direct_pt.progress import Progress
 from direct_pt.visualize import plot_curves
 
 
@@ -48,6 +47,8 @@ class RunFolder:
         self.records: list[dict[str, Any]] = self._read_records(last_step) if self.is_main else []
         evaluations = [record for record in self.records if "bbox" in record]
         self.best_ap = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
+        if self.is_main and not self._step_of_best():
+            self.best_ap = -1.0  # it was set aside
         told = [max((record["step"] for record in evaluations), default=0)]
         broadcast_object_list(told)
         self.evaluated_step = int(told[0])
@@ -85,33 +86,37 @@ class RunFolder:
             self._write_best()
             write_text(self.path / "metrics.jsonl", _lines(self.records))
             save_model(self.path / "model", result, history)  # a run killed in between does it again
-            # While steps fail it is not known yet whether the latest weights are any good.
-            keep = self.keep + state.progress.skipped_in_a_row
-            save_training_state(self.path / "checkpoints", state, keep)
+            save_training_state(self.path / "checkpoints", state, self.keep)
             self._error = ""
             plot_curves(self.records, self.path / "curves.png")
 
         self._try(write)
 
-    def set_aside_diverged(self, progress: Progress, result: Detector, history: History) -> str:
-        """Put the weights of a run that diverged out of the way; model/ holds those from before it again.
-
-        For the main process. Returns what is left, in words.
-        """
+    def set_aside_diverged(self, calm_step: int, result: Detector, history: History) -> str:
+        """Put the weights of a run that diverged out of the way, from its last calm step on; model/ holds those from
+        before it again. For the main process. Returns what --resume does then, in words."""
+        folder, best, model = self.path / "checkpoints", self.path / "best", self.path / "model"
+        self._unsaved_best = None
         try:
-            folder = self.path / "checkpoints"
-            aside = set_aside_checkpoints(folder, progress.calm_step, progress.first_failed_step)
-            if aside:
-                state = load_training_state(folder)
-                if state is None:
-                    shutil.rmtree(self.path / "model", ignore_errors=True)
-                else:
-                    steps = [*history[:-1], {**history[-1], "steps": state.progress.step}]
-                    save_weights(self.path / "model", result.config, state.average or state.weights, steps)
+            aside = set_aside_checkpoints(folder, calm_step)
+            if self._step_of_best() >= calm_step:
+                aside.append(folder / "diverged-best")
+                shutil.rmtree(aside[-1], ignore_errors=True)
+                best.rename(aside[-1])
+            state = load_training_state(folder)
+            if state is None:
+                shutil.rmtree(model, ignore_errors=True)  # the same weights as in the newest that was set aside
+            elif aside:
+                steps = [*history[:-1], {**history[-1], "steps": state.progress.step}]
+                save_weights(model, result.config, state.average or state.weights, steps)
         except (OSError, InputError) as error:
-            return f"some could not be moved: {error}"
-        moved = f" (later ones are now {', '.join(path.name for path in aside)})" if aside else ""
-        return self.newest_checkpoint() + moved
+            return f"Not all weights from then on could be put aside ({error}): look into {folder} before you resume"
+        moved = (
+            f"; {', '.join(path.name for path in aside)} hold the later weights, and may be deleted" if aside else ""
+        )
+        if state is None:
+            return f"No checkpoint is from before that: --resume begins anew{moved}"
+        return f"--resume takes {folder / f'step-{state.progress.step}'}, from before that{moved}"
 
     def newest_checkpoint(self) -> str:
         """In words."""

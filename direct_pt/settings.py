@@ -235,7 +235,7 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup, stage: str) -> None:
         f"images at once on a device, the rest is accumulated; auto: as many as fit (paper: {recipe.micro_batch_size})"
     )
     group.add_argument("--micro-batch-size", type=_micro_batch_size, metavar="N|auto", help=text)
-    text = f"(paper: {recipe.lr:g} for a batch of {recipe.global_batch_size}; scaled in proportion to the batch)"
+    text = f"(paper: {recipe.lr:g} for a batch of {recipe.global_batch_size}; it follows the batch, AdamW's its root)"
     group.add_argument("--lr", type=positive_float, metavar="X", help=text)
     text = "recipe: constant in stage 1, two steps down in stage 2 (paper); cosine: down to 0 (recipe)"
     group.add_argument("--lr-schedule", choices=["recipe", "cosine"], default="recipe", help=text)

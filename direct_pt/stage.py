@@ -28,11 +28,11 @@ from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.recompute import recompute_blocks
 from direct_pt.optimizers import make_optimizer
-from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
+from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes, resumed_plan
 from direct_pt.processes import main_decides, one_a_machine_first
 from direct_pt.progress import Progress
 from direct_pt.recipes import Recipe, recipe_for, recipe_name
-from direct_pt.resumption import Resumption
+from direct_pt.resumption import Resumption, resumed_settings
 from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
 from direct_pt.sharding import Sharded
 from direct_pt.survey import summary, whole_image
@@ -53,8 +53,9 @@ def run_stage(settings: Settings) -> None:
     run = settings.output_dir
     processes = join_processes()
     main_decides(lambda: _check_output(settings), processes)  # it alone writes there; the others may not see it
+    settings, changes = resumed_settings(settings, processes)
     train, val_table = _data(settings, processes)
-    earlier = Resumption.find(settings, processes)
+    earlier = Resumption.find(settings, changes, processes)
     set_seed(settings.seed)
     detector, history, origin = _initial_detector(settings, train)
     if detector.has_masks:
@@ -65,12 +66,15 @@ def run_stage(settings: Settings) -> None:
     name = recipe_name(settings.recipe, len(train))
     recipe = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm, name)
     preset, test_preset = presets(settings)
+    count = processes.num_processes
+    batch = global_batch_size(settings, recipe, count) if earlier is None else earlier.plan.global_batch_size
     fitting = None
     if settings.micro_batch_size == "auto" and isinstance(train, AnnotationTable):
-        fitting = _fitting_micro_batch_size(settings, recipe, detector, train, preset, processes, earlier)
-    saved, changed = (None, []) if earlier is None else (earlier.plan, [name for name, *_ in earlier.changed])
-    images = _count(train, settings, recipe, processes.num_processes)
-    plan = make_plan(settings, recipe, images, processes.num_processes, fitting, saved, changed)
+        fitting = _fitting_micro_batch_size(settings, recipe, batch, detector, train, preset, processes, earlier)
+    if earlier is None:
+        plan = make_plan(settings, recipe, _count(train, settings, batch), count, fitting)
+    else:
+        plan = resumed_plan(earlier.plan, settings, len(train) or earlier.plan.images, count, fitting)
     feed = _feed(settings, train, plan, preset, detector.has_masks)
     data = TrainingData(feed, val_table, test_preset)
     accelerator = make_accelerator(
@@ -128,13 +132,13 @@ def _checked_tables(settings: Settings) -> dict[str, AnnotationTable]:
     return tables
 
 
-def _count(train: "AnnotationTable | Stream", settings: Settings, recipe: Recipe, processes: int) -> int:
+def _count(train: "AnnotationTable | Stream", settings: Settings, batch: int) -> int:
     """How many training images there are; of a stream that does not say, those that the run takes."""
     if len(train):
         return len(train)
     if settings.max_steps is None:
         raise InputError(f"{train.source}: does not say how many images it has: give --max-steps")
-    return global_batch_size(settings, recipe, processes) * settings.max_steps
+    return batch * settings.max_steps
 
 
 def _feed(settings: Settings, train: "AnnotationTable | Stream", plan: Plan, preset: Preset, with_masks: bool) -> Feed:
@@ -157,6 +161,7 @@ def _feed(settings: Settings, train: "AnnotationTable | Stream", plan: Plan, pre
 def _fitting_micro_batch_size(
     settings: Settings,
     recipe: Recipe,
+    batch: int,
     detector: Detector,
     table: AnnotationTable,
     preset: Preset,
@@ -164,7 +169,6 @@ def _fitting_micro_batch_size(
     earlier: Resumption | None,
 ) -> int:
     """For --micro-batch-size auto: what the run had, else the most that fits on every process."""
-    batch = global_batch_size(settings, recipe, processes.num_processes, earlier.plan if earlier else None)
     sizes = micro_batch_sizes(batch, processes.num_processes)
     if not sizes:
         raise InputError(f"--global-batch-size {batch} does not divide over {processes.num_processes} processes")

@@ -33,7 +33,7 @@ from direct_pt.models.detector import Detector
 from direct_pt.models.norms import running_statistics
 from direct_pt.plan import Plan, smaller_micro_batches
 from direct_pt.processes import gather_to_main, main_decides
-from direct_pt.progress import MAX_FAILED_STEPS, Progress
+from direct_pt.progress import Progress
 from direct_pt.run_folder import RunFolder
 from direct_pt.settings import Settings
 from direct_pt.sharding import Sharded
@@ -108,7 +108,7 @@ class Trainer:
         self.logged_step = progress.step - gathered.get("steps", 0)
         self.logged_time = time.monotonic()
         self.first_step, self.feed_state = progress.step, gathered.get("feed")
-        self.timed_from = time.monotonic()
+        self.timed_seconds = 0.0
         self.kept: list[tuple[Tensor, Tensor]] | None = None  # what undoes the step under way
         self.saved_step = progress.step
         self.stop_signal, self.stop_time = 0, 0.0
@@ -127,11 +127,11 @@ class Trainer:
             while self.progress.step < total:
                 for group in self.sharded.optimizer.param_groups:
                     group["lr"] = self.plan.learning_rate(self.progress.step)
+                start = time.monotonic()
                 stop = self._step(batches)
-                self.progress.step += 1
+                self._tell_time(time.monotonic() - start)
                 self.history[-1]["steps"] = done = self.progress.step
                 self.bar.update()
-                self._tell_time()
                 if done % self.settings.log_every == 0 or done == total:
                     self._log()
                 if self._evaluation_due() or done % self.settings.save_every == 0 or done == total:
@@ -182,7 +182,7 @@ class Trainer:
             return step.stop_signal
         known = self.sharded.norm_after_update() if norm is None else step.norm
         known = None if known is None or not math.isfinite(known) else known
-        self.progress.succeeded(step.loss, known)
+        self.progress.succeed(step.loss, known)
         if known is not None:
             self.largest_norm = max(known, self.largest_norm or 0.0)
         for name, part in sums.items():
@@ -190,7 +190,7 @@ class Trainer:
         self.updates += 1
         average_running_statistics(self.detector, self.accelerator)
         if self.average is not None:
-            self.average.update(self.sharded.whole(), self.progress.step + 1)
+            self.average.update(self.sharded.whole(), self.progress.step)
         return step.stop_signal
 
     def _keep_statistics(self) -> None:
@@ -229,37 +229,52 @@ class Trainer:
             batches: this process's micro-batches that failed.
             mixed: whether others were good.
         """
-        progress, limit = self.progress, self.progress.max_loss
-        progress.failed(mixed)
+        progress = self.progress
+        progress.fail(mixed)
         images = [image for batch in batches for image in batch.indices.tolist()]
         names = gather_object([Path(self.data.feed.image_name(image)).name for image in images])
         names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        alone = mixed or progress.skipped_in_a_row == 1  # among good batches, as far as is known yet
+        one_batch = self.plan.accumulation * self.plan.processes == 1
         if self.accelerator.is_main_process:
-            where = "a gradient" if not names else f"the loss of images {names_text}" if alone else "every loss"
-            range_text = f", or over {limit:.3g}" if names and math.isfinite(limit) else ""
-            self.bar.write(f"step {progress.step + 1} skipped: {where} is not finite{range_text}", file=sys.stderr)
-        if not progress.must_stop:
+            # Where a step is a single batch, the first one to fail comes after good ones, as far as is known.
+            named = mixed or (one_batch and progress.skipped_in_a_row == 1)
+            what = "a gradient" if not names else f"the loss of images {names_text}" if named else "every loss"
+            limit = f", or over {progress.max_loss:.3g}" if names and math.isfinite(progress.max_loss) else ""
+            self.bar.write(f"step {progress.step} skipped: {what} is not finite{limit}", file=sys.stderr)
+        if not progress.must_stop(self.plan.total_steps):
             return
-        fp16 = " or bf16 in place of fp16," if self.accelerator.scaler is not None else ""
         if progress.has_diverged:
-            lr = self.plan.learning_rate(progress.first_failed_step - 1)
-            result = self._result()
-            left = main_decides(
-                lambda: self.folder.set_aside_diverged(progress, result, self.history), self.accelerator.state
-            )
-            raise TrainingStopped(
-                f"the run has diverged: {progress.describe_divergence(lr)}. Resuming leaves out the weights from then "
-                f"on: {left}. Go on with --resume and a lower rate, such as --lr {lr / 4:.2g},{fp16} a longer "
-                "--warmup-steps, or --clip-grad-norm 10"
-            )
-        progress.step += 1
+            self._stop_diverged()
+        self.history[-1]["steps"] = progress.step
         self._save()
         self.folder.must_be_saved(progress.step)
         raise TrainingStopped(
-            f"{MAX_FAILED_STEPS} steps in a row were skipped, as the losses of some images among good ones were not "
-            f"finite or far out of range, in the last one of images {names_text}; the state of step {progress.step}, "
-            f"with the weights from before them, is saved. Look at those images' annotations, then go on with --resume"
+            f"{progress.skipped_in_a_row} steps in a row were skipped, as the losses of some images among good ones "
+            f"were not finite or far out of range, in the last one of images {names_text}; the state of step "
+            f"{progress.step}, with the weights from before them, is saved. Look at those images' annotations, then go "
+            "on with --resume"
+        )
+
+    def _stop_diverged(self) -> NoReturn:
+        """Put the weights of a run that has diverged out of the way, and say what happened. Every process must call
+        it."""
+        first, result = self.progress.first_failed_step, self._result()
+        left = main_decides(
+            lambda: self.folder.set_aside_diverged(self.progress.calm_step, result, self.history),
+            self.accelerator.state,
+        )
+        in_warmup = first <= self.plan.warmup_steps
+        lr = self.plan.learning_rate(first - 1)
+        advice = [f"a lower rate, such as --lr {(lr if in_warmup else self.plan.lr) / 4:.2g}"]
+        if in_warmup:
+            advice.append("a longer --warmup-steps")
+        if self.settings.clip_grad_norm is None:
+            advice.append("--clip-grad-norm 10")
+        if self.accelerator.scaler is not None:
+            advice.append("--mixed-precision bf16")
+        raise TrainingStopped(
+            f"the run has diverged: {self.progress.describe_divergence(lr)}. {left}. Go on with --resume and "
+            + ", or ".join(advice)
         )
 
     def _shares(self, micro_batches: list[Batch]) -> list[Tensor | float]:
@@ -278,20 +293,19 @@ class Trainer:
             Share(plan.micro_batch_size, steps[0] * a_step, steps[1] * a_step, process, plan.processes), self.feed_state
         )
 
-    def _tell_time(self) -> None:
-        """What the run will take, once some steps have been timed."""
+    def _tell_time(self, spent: float) -> None:
+        """What the run will take, once some steps have been timed; `spent` are the seconds of the latest one."""
         timed = self.progress.step - self.first_step - UNTIMED_STEPS
         left = self.plan.total_steps - self.progress.step
-        if timed == 0:
-            self.timed_from = time.monotonic()
+        self.timed_seconds += spent if timed > 0 else 0
         if timed != TIMED_STEPS or not left or not self.accelerator.is_main_process:
             return
-        seconds = (time.monotonic() - self.timed_from) / TIMED_STEPS
+        seconds = self.timed_seconds / TIMED_STEPS
         end = time.strftime("%a %H:%M", time.localtime(time.time() + left * seconds))
         evaluations = "no evaluation"
         if self.data.val is not None:
             every = self.plan.eval_steps
-            wait = min(every - self.progress.step % every, left)
+            wait = min(-self.progress.step % every, left)
             evaluations = (
                 f"evaluation every {every:,} steps, which comes on top, the next one after step "
                 f"{self.progress.step + wait:,} in {duration(wait * seconds)}"

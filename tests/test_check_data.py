@@ -165,7 +165,7 @@ def test_a_sound_set(splits: tuple[CocoFolder, CocoFolder], capsys: pytest.Captu
     assert report["anchors"]["448x448"]["RPN"]["all"]["objects"] == 3
     pretrain = report["schedules"]["pretrain"]
     assert (pretrain["recipe"], pretrain["steps"], pretrain["images_a_step"]) == ("small", 4000, 8)
-    assert pretrain["notes"][0] == "48 epochs of 3 images are 18 steps: raised to 4000"
+    assert pretrain["notes"][0] == "48 epochs of 3 images are 18 steps: raised to 4000 steps"
     folder = train.paths.images.parent / "report"
     names = ["object_sizes.png", "image_sizes.png", "classes.png", "samples_train.jpg", "samples_val.jpg"]
     assert report["pictures"] == names

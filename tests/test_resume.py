@@ -236,7 +236,7 @@ def test_with_another_micro_batch_and_learning_rate(
     run = copy_at(without_batchnorm, tmp_path / "other", 2)
     train(run, demo, *runs.THREE_STEPS, "--micro-batch-size", 2, "--lr", 0.0001, "--clip-grad-norm", 5, "--resume")
     output = capsys.readouterr().out
-    assert "resumed with --lr 0.0001, before 0.002" in output and "--clip-grad-norm 5.0, before None" in output
+    assert "resumed with --lr 0.0001, before 0.002" in output and "--clip-grad-norm 5.0, not given before" in output
     assert runs.records(run)[-2]["lr"] == 0.0001
 
 

@@ -1,6 +1,7 @@
 """From flags to the resolved numbers of a run, and the flags that are refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
-from direct_pt.plan import Plan, make_plan
+from direct_pt.plan import Plan, make_plan, resumed_plan
 from direct_pt.recipes import STAGES, recipe_for, recipe_name
 from direct_pt.settings import Settings, parse_training
 
@@ -181,7 +182,7 @@ def test_the_small_batch_on_many_processes(stage: str, batches: dict[int, tuple[
 
 def test_floor_of_the_small_recipe() -> None:
     p = plan("pretrain", images=300)
-    assert "48 epochs of 300 images are 1800 steps: raised to 4000" in p.notes
+    assert "48 epochs of 300 images are 1800 steps: raised to 4000 steps" in p.notes
     assert plan("pretrain", "--global-batch-size", 16, images=300).total_steps == 2000
     assert plan("pretrain", "--schedule", "3x", images=300).total_steps == 12_000
     assert plan("pretrain", "--schedule", "6x", images=300).total_steps == 24_000
@@ -207,16 +208,23 @@ def test_warmup() -> None:
 def test_a_resumed_run_keeps_its_plan() -> None:
     """As one begun before there was a small recipe, on fewer images: its batch, length, rate and schedule."""
     before = plan("pretrain", "--recipe", "paper", "--schedule", "3x", images=300)
-    small = recipe_for("pretrain", "faster_rcnn_r50_fpn", False, "small")
-    resumed = make_plan(parse("pretrain"), small, 290, 2, saved=before)
-    assert replace(resumed, images=300, processes=1, accumulation=8, notes=()) == replace(before, notes=())
+    resumed = resumed_plan(before, parse("pretrain"), 290, 2)
+    assert replace(resumed, images=300, processes=1, accumulation=8) == replace(before, notes=())
     assert (resumed.images, resumed.processes, resumed.micro_batch_size, resumed.accumulation) == (290, 2, 8, 4)
-    changed = make_plan(parse("pretrain", "--lr", 0.5, "--warmup-steps", 7), small, 300, 1, None, before, ["lr"])
-    assert (changed.lr, changed.warmup_steps) == (0.5, 500)
-    changed = make_plan(parse("pretrain", "--warmup-steps", 7), small, 300, 1, None, before, ["warmup_steps"])
-    assert (changed.lr, changed.warmup_steps) == (0.08, 7)
+    changed = resumed_plan(before, parse("pretrain", "--lr", 0.5, "--warmup-steps", 7), 300, 1)
+    assert (changed.lr, changed.warmup_steps) == (0.5, 7)
+    assert resumed_plan(before, parse("pretrain", "--micro-batch-size", 16), 300, 1).micro_batch_size == 16
     # Micro-batches that do not fit as many processes shrink.
-    assert make_plan(parse("pretrain"), small, 300, 16, saved=before).micro_batch_size == 4
+    assert resumed_plan(before, parse("pretrain"), 300, 16).micro_batch_size == 4
+    small = plan("pretrain", images=300)
+    assert resumed_plan(small, parse("pretrain"), 300, 4).micro_batch_size == 2
+    for flags, processes, message in (
+        ((), 3, "the run's batch of 8 does not divide over 3 processes; start 1, 2, 4 or 8"),
+        (("--micro-batch-size", 3), 1, "does not divide so on 1 process(es); use 1, 2, 4 or 8"),
+        (("--micro-batch-size", 8), 2, "use 1, 2 or 4"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            resumed_plan(small, parse("pretrain", *flags), 300, processes)
 
 
 def test_evaluation_interval() -> None:

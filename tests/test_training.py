@@ -81,7 +81,7 @@ def test_finetune_evaluate_predict(
     banner = capsys.readouterr().out
     assert f"156 of 156 tensors loaded from {pretrained}; BatchNorm, stem and first stage frozen" in banner
     assert "trainable  51 of 96 tensors" in banner
-    assert "recipe     small (under 5,000 training images): batch 8, warm-up 100 steps, at least 4,000" in banner
+    assert "recipe     small (under 5,000 training images): batch 4, lr 0.002, warm-up 1 steps; the paper's" in banner
     before, after = runs.weights(pretrained), runs.weights(run)
     same = {name for name in before if torch.equal(before[name], after[name])}
     first_stage = ("backbone.network.conv1", "backbone.network.bn1", "backbone.network.layer1.")

@@ -3,7 +3,7 @@
 By default each run is stopped 150 steps after its warm-up, and the largest gradient norm and the loss are told; one
 that diverges says so. With --whole it goes to its end, and the AP of each evaluation is told by the images seen.
 
-An arm is a name and flags that are added to pretrain.py's, and after a slash to finetune.py's:
+An arm is a name and flags that are added to pretrain.py's, and after a slash between spaces to finetune.py's:
 
   --arm "default:"  --arm "64: --global-batch-size 64 --warmup-steps 500 / --global-batch-size 16"
 
@@ -29,6 +29,7 @@ from direct_pt.models.detector import MODELS
 from direct_pt.settings import positive_integer
 
 STEPS_AFTER_WARMUP = 150
+STOPPED = 143  # exit status after SIGTERM
 SMALL_DETECTOR = ("--channels", "64", "--rois-per-image", "64", "--proposals", "256")
 SMALL_IMAGES = {"pretrain": ("--image-size", "160"), "finetune": ("--short-side", "256", "--long-side", "256")}
 SMALL_BACKBONES = {"mask_rcnn_swin_t_fpn": "convnext_atto"}  # normalises with LayerNorm too
@@ -77,22 +78,29 @@ def measure(args: argparse.Namespace) -> list[Row]:
     ]
     rows: list[Row] = []
     waiting, running = list(trials), dict[int, tuple[Trial, list[str], subprocess.Popen[bytes] | None]]()
-    while waiting or running:
-        for slot in range(args.jobs):
-            if slot not in running and waiting:
-                running[slot] = (waiting.pop(0), list(stages), None)
-        for slot, (one, left, process) in list(running.items()):
+    stopping: set[int] = set()  # process ids; a second signal would end them at once
+    try:
+        while waiting or running:
+            for slot in range(args.jobs):
+                if slot not in running and waiting:
+                    running[slot] = (waiting.pop(0), list(stages), None)
+            for slot, (one, left, process) in list(running.items()):
+                if process is not None and process.poll() is None:
+                    if not args.whole and process.pid not in stopping and has_gone_far_enough(one.folder / left[0]):
+                        stopping.add(process.pid)
+                        process.send_signal(signal.SIGTERM)
+                    continue
+                if process is not None:
+                    rows += told(one, left.pop(0), process.returncode, args.whole)
+                if left and (process is None or (one.folder / "pretrain" / "model").exists()):
+                    running[slot] = (one, left, start(one, left[0], slot, args.whole))
+                else:
+                    del running[slot]
+            time.sleep(0.5)
+    finally:
+        for *_, process in running.values():
             if process is not None and process.poll() is None:
-                if not args.whole and has_gone_far_enough(one.folder / left[0]):
-                    process.send_signal(signal.SIGTERM)
-                continue
-            if process is not None:
-                rows += told(one, left.pop(0), args.whole)
-            if left and (process is None or (one.folder / "pretrain" / "model").exists()):
-                running[slot] = (one, left, start(one, left[0], slot, args.whole))
-            else:
-                del running[slot]
-        time.sleep(0.5)
+                process.terminate()
     return rows
 
 
@@ -101,7 +109,7 @@ def trial(arm: str, model: str, data: Path, seed: int, args: argparse.Namespace)
     name, colon, flags = arm.partition(":")
     if not colon or not name.strip():
         raise InputError(f'--arm "{arm}": give it a name and a colon, such as "rate: --lr 0.02"')
-    added = dict(zip(("pretrain", "finetune"), [*flags.split("/"), ""], strict=False))
+    added = dict(zip(("pretrain", "finetune"), [*f"{flags} ".split(" / "), ""], strict=False))
     common = ("--data", str(data), "--seed", str(seed), "--num-workers", "0", "--log-every", "5")
     detector: tuple[str, ...] = ("--model", model)
     counts: tuple[str, ...] = ()
@@ -161,7 +169,7 @@ def is_done(folder: Path) -> bool:
     return bool(found and plan) and found[-1]["step"] == plan["total_steps"] and (folder / "model").exists()
 
 
-def told(one: Trial, stage: str, whole: bool) -> list[Row]:
+def told(one: Trial, stage: str, status: int, whole: bool) -> list[Row]:
     """The rows of a stage that has ended. Raises InputError where its flags or its data were refused."""
     folder = one.folder / stage
     text = (folder / "output.txt").read_text(errors="replace")
@@ -171,8 +179,8 @@ def told(one: Trial, stage: str, whole: bool) -> list[Row]:
     found = records(folder)
     steps = [record for record in found if record.get("loss") is not None]
     norms = [record["gradient_norm"] for record in steps if record["gradient_norm"] is not None]
-    failed = "has diverged" in last or not steps
-    end = f", {last}" if failed else f", loss {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f}"
+    failed = status not in (0, STOPPED)
+    end = f", {last}" if failed else f", loss {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f}" if steps else ""
     unit = f"largest gradient norm in {found[-1]['step'] if found else 0} steps{end}"
     rows = [row("trials", f"{one.name} {stage}", max(norms, default=float("nan")), unit, target="no divergence")]
     batch = plan_of(folder).get("global_batch_size", 0)
