@@ -66,7 +66,7 @@ def test_steps_in_two_processes_and_the_parts_of_scaling(tmp_path: Path) -> None
 def test_trials_of_two_arms(demo: Path, tmp_path: Path) -> None:
     """One trains both stages, the other diverges in the first; those that are done are not done again."""
     tiny = " ".join((*runs.TINY, *runs.EIGHT, *runs.NO_EVALUATION))
-    second = "--max-steps 2 --short-side 64 --long-side 64 --eval-every 9"
+    second = "--max-steps 3 --short-side 64 --long-side 64 --eval-every 9"
     arms = (f"sound: {tiny} --max-steps 4 / {second}", f"far: {tiny} --lr 1e30")
     flags = [part for arm in arms for part in ("--arm", arm)]
     flags += ["--data", demo, "--model", runs.MODEL, "--whole", "--jobs", 2, "--output-dir", tmp_path / "trials"]
@@ -74,10 +74,10 @@ def test_trials_of_two_arms(demo: Path, tmp_path: Path) -> None:
     by_setting = {row["setting"]: row for row in rows}
     ends = [f"{arm} {runs.MODEL} {demo.name} seed 0" for arm in ("sound", "far")]
     assert set(by_setting) == {
-        f"{ends[0]} pretrain", "  after 32 images", f"{ends[0]} finetune", "  after 16 images", f"{ends[1]} pretrain",
+        f"{ends[0]} pretrain", "  after 32 images", f"{ends[0]} finetune", "  after 48 images", f"{ends[1]} pretrain",
     }  # fmt: skip
     assert "stopped: the run has diverged" in by_setting[f"{ends[1]} pretrain"]["unit"]
-    assert by_setting[f"{ends[0]} finetune"]["unit"].startswith("largest gradient norm in 2 steps, loss")
+    assert by_setting[f"{ends[0]} finetune"]["unit"].startswith("largest gradient norm in 3 steps, loss")
     folder = tmp_path / "trials" / ends[0].replace(" ", "-")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/model/*")}
     assert len(before) == 4
