@@ -21,7 +21,7 @@ demo: setup
 	$(LAUNCH) scripts/pretrain.py $(SMALL) --model faster_rcnn_r50_fpn --backbone resnet18 --channels 128 \
 	    --image-size 128 --max-steps 1200 --eval-every 6 --output-dir $(RUN)/pretrain --resume
 	$(LAUNCH) scripts/finetune.py $(SMALL) --init $(RUN)/pretrain --short-side 192 --long-side 192 \
-	    --max-steps 150 --eval-every 2 --output-dir $(RUN) --resume
+	    --micro-batch-size 16 --max-steps 150 --eval-every 2 --output-dir $(RUN) --resume
 	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --num-workers 1
 	mkdir -p $(RUN)/samples && cp data/demo/images/val_00000*.jpg $(RUN)/samples/
 	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures
