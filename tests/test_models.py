@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from direct_pt.data.images import read_image
 from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split
 from direct_pt.data.transforms import PretrainPreset, TestPreset, has_extent
+from direct_pt.device import as_on_gpu
 from direct_pt.errors import InputError
 from direct_pt.models import matching, rpn
 from direct_pt.models.anchors import Anchors, inside, per_anchor
@@ -302,6 +305,41 @@ def test_nothing_detected(each_detector: Detector, batch: Batch) -> None:
     assert len(result["scores"]) == 0 and result["boxes"].shape == (0, 4)
     assert ("masks" in result) == detector.has_masks
     assert result.get("masks", np.zeros((0, 40, 50), bool)).shape == (0, 40, 50)
+
+
+@pytest.mark.parametrize("part", ["", "deltas", "objectness", "class_logits", "convs"])
+@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_have_diverged(
+    each_detector: Detector, batch: Batch, part: str, where: Callable[[], AbstractContextManager[None]], value: float
+) -> None:
+    """A run whose weights are not finite any more goes on until it knows that it has diverged: in an evaluation too."""
+    detector = copy.deepcopy(each_detector)
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if part in name and name.endswith("weight"):
+                parameter.fill_(value)
+    with where():
+        assert set(detector.train()(batch)) == LOSSES[detector.config.name]
+        found = detector.eval().detect(batch)
+    assert found.boxes.isfinite().all() and found.scores.isfinite().all()
+
+
+@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+def test_some_images_whose_maps_are_not_finite(
+    each_detector: Detector, batch: Batch, where: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """As in float16 shortly before a run diverges; the others are detected as without them."""
+    detector = copy.deepcopy(each_detector).eval()
+    with where(), torch.no_grad():
+        features = detector.features(batch)
+        expected = detector.find(features, batch)
+        for feature in features:
+            feature[1:] = math.nan
+        found = detector.find(features, batch)
+    assert found.boxes.isfinite().all() and set(found.image.tolist()) == {0}
+    assert torch.equal(found.of_image(0).boxes, expected.of_image(0).boxes)
+    assert torch.equal(found.of_image(0).scores, expected.of_image(0).scores)
 
 
 def test_empty_proposals_are_not_valid_and_give_no_nan(group_detector: Detector, batch: Batch) -> None:

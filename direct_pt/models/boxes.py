@@ -28,13 +28,17 @@ def encode(references: Tensor, targets: Tensor, stds: tuple[float, float, float,
 
 
 def decode(references: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], sizes: Tensor) -> Tensor:
-    """Boxes [B, ..., 4] from `references` and `deltas` of that shape, clipped to the images' `sizes` [B, 2] (h, w)."""
+    """Boxes [B, ..., 4] from `references` and `deltas` of that shape, clipped to the images' `sizes` [B, 2] (h, w).
+
+    A box whose deltas are not numbers, from weights that have diverged, is empty: it must not be an index of anything.
+    """
     x, y, w, h = _centres(references)
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.float().unbind(-1), stds, strict=True))
     half_w = 0.5 * w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     half_h = 0.5 * h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     x, y = x + w * dx, y + h * dy
-    return clip(torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1), sizes)
+    boxes = torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
+    return clip(boxes.nan_to_num(nan=0.0), sizes)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:

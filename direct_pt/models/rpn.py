@@ -118,7 +118,7 @@ class RPN(nn.Module):
             scores.append(best)
             levels.append(torch.full_like(rows, level))
         box, score, level_of = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
-        usable = (box[..., 2:] > box[..., :2]).all(dim=-1)
+        usable = (box[..., 2:] > box[..., :2]).all(dim=-1) & (score >= 0)  # not so where it is not a number
         image = torch.arange(len(box), device=box.device)[:, None]
         group = image * len(logits) + level_of
         # Unusable boxes go into NMS as empty ones, which suppress nothing, so that shapes stay fixed.
