@@ -112,7 +112,7 @@ class RunFolder:
         except (OSError, InputError) as error:
             return f"Not all weights from then on could be put aside ({error}): look into {folder} before you resume"
         moved = (
-            f"; {', '.join(path.name for path in aside)} hold the later weights, and may be deleted" if aside else ""
+            f"; the later weights are in {', '.join(path.name for path in aside)}, and may be deleted" if aside else ""
         )
         if state is None:
             return f"No checkpoint is from before that: --resume begins anew{moved}"
