@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from direct_pt.data.image_cache import KINDS
 from direct_pt.data.sources import VAL_SHARE, DataOptions
@@ -38,6 +38,7 @@ FREE_ON_RESUME = {
 # What may differ besides, as a run that failed may need it to go on; the banner says so.
 MENDABLE = {"lr", "warmup_steps", "clip_grad_norm", "micro_batch_size", "mixed_precision"}
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+Number = TypeVar("Number", int, float)
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags of which one at most is given
 
 
@@ -356,22 +357,30 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
     return value
 
 
 def _decay(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1, such as 0.999")
     return value
 
 
+def _number(kind: type[Number], text: str) -> Number:
+    """argparse's own words for what is no number name the function that was to read it."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+
+
 def positive_integer(text: str) -> int:
     """For argparse."""
-    value = int(text)
+    value = _number(int, text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return value
@@ -379,7 +388,7 @@ def positive_integer(text: str) -> int:
 
 def not_negative_integer(text: str) -> int:
     """For argparse."""
-    value = int(text)
+    value = _number(int, text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be below 0")
     return value
@@ -387,7 +396,7 @@ def not_negative_integer(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """For argparse."""
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return value

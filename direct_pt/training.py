@@ -390,7 +390,7 @@ class Trainer:
             self.bar.write(f"step {self.progress.step} ({spent}): {metrics_table(metrics)}")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.data.val, image)}")
-        self.logged_time = time.monotonic()
+        self.logged_time += time.monotonic() - start  # the steps' speed is not that of what comes between them
 
     def _result(self) -> Detector:
         """What is evaluated and handed on: the weights, or their moving average. Every process must call it."""

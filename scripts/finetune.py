@@ -2,7 +2,8 @@
 
   accelerate launch scripts/finetune.py --data DIR --init PRETRAINED_RUN --output-dir RUN
 
-The defaults are the paper's: images fit into 1333x800, 16 a step out of micro-batches of 2, 12 epochs.
+The defaults are the paper's: images fit into 1333x800, 16 a step out of micro-batches of 2, 12 epochs; below 5,000
+training images at least 4,000 in all (--recipe).
 """
 
 from direct_pt.errors import run_program

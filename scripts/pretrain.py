@@ -2,7 +2,8 @@
 
   accelerate launch scripts/pretrain.py --data DIR --model faster_rcnn_r50_fpn --output-dir RUN
 
-The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batches of 8, 48 epochs.
+The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batches of 8, 48 epochs; below 5,000
+training images 8 a step and at least 32,000 in all (--recipe).
 """
 
 from direct_pt.errors import run_program

@@ -372,7 +372,7 @@ def test_the_command_answers_for_one_detector(
         ((*SMALL, "--stage", "finetune", "--short-side", 96, "--long-side", 64), "above the long side"),
         ((*SMALL, "--card-gb", 0), "0 must be above 0"),
         ((*SMALL, "--objects", -1), "-1 must not be below 0"),
-        ((*SMALL, "--micro-batch-size", "x"), "invalid positive_integer value: 'x'"),
+        ((*SMALL, "--micro-batch-size", "x"), "--micro-batch-size: 'x' is not a whole number"),
     ],
 )
 def test_flags_that_make_no_sense(

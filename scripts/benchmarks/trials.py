@@ -8,8 +8,8 @@ An arm is a name and flags that are added to pretrain.py's, and after a slash be
   --arm "default:"  --arm "64: --global-batch-size 64 --warmup-steps 500 / --global-batch-size 16"
 
 Unless --size paper is given, the detector is a small one: ResNet-18 (for the Swin detector ConvNeXt-Atto), 64 channels,
-64 RoIs of 256 proposals, 160 pixels in stage 1 and 256 in stage 2. Runs lie in --output-dir; those that are done there
-are not done again.
+64 RoIs of 256 proposals, 160 pixels in stage 1 and 256 in stage 2. Runs lie in --output-dir, what each prints in
+its output.txt; those that are done there are not done again.
 """
 
 import argparse
