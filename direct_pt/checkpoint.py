@@ -19,7 +19,7 @@ from torch import Tensor
 from direct_pt.errors import InputError
 from direct_pt.files import DamagedFile, read_tensors, sync, write_json, write_tensors
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
-from direct_pt.progress import Progress
+from direct_pt.training.progress import Progress
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"

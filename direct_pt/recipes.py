@@ -8,6 +8,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
+MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
+# Ours for small sets. Stage 1: few images give many updates in small batches, at the paper's rate for such a batch.
+# Stage 2: the paper's batch and rate, which trained detectors take after a short warm-up.
+SMALL_SET_IMAGES = 5_000  # fewer training images than these make a small set
+SMALL: dict[str, dict[str, Any]] = {
+    "pretrain": {"name": "small", "global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
+    "finetune": {"name": "small", "global_batch_size": 16, "warmup_steps": 50, "min_images_seen": 4_000},
+}
+SMALL_RETINANET_FINETUNE_LR = 0.01  # half of the others', as in the paper's stage 1; at 0.02 it diverges
+RECIPES = ("auto", "paper", "small")
+SCHEDULES = {"1x": 1, "3x": 3, "6x": 6}  # times the epochs
+IMAGE_SIZE = 448  # stage 1, pixels
+SHORT_SIDE, LONG_SIDE = 800, 1333  # stage 2 and testing, pixels
+POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,8 +65,6 @@ class Recipe:
         return self.lr * (math.sqrt(share) if self.optimizer == "adamw" else share)
 
 
-MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
-
 PRETRAIN = Recipe(
     name="paper",
     optimizer="sgd",
@@ -81,16 +97,6 @@ FINETUNE = Recipe(
 
 STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 
-# Ours for small sets. Stage 1: few images give many updates in small batches, at the paper's rate for such a batch.
-# Stage 2: the paper's batch and rate, which trained detectors take after a short warm-up.
-SMALL_SET_IMAGES = 5_000  # fewer training images than these make a small set
-SMALL: dict[str, dict[str, Any]] = {
-    "pretrain": {"name": "small", "global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
-    "finetune": {"name": "small", "global_batch_size": 16, "warmup_steps": 50, "min_images_seen": 4_000},
-}
-SMALL_RETINANET_FINETUNE_LR = 0.01  # half of the others', as in the paper's stage 1; at 0.02 it diverges
-RECIPES = ("auto", "paper", "small")
-
 
 def recipe_for(stage: str, model: str, has_layernorm: bool, name: str = "paper") -> Recipe:
     """The numbers of a stage.
@@ -121,7 +127,27 @@ def recipe_name(choice: str, images: int) -> str:
     return choice
 
 
-SCHEDULES = {"1x": 1, "3x": 3, "6x": 6}  # times the epochs
+def make_optimizer(detector: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """The recipe's, for the parameters that train."""
+    groups = parameter_groups(detector, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
 
-IMAGE_SIZE = 448  # stage 1, pixels
-SHORT_SIDE, LONG_SIDE = 800, 1333  # stage 2 and testing, pixels
+
+def parameter_groups(detector: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that train: with weight decay, and without it those of norm layers and position tables."""
+    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    exempt = {
+        id(p) for layer in detector.modules() if isinstance(layer, norms) for p in layer.parameters(recurse=False)
+    }
+    exempt |= {id(p) for name, p in detector.named_parameters() if name.endswith(POSITION_TABLES)}
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    return [
+        {"params": params, "weight_decay": decay}
+        for params, decay in (
+            ([p for p in trained if id(p) not in exempt], weight_decay),
+            ([p for p in trained if id(p) in exempt], 0.0),
+        )
+        if params  # none where BatchNorm is frozen
+    ]

@@ -12,7 +12,7 @@ from benchmarks import annotations, evaluation, gpu, input, memory, scaling, siz
 from benchmarks.rows import Row
 from direct_pt.errors import run_program
 from direct_pt.files import write_json
-from direct_pt.settings import parser
+from direct_pt.training.settings import parser
 
 PARTS = {
     "input": input,

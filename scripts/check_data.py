@@ -24,19 +24,17 @@ from tqdm import tqdm
 
 from direct_pt.batch import PackedMasks
 from direct_pt.data.annotations import AnnotationTable, decode_name
-from direct_pt.data.duplicates import Fingerprints, Twins, perceptual_hash, pixel_digest, twins_between, twins_within
 from direct_pt.data.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, load_tables
-from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError, printable, run_program
 from direct_pt.files import write_json
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
-from direct_pt.plan import make_plan
 from direct_pt.recipes import STAGES, recipe_for, recipe_name
-from direct_pt.settings import Settings, add_data_arguments, data_options, not_negative_integer, parser
-from direct_pt.survey import (
+from direct_pt.reports.duplicates import Fingerprints, Twins, perceptual_hash, pixel_digest, twins_between, twins_within
+from direct_pt.reports.plots import plot_classes, plot_image_sizes, plot_object_sizes
+from direct_pt.reports.survey import (
     LEAST_SIDE,
     STAGE_1,
     STAGE_2,
@@ -47,7 +45,10 @@ from direct_pt.survey import (
     proposals,
     size_name,
 )
-from direct_pt.visualize import contact_sheet, draw_detections, plot_classes, plot_image_sizes, plot_object_sizes
+from direct_pt.training.plan import make_plan
+from direct_pt.training.settings import Settings, add_data_arguments, data_options, not_negative_integer, parser
+from direct_pt.transforms import TestPreset
+from direct_pt.visualize import contact_sheet, draw_detections
 
 SAMPLES, CELL = 24, 400  # pictures of a contact sheet, and their side in pixels
 SHOWN = 3  # problems of a kind, and pairs of images, that are printed; report.json has all

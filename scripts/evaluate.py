@@ -10,14 +10,14 @@ detector finds them, masks.
 from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained
+from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, load_tables
-from direct_pt.data.transforms import TestPreset
+from direct_pt.distributed.launch import make_accelerator
 from direct_pt.errors import InputError, run_program
-from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.files import write_json
-from direct_pt.launch import make_accelerator
-from direct_pt.settings import add_data_arguments, add_device_arguments, data_options, parser, positive_integer
+from direct_pt.training.settings import add_data_arguments, add_device_arguments, data_options, parser, positive_integer
+from direct_pt.transforms import TestPreset
 
 
 def main() -> None:

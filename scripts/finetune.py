@@ -7,8 +7,8 @@ training images at least 4,000 in all (--recipe).
 """
 
 from direct_pt.errors import run_program
-from direct_pt.settings import parse_training
-from direct_pt.stage import run_stage
+from direct_pt.training.settings import parse_training
+from direct_pt.training.start import run_stage
 
 if __name__ == "__main__":
     run_program(lambda: run_stage(parse_training("finetune", __doc__ or "")))

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from direct_pt.batch import Detections, Objects, Sample, collate
 from direct_pt.checkpoint import from_pretrained
+from direct_pt.coco_eval import mask_run_lengths
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.data.sources import decoding_of
-from direct_pt.data.transforms import TestPreset, render
+from direct_pt.distributed.launch import make_accelerator
 from direct_pt.errors import InputError, run_program
-from direct_pt.evaluation import mask_run_lengths
-from direct_pt.launch import make_accelerator
 from direct_pt.models.detector import DetectorConfig
 from direct_pt.models.masks import paste_masks
-from direct_pt.settings import add_decoding_arguments, add_device_arguments, parser, positive_integer
+from direct_pt.training.settings import add_decoding_arguments, add_device_arguments, parser, positive_integer
+from direct_pt.transforms import TestPreset, render
 from direct_pt.visualize import draw_detections
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
-from direct_pt.launch import make_accelerator
+from direct_pt.distributed.launch import make_accelerator
 
 LONGEST = (
     "test_launch", "test_deepspeed", "test_training", "test_resume", "test_faults", "test_spread", "test_benchmark",

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from direct_pt import stage
 from direct_pt.batch import Batch
 from direct_pt.errors import run_program
-from direct_pt.settings import parse_training
-from direct_pt.training import Trainer
+from direct_pt.training import start
+from direct_pt.training.loop import Trainer
+from direct_pt.training.settings import parse_training
 
 
 class Poisoned(Trainer):
@@ -40,11 +40,11 @@ class Poisoned(Trainer):
 def run(steps: str, *flags: str) -> None:
     """Pre-train so."""
     Poisoned.steps = tuple(int(step) for step in steps.split(","))
-    stage.Trainer = Poisoned  # type: ignore[misc]
+    start.Trainer = Poisoned  # type: ignore[misc]
     try:
-        stage.run_stage(parse_training("pretrain", "", list(flags)))
+        start.run_stage(parse_training("pretrain", "", list(flags)))
     finally:
-        stage.Trainer = Trainer  # type: ignore[misc]
+        start.Trainer = Trainer  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.models.detector import RetinaNet
-from direct_pt.settings import parse_training
-from direct_pt.stage import run_stage
+from direct_pt.training.settings import parse_training
+from direct_pt.training.start import run_stage
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS.parent / "accelerate_configs"

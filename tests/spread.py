@@ -5,8 +5,8 @@ import sys
 import small_runs as runs
 
 from direct_pt.errors import run_program
-from direct_pt.settings import parse_training
-from direct_pt.stage import run_stage
+from direct_pt.training.settings import parse_training
+from direct_pt.training.start import run_stage
 
 if __name__ == "__main__":
     with runs.float64():

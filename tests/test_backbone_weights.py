@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from direct_pt.backbone_weights import load_backbone
 from direct_pt.errors import InputError, run_program
 from direct_pt.models.backbone import Backbone
+from direct_pt.models.backbone_weights import load_backbone
 
 SWIN = "swin_tiny_patch4_window7_224"
 State = dict[str, Tensor]

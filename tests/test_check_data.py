@@ -12,7 +12,10 @@ import small_runs as runs
 from conftest import CocoFolder, MakeCocoFolder
 from PIL import Image
 
-from direct_pt.data.duplicates import (
+from direct_pt.data.formats.coco import find_coco
+from direct_pt.data.sources import load_split
+from direct_pt.errors import InputError
+from direct_pt.reports.duplicates import (
     MOST_BITS,
     Fingerprints,
     Twins,
@@ -21,9 +24,6 @@ from direct_pt.data.duplicates import (
     twins_between,
     twins_within,
 )
-from direct_pt.data.formats.coco import find_coco
-from direct_pt.data.sources import load_split
-from direct_pt.errors import InputError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ORIENTATION_TAG = 0x0112

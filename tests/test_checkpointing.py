@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.memory_account import MemoryAccount
 from direct_pt.errors import InputError
-from direct_pt.memory import MemoryAccount, training_batch
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, build_detector
-from direct_pt.models.recompute import recompute_blocks, repeated_blocks
-from direct_pt.settings import parse_training
+from direct_pt.models.layers import recompute_blocks, repeated_blocks
+from direct_pt.training.micro_batch import training_batch
+from direct_pt.training.settings import parse_training
 
 SWIN = "swin_tiny_patch4_window7_224"
 BLOCKS = {

@@ -13,9 +13,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from direct_pt.errors import InputError
-from direct_pt.memory import training_batch
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, build_detector
+from direct_pt.training.micro_batch import training_batch
 
 SHAPES = [(64, 96), (96, 64), (96, 96), (64, 128), (128, 96), (96, 160), (160, 64)]  # as of stage 2
 SWIN = "swin_tiny_patch4_window7_224"

@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from direct_pt.launch import make_accelerator
+from direct_pt.distributed.launch import make_accelerator
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -19,7 +19,7 @@ from direct_pt.checkpoint import (
     set_aside_checkpoints,
 )
 from direct_pt.errors import TrainingStopped
-from direct_pt.progress import MAX_FAILED_STEPS, Progress
+from direct_pt.training.progress import MAX_FAILED_STEPS, Progress
 
 SAVED = ("--save-every", 2, "--log-every", 1, *runs.NO_EVALUATION)
 # A hundredth at first, and 0.005 more at each step, which is too much after some steps.

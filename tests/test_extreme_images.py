@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, collate
-from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
+from direct_pt.transforms import FinetunePreset, PretrainPreset, TestPreset
 
 SIZES = [(8, 8), (1, 1), (8, 400), (400, 8), (20, 1000), (1000, 20), (64, 3200), (3200, 64)]
 

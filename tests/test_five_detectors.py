@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from direct_pt import from_pretrained
 from direct_pt.checkpoint import read_history
-from direct_pt.evaluation import METRICS
+from direct_pt.coco_eval import METRICS
 from direct_pt.models.detector import MODELS, DetectorConfig, RetinaNet, TwoStage, build_detector
-from direct_pt.models.norms import batchnorms
-from direct_pt.optimizers import make_optimizer
-from direct_pt.recipes import recipe_for
+from direct_pt.models.layers import batchnorms
+from direct_pt.recipes import make_optimizer, recipe_for
 
 SHORT, LONG = 75, 110  # of stage 2: no multiples of Swin's windows, nor of any stride
 RPN, ROI = {"rpn_objectness", "rpn_box"}, {"roi_class", "roi_box"}

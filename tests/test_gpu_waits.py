@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from direct_pt.device import as_on_gpu
-from direct_pt.memory import training_batch
 from direct_pt.models.detector import MODELS, DetectorConfig, build_detector
+from direct_pt.models.layers import as_on_gpu
+from direct_pt.training.micro_batch import training_batch
 
 MOST = 8
 # Operators whose results are as large as their values say, or that a GPU's kernel finishes on the processor.

@@ -29,7 +29,7 @@ from direct_pt.data.image_cache import KINDS, RECORD, ImageCache, open_image_cac
 from direct_pt.data.loader import Share, TableFeed, TrainingImages
 from direct_pt.data.sources import load_split
 from direct_pt.data.table_cache import cache_root
-from direct_pt.data.transforms import PretrainPreset
+from direct_pt.transforms import PretrainPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
 from direct_pt.errors import InputError, run_program
-from direct_pt.mmdet_weights import detector_from_mmdet, merge_order, mmdet_state_dict
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
+from direct_pt.models.mmdet_weights import detector_from_mmdet, merge_order, mmdet_state_dict
 
 NAMES = ("cat", "dog", "traffic light")
 IDS = (1, 2, 3)  # that classes get where nothing says otherwise

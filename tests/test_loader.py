@@ -15,7 +15,7 @@ from conftest import MakeCocoFolder
 from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import SampleOrder, Share, TableFeed, aspect_groups, evaluation_loader, unreadable_reason
-from direct_pt.data.transforms import FinetunePreset, PretrainPreset, TestPreset
+from direct_pt.transforms import FinetunePreset, PretrainPreset, TestPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here
 Keys = list[list[tuple[int, int]]]
@@ -209,7 +209,7 @@ import contextlib, pathlib, sys
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import PretrainPreset
+from direct_pt.transforms import PretrainPreset
 
 def train():
     feed = TableFeed(load_split(CocoSplit(*map(pathlib.Path, sys.argv[1:]))), PretrainPreset(32), 0, False, 1)

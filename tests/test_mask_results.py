@@ -15,17 +15,11 @@ from conftest import MakeCocoFolder
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from test_evaluation import REFERENCE, needs_reference, predictions_of, pycocotools_figures
+from test_coco_eval import REFERENCE, needs_reference, predictions_of, pycocotools_figures
 
-from direct_pt import evaluation, visualize
+from direct_pt import coco_eval, visualize
 from direct_pt.checkpoint import save_model
-from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.formats.coco import CocoSplit, find_coco
-from direct_pt.data.images import read_image
-from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import TestPreset
-from direct_pt.errors import InputError
-from direct_pt.evaluation import (
+from direct_pt.coco_eval import (
     METRICS,
     Predictions,
     coco_metrics,
@@ -34,8 +28,15 @@ from direct_pt.evaluation import (
     metrics_table,
     predict_split,
 )
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.formats.coco import CocoSplit, find_coco
+from direct_pt.data.images import read_image
+from direct_pt.data.sources import load_split
+from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector, DetectorConfig, TwoStage, build_detector
 from direct_pt.models.masks import paste_masks
+from direct_pt.reports import plots
+from direct_pt.transforms import TestPreset
 
 Json = dict[str, Any]
 NAMES = {2: "two", 7: "seven"}
@@ -289,7 +290,7 @@ def test_shared_between_processes(
     """As with two processes, one after another: with few images the second has none and does not know of masks."""
     table = coco_folder(SHAPES).load()
     gathered: list[Predictions] = []
-    monkeypatch.setattr(evaluation, "gather_to_main", lambda part, _: gathered.append(part) or list(gathered))
+    monkeypatch.setattr(coco_eval, "gather_to_main", lambda part, _: gathered.append(part) or list(gathered))
     for micro_batch_size in (1, 8):
         alone = predict_split(detector, table, TestPreset(64, 96), micro_batch_size, accelerator, num_workers=0)
         gathered.clear()
@@ -360,9 +361,9 @@ def test_curves_of_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     boxes = [{"step": step, "bbox": {"AP": 0.1 * step, "AP50": 0.2, "AP75": 0.3}} for step in (1, 2)]
     masks = [{**record, "segm": {"AP": 0.05 * record["step"], "AP50": 0.15}} for record in boxes]
     figures: list[Any] = []
-    monkeypatch.setattr(visualize, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     for records in (boxes, masks):
-        visualize.plot_curves(losses + records, tmp_path / "curves.png")
+        plots.plot_curves(losses + records, tmp_path / "curves.png")
     (box_lines, mask_lines) = ({line.get_label(): line for line in figure.axes[1].lines} for figure in figures)
     assert list(box_lines) == ["AP", "AP50", "AP75"]
     assert list(mask_lines) == [*box_lines, "mask AP", "mask AP50"]

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
+from direct_pt import transforms
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
-from direct_pt.data import transforms
-from direct_pt.data.transforms import Geometry, render
 from direct_pt.models import masks
 from direct_pt.models.masks import MaskHead, encode_masks, mask_targets, paste_mask, paste_masks
+from direct_pt.transforms import Geometry, render
 
 HEIGHT, WIDTH = 480, 640  # of the original images
 SIDE = 448  # of the samples

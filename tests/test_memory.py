@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from direct_pt.device import as_on_gpu
-from direct_pt.errors import InputError
-from direct_pt.memory import (
+from benchmarks.memory_account import (
     CONTEXT,
     KINDS,
     MemoryAccount,
@@ -25,14 +23,15 @@ from direct_pt.memory import (
     largest_micro_batch,
     nms_bytes,
     peak_of_step,
-    training_batch,
 )
+from direct_pt.errors import InputError
 from direct_pt.models.boxes import grouped_nms
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.models.layers import as_on_gpu
 from direct_pt.models.roi_align import pyramid_roi_align
-from direct_pt.optimizers import make_optimizer
-from direct_pt.recipes import recipe_for
-from direct_pt.settings import parser
+from direct_pt.recipes import make_optimizer, recipe_for
+from direct_pt.training.micro_batch import training_batch
+from direct_pt.training.settings import parser
 
 KIB = 1024  # of float32: 256 numbers
 MIB = 2**20
@@ -154,7 +153,7 @@ def test_cuda_autocast_keeps_norms_in_float32() -> None:
 @runs.cpu_only
 def test_the_account_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, but for what kernels take for themselves, which here is next to nothing."""
-    monkeypatch.setattr("direct_pt.memory.BLOCK", 1)
+    monkeypatch.setattr("benchmarks.memory_account.BLOCK", 1)
     detector = small_detector("mask_rcnn_r50_fpn").to(memory_format=torch.channels_last)  # as the kernels want it
     batch = training_batch(4, (128, 160), 8, 3, with_masks=True)
     for parameter in detector.parameters():

@@ -11,12 +11,12 @@ import torch
 from conftest import MakeCocoFolder
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset
 from direct_pt.errors import InputError
-from direct_pt.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.models.detector import DetectorConfig
-from direct_pt.plan import micro_batch_sizes
 from direct_pt.recipes import recipe_for
+from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
+from direct_pt.training.plan import micro_batch_sizes
+from direct_pt.transforms import FinetunePreset, Preset, PretrainPreset
 
 FLAGS = (*runs.PRETRAIN, "--global-batch-size", 8, "--micro-batch-size", "auto", "--max-steps", 2, "--save-every", 1)
 
@@ -87,6 +87,6 @@ def test_a_small_size_is_warned_of(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Under BatchNorm's minimum."""
-    monkeypatch.setattr("direct_pt.stage.fitting_micro_batch_size", lambda *arguments: 2)
+    monkeypatch.setattr("direct_pt.training.start.fitting_micro_batch_size", lambda *arguments: 2)
     runs.train("pretrain", *runs.train_part(demo), *FLAGS, "--output-dir", tmp_path / "run")
     assert "WARNING    BatchNorm trains on micro-batches of 2" in capsys.readouterr().out

@@ -22,20 +22,19 @@ from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.images import read_image
 from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import PretrainPreset, TestPreset, has_extent
-from direct_pt.device import as_on_gpu
 from direct_pt.errors import InputError
 from direct_pt.models import matching, rpn
 from direct_pt.models.anchors import Anchors, inside, per_anchor
 from direct_pt.models.backbone import Backbone, DetectionSwinBlock
 from direct_pt.models.boxes import best_detections, decode, grouped_nms
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, RetinaNet, TwoStage, build_detector
+from direct_pt.models.layers import as_on_gpu, batchnorms, use_groupnorm
 from direct_pt.models.masks import mask_targets
 from direct_pt.models.matching import Matches, Matching, Sampling, match, random_keys, sample
-from direct_pt.models.norms import batchnorms, use_groupnorm
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
 from direct_pt.models.roi_heads import SampledRoIs
-from direct_pt.optimizers import parameter_groups
+from direct_pt.recipes import parameter_groups
+from direct_pt.transforms import PretrainPreset, TestPreset, has_extent
 
 CLASSES = 10
 ROIS = 16

@@ -11,8 +11,8 @@ from PIL import Image
 
 from direct_pt.data.loader import SampleOrder, TableFeed, repeat_factors
 from direct_pt.data.sources import DataOptions, hold_out, load_tables
-from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
+from direct_pt.transforms import PretrainPreset
 
 FLAGS = (*runs.TINY, "--image-size", 64, "--max-steps", 2, *runs.NO_EVALUATION)
 

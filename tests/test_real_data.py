@@ -10,7 +10,7 @@ from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import PretrainPreset
+from direct_pt.transforms import PretrainPreset
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets do not lie beside the project")

@@ -16,12 +16,12 @@ import small_runs as runs
 import torch
 from safetensors.torch import load_file
 
-from direct_pt import stage
 from direct_pt.batch import Batch
 from direct_pt.checkpoint import read_history
+from direct_pt.coco_eval import evaluate
 from direct_pt.errors import StopSignal, TrainingStopped
-from direct_pt.evaluation import evaluate
-from direct_pt.training import ECHO_SECONDS, StepOutcome, Trainer
+from direct_pt.training import start
+from direct_pt.training.loop import ECHO_SECONDS, StepOutcome, Trainer
 
 pytestmark = runs.cpu_only
 
@@ -51,11 +51,11 @@ class Stopped(Trainer):
 
 def train(run: Path, demo: Path, *flags: object, trainer: type[Trainer] = Trainer) -> None:
     """Pre-train with `trainer` as the loop."""
-    stage.Trainer = trainer  # type: ignore[misc]
+    start.Trainer = trainer  # type: ignore[misc]
     try:
         runs.train("pretrain", "--data", demo, *runs.TINY, *flags, "--output-dir", run)
     finally:
-        stage.Trainer = Trainer  # type: ignore[misc]
+        start.Trainer = Trainer  # type: ignore[misc]
 
 
 def assert_same_run(run: Path, other: Path, steps: int = STEPS) -> None:
@@ -111,7 +111,7 @@ def test_stopped_in_an_evaluation(
         evaluate(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched, pytest.raises(StopSignal, match="the state of step 6 is saved"):
-        patched.setattr("direct_pt.training.evaluate", interrupted)
+        patched.setattr("direct_pt.training.loop.evaluate", interrupted)
         train(run, demo, *flags)
     assert not [record for record in runs.records(run) if "bbox" in record] and not (run / "best").exists()
     train(run, demo, *flags, "--resume")

@@ -9,9 +9,9 @@ import pytest
 
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
-from direct_pt.plan import Plan, make_plan, resumed_plan
 from direct_pt.recipes import STAGES, recipe_for, recipe_name
-from direct_pt.settings import Settings, parse_training
+from direct_pt.training.plan import Plan, make_plan, resumed_plan
+from direct_pt.training.settings import Settings, parse_training
 
 COCO_IMAGES = 118_287
 WITH_LAYERNORM = {"mask_rcnn_swin_t_fpn"}  # detectors whose own backbone normalises so

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from direct_pt import stage
 from direct_pt.errors import TrainingStopped
+from direct_pt.training import start
 
 SCRIPT = Path(__file__).with_name("poisoned.py")
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -87,14 +87,14 @@ def test_ten_in_a_row_stop_the_run(demo: Path, tmp_path: Path) -> None:
 def loss_scale(monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
     """fp16's loss scale around a float32 detector: what CPUs can show of it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=4)  # overflows at first
-    make = stage.make_accelerator
+    make = start.make_accelerator
 
     def make_scaled(*args: Any, **options: Any) -> Accelerator:
         accelerator = make(*args, **options)
         accelerator.scaler = scaler
         return accelerator
 
-    monkeypatch.setattr(stage, "make_accelerator", make_scaled)
+    monkeypatch.setattr(start, "make_accelerator", make_scaled)
     return scaler
 
 

@@ -9,7 +9,7 @@ from conftest import MakeCocoFolder
 from PIL import Image
 
 from direct_pt.data.images import ORIENTATION_TAG, Decoding
-from direct_pt.data.spot_check import LOOKED_AT, spot_check
+from direct_pt.data.sources import LOOKED_AT, spot_check
 from direct_pt.errors import InputError
 
 

@@ -9,11 +9,10 @@ import torch
 from conftest import MakeCocoFolder
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.transforms import TestPreset
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.boxes import overlaps
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
-from direct_pt.survey import (
+from direct_pt.reports.survey import (
     STAGE_1,
     STAGE_2,
     anchor_recall,
@@ -27,6 +26,7 @@ from direct_pt.survey import (
     summary,
     whole_image,
 )
+from direct_pt.transforms import TestPreset
 
 Box = Sequence[float]
 

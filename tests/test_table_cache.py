@@ -23,8 +23,8 @@ from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
 from direct_pt.data.table_cache import MANIFEST, OUTLINES, ROWS, CachedTable, cache_root
-from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
+from direct_pt.transforms import PretrainPreset
 
 SIZES = ((20, 30), (40, 25), (16, 16), (32, 32))
 SQUARE = [[2.0, 3.0, 12.5, 3.0, 12.5, 9.0, 2.0, 9.0]]

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
+from direct_pt.coco_eval import METRICS
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
-from direct_pt.evaluation import METRICS
-from direct_pt.plan import make_plan
 from direct_pt.recipes import recipe_for
-from direct_pt.settings import parse_training
+from direct_pt.training.plan import make_plan
+from direct_pt.training.settings import parse_training
 
 ALIKE = 1e-6  # between weights that differ by the order of sums only, after one step in float32
 ALIKE_FLOAT64 = 1e-12  # the same after three steps in float64

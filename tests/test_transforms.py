@@ -10,8 +10,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
-from direct_pt.data.transforms import FinetunePreset, Geometry, PretrainPreset, TestPreset, fit, render
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, build_detector
+from direct_pt.transforms import FinetunePreset, Geometry, PretrainPreset, TestPreset, fit, render
 
 Preset = Callable[[np.ndarray, Objects, np.random.Generator], Sample]
 

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from direct_pt import stage
 from direct_pt.batch import Batch
 from direct_pt.errors import StopSignal
 from direct_pt.models.detector import build_detector
-from direct_pt.models.norms import batchnorms
-from direct_pt.settings import parse_training
-from direct_pt.training import Trainer, average_running_statistics
+from direct_pt.models.layers import batchnorms
+from direct_pt.training import start
+from direct_pt.training.loop import Trainer, average_running_statistics
+from direct_pt.training.settings import parse_training
 
 FOURS = ("--global-batch-size", "8", "--micro-batch-size", "4")
 STEPS = ("--max-steps", "3", *runs.NO_EVALUATION, "--log-every", "1")
@@ -49,8 +49,8 @@ class Interrupted(Trainer):
 
 def run_stage(*flags: Any, trainer: type[Trainer] = Trainer) -> None:
     """Pre-train with `trainer` as the loop. accelerate's state stays: a process joins its group once."""
-    stage.Trainer = trainer  # type: ignore[misc]
-    stage.run_stage(parse_training("pretrain", "", [*runs.PRETRAIN, *FOURS, *STEPS, *map(str, flags)]))
+    start.Trainer = trainer  # type: ignore[misc]
+    start.run_stage(parse_training("pretrain", "", [*runs.PRETRAIN, *FOURS, *STEPS, *map(str, flags)]))
 
 
 def evaluate(data: Path, checkpoint: Path, output: Path) -> None:

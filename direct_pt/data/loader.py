@@ -19,7 +19,7 @@ from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.images import UnreadableImage
-from direct_pt.data.transforms import Geometry, Preset, render
+from direct_pt.transforms import Geometry, Preset, render
 
 Key = tuple[int, ...]  # (epoch, image), and how often it came in this epoch before, where it did
 READ_TRIES = 10  # images tried in place of an unreadable one

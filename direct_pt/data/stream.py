@@ -28,8 +28,8 @@ from direct_pt.data.images import Decoding
 from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
-from direct_pt.data.transforms import Preset
 from direct_pt.errors import InputError
+from direct_pt.transforms import Preset
 
 PIECE = 100  # rows that are read at once
 REMEMBERED = 64  # windows whose places and names are known: more than lie between the reading process and training

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from direct_pt.batch import Detections
-from direct_pt.device import takes_gpu_path
+from direct_pt.models.layers import takes_gpu_path
 
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded side is at most 62.5 times the reference's
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
-from direct_pt.data.transforms import TestPreset
 from direct_pt.errors import InputError
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.fpn import FPN
+from direct_pt.models.layers import batchnorms, use_groupnorm
 from direct_pt.models.masks import MaskHead, paste_masks
 from direct_pt.models.matching import Matching, Sampling
-from direct_pt.models.norms import batchnorms, use_groupnorm
 from direct_pt.models.retinanet import RetinaHead
 from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
+from direct_pt.transforms import TestPreset
 
 # The paper's five, and the backbone of each.
 MODELS = {

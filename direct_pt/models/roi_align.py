@@ -5,8 +5,8 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from direct_pt.device import takes_gpu_path
 from direct_pt.models.boxes import area, group_sizes
+from direct_pt.models.layers import takes_gpu_path
 
 FINEST_SCALE = 56  # RoIs under twice this side, in pixels, are read from the finest level
 

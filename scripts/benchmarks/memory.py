@@ -21,24 +21,16 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from benchmarks.memory_account import KINDS, MemoryPeak, card_bytes, largest_micro_batch, peak_of_losses, peak_of_step
 from benchmarks.rows import Row, row
 from direct_pt.batch import Batch
+from direct_pt.distributed.launch import PRECISIONS
 from direct_pt.errors import InputError
-from direct_pt.launch import PRECISIONS
-from direct_pt.memory import (
-    KINDS,
-    MemoryPeak,
-    card_bytes,
-    largest_micro_batch,
-    peak_of_losses,
-    peak_of_step,
-    training_batch,
-)
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
-from direct_pt.models.recompute import recompute_blocks
-from direct_pt.optimizers import make_optimizer
-from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, recipe_for
-from direct_pt.settings import not_negative_integer, positive_float, positive_integer
+from direct_pt.models.layers import recompute_blocks
+from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, make_optimizer, recipe_for
+from direct_pt.training.micro_batch import training_batch
+from direct_pt.training.settings import not_negative_integer, positive_float, positive_integer
 
 GIB = 2**30
 CLASSES, OBJECTS = 80, 100

@@ -48,21 +48,20 @@ from benchmarks.memory import CLASSES, Case, made, paper_config
 from benchmarks.rows import Row, row, seconds
 from benchmarks.step import detector, made_up
 from direct_pt.checkpoint import Progress, TrainingState, load_training_state, save_model, save_training_state
+from direct_pt.coco_eval import Predictions, mask_run_lengths
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import SampleOrder
 from direct_pt.data.sources import load_split
-from direct_pt.evaluation import Predictions, mask_run_lengths
+from direct_pt.distributed.launch import make_accelerator
 from direct_pt.files import write_json, write_tensors
-from direct_pt.launch import make_accelerator
-from direct_pt.memory import training_batch
 from direct_pt.models.detector import MODELS, Detector
-from direct_pt.models.norms import running_statistics
-from direct_pt.optimizers import make_optimizer
-from direct_pt.recipes import PRETRAIN, STAGES
-from direct_pt.settings import positive_integer
-from direct_pt.sharding import STATE, Sharded
-from direct_pt.training import average_running_statistics
+from direct_pt.models.layers import running_statistics
+from direct_pt.recipes import PRETRAIN, STAGES, make_optimizer
+from direct_pt.training.loop import average_running_statistics
+from direct_pt.training.micro_batch import training_batch
+from direct_pt.training.prepared import STATE, Sharded
+from direct_pt.training.settings import positive_integer
 
 PART = "scaling"
 SMALL = 10  # of the small all-reduces, timed at once

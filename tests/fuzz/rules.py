@@ -20,12 +20,11 @@ from direct_pt.data.formats.hugging_face import image_root, load_splits
 from direct_pt.data.images import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.run_lengths import totals
-from direct_pt.data.sources import SPLITS, DataOptions, load_tables
-from direct_pt.data.spot_check import spot_check
+from direct_pt.data.sources import SPLITS, DataOptions, load_tables, spot_check
 from direct_pt.data.stream import Place, Stream
-from direct_pt.data.transforms import PretrainPreset
 from direct_pt.errors import InputError
-from direct_pt.survey import describe
+from direct_pt.reports.survey import describe
+from direct_pt.transforms import PretrainPreset
 
 LONGEST = 20_000  # characters of a message: some names are long
 RENDERED = 2000  # largest side of an image that is rendered

@@ -2,7 +2,7 @@
 
 What is counted is what PyTorch's operators hand out: weights, gradients, optimizer state, activations and whatever else
 autograd saves, autocast's copies of weights. Where a GPU computes another way than a CPU, the step takes the GPU's:
-RoIAlign and NMS (`direct_pt.device.as_on_gpu`), the optimizer's loops over all tensors at once, and autocast's float32
+RoIAlign and NMS (`models.layers.as_on_gpu`), the optimizer's loops over all tensors at once, and autocast's float32
 norms, softmax and upsampling. bf16 stands for fp16, which is as large.
 
 Not counted is what a kernel takes for itself while it runs (cuDNN's workspace, a sort's buffer), but for NMS's table,
@@ -19,20 +19,18 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
-from direct_pt.device import as_on_gpu
+from direct_pt.batch import Batch
+from direct_pt.models.layers import as_on_gpu
 from direct_pt.models.rpn import BOXES_AT_ONCE
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 CONTEXT = 2**30  # bytes: the driver's context, kernels, and the workspaces of cuBLAS and cuDNN
 FRAGMENTATION = 0.1  # of the peak: gaps that the allocator cannot hand out
-LEAST_OBJECT = 16  # pixels, of the sides of the objects in `training_batch`
 KINDS = ("weights", "gradients", "optimizer", "activations", "rest")
 # In float32 under CUDA's autocast, whatever comes in; the CPU's leaves them in bf16.
 FLOAT32_ON_GPU = ("layer_norm", "group_norm", "softmax.int", "upsample_nearest2d.vec", "upsample_bilinear2d.vec")
@@ -247,41 +245,3 @@ def _line(points: dict[int, int], place: int) -> int:
         return round(points[places[-1]] + max(slopes) * (place - places[-1]))
     number = max(0, sum(place > start for start in places) - 1)
     return round(points[places[number]] + slopes[min(number, len(slopes) - 1)] * (place - places[number]))
-
-
-def training_batch(
-    images: int, size: tuple[int, int], objects: int, num_classes: int, with_masks: bool = False, seed: int = 0
-) -> Batch:
-    """A micro-batch as heavy as real ones get: noise that fills the whole frame, and as many objects on each image.
-
-    Args:
-        images: how many.
-        size: (height, width) of each, multiples of 32.
-        objects: on each image, 16 pixels to half the frame a side.
-        num_classes: that they are of.
-        with_masks: each object is given a mask, its whole box.
-        seed: of all random numbers.
-    """
-    rng = np.random.default_rng(seed)
-    limit = np.array([size[1], size[0]])
-    samples = []
-    for number in range(images):
-        sides = np.exp(rng.uniform(np.log(LEAST_OBJECT), np.log(limit / 2), (objects, 2))).astype(np.int64)
-        corners = (rng.random((objects, 2)) * (limit - sides)).astype(np.int64)
-        windows = np.concatenate([corners, corners + sides], axis=1)
-        crops = [np.ones((height, width), np.uint8) for width, height in sides]
-        masks = PackedMasks.pack(crops, windows, np.tile(size, (objects, 1)), np.ones(objects))
-        labels = rng.integers(num_classes, size=objects)
-        area = sides.prod(axis=1).astype(np.float64)
-        samples.append(
-            Sample(
-                image=torch.from_numpy(rng.integers(256, size=(3, *size), dtype=np.uint8)),
-                padded_size=size,
-                original_size=size,
-                scale=(1.0, 1.0),
-                objects=Objects(windows.astype(np.float64), labels, area, np.zeros(objects, bool)),
-                masks=masks if with_masks else None,
-                seed=number,
-            )
-        )
-    return collate(samples)

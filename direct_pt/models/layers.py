@@ -1,13 +1,51 @@
-"""Gradient checkpointing: a network's blocks keep their inputs alone, and are computed again in the backward pass."""
+"""What is done to layers from outside: normalisation, gradient checkpointing, the kernels of CPU and GPU."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
-from torch import is_grad_enabled, nn
+import torch
+from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
+GROUPS = 32  # of a GroupNorm; fewer where the channels do not divide into so many
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    """All BatchNorm layers inside `module`."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+@torch.no_grad()
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances of the BatchNorm layers that train."""
+    training = [layer for layer in batchnorms(module) if layer.training and layer.track_running_stats]
+    return [stat for layer in training for stat in (layer.running_mean, layer.running_var) if stat is not None]
+
+
+def use_groupnorm(detector: nn.Module) -> None:
+    """GroupNorm in place of every BatchNorm, and after the convolutions of pyramid and heads that have no norm.
+
+    The latter are those that stand in lists (`nn.ModuleList`); predictors do not. So MMDetection trains from scratch.
+    """
+    parts = [(part, module) for part, child in detector.named_children() for module in child.modules()]
+    for part, module in parts:
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                # timm's BatchNormAct2d carries the activation that follows it.
+                after = [layer for layer in (getattr(child, "drop", None), getattr(child, "act", None)) if layer]
+                norm = _groupnorm(child.num_features)
+                setattr(module, name, nn.Sequential(norm, *after) if after else norm)
+            elif part != "backbone" and isinstance(module, nn.ModuleList) and isinstance(child, nn.Conv2d):
+                setattr(module, name, nn.Sequential(child, _groupnorm(child.out_channels)))
+
+
+def _groupnorm(channels: int) -> nn.GroupNorm:
+    groups = math.gcd(GROUPS, max(1, channels // 2), channels)  # one value alone has no deviation
+    return nn.GroupNorm(groups, channels)
 
 
 class Recomputed:
@@ -79,3 +117,21 @@ def _statistics_kept(block: Any) -> Iterator[None]:
     finally:
         for layer, name, statistic in kept:
             setattr(layer, name, statistic)
+
+
+_gpu_everywhere = ContextVar("_gpu_everywhere", default=False)
+
+
+def takes_gpu_path(tensor: Tensor) -> bool:
+    """Which way to compute where a GPU and a CPU have one each."""
+    return tensor.is_cuda or _gpu_everywhere.get()
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside it a CPU takes the GPU's ways too: slower there, but they need the GPU's memory."""
+    token = _gpu_everywhere.set(True)
+    try:
+        yield
+    finally:
+        _gpu_everywhere.reset(token)

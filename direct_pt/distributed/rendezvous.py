@@ -15,8 +15,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from direct_pt.distributed.launch import interface_to, join_seconds
 from direct_pt.errors import InputError
-from direct_pt.launch import interface_to, join_seconds
 
 RETRY_SECONDS = 0.5
 

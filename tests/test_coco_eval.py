@@ -15,13 +15,13 @@ from conftest import CocoFolder, MakeCocoFolder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from direct_pt.coco_eval import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import load_split
-from direct_pt.data.transforms import TestPreset
-from direct_pt.evaluation import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.transforms import TestPreset
 
 REFERENCE = golden.FOLDER / "coco_eval"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference results are not on this machine")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from direct_pt.errors import InputError
 from direct_pt.recipes import SCHEDULES, Recipe
-from direct_pt.settings import Settings
+from direct_pt.training.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 
 from direct_pt.batch import Objects
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.transforms import Preset, PretrainPreset, TestPreset
 from direct_pt.models.anchors import Anchors
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE
+from direct_pt.transforms import Preset, PretrainPreset, TestPreset
 
 LEAST_SIDE = 8.0  # pixels: of a smaller object the finest map, of stride 4, has hardly two cells a side
 MOST_BELOW = 0.1  # share of objects smaller than that which is put up with

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from direct_pt.launch import precision_of
+from direct_pt.distributed.launch import precision_of
 from direct_pt.models.detector import Detector
-from direct_pt.models.norms import batchnorms
-from direct_pt.plan import Plan
-from direct_pt.progress import Progress
+from direct_pt.models.layers import batchnorms
 from direct_pt.recipes import MIN_BATCHNORM_IMAGES, SMALL_SET_IMAGES, Recipe, recipe_for
-from direct_pt.settings import Settings
-from direct_pt.training import TrainingData
+from direct_pt.training.loop import TrainingData
+from direct_pt.training.plan import Plan
+from direct_pt.training.progress import Progress
+from direct_pt.training.settings import Settings
 
 
 def banner(

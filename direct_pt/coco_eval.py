@@ -18,11 +18,11 @@ from tqdm import tqdm
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import evaluation_loader, read_batches
-from direct_pt.data.transforms import Preset
-from direct_pt.launch import autocast
+from direct_pt.distributed.launch import autocast
+from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
 from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
-from direct_pt.processes import gather_to_main
+from direct_pt.transforms import Preset
 
 ENCODED_AT_ONCE = 64  # masks
 

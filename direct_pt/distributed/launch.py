@@ -4,23 +4,25 @@ accelerate's launcher speaks through environment variables. What cannot be serve
 nothing is changed silently.
 """
 
+import ctypes
 import datetime
 import fcntl
 import os
 import socket
 import struct
+import sys
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, PartialState
 
-from direct_pt.device import use_all_cores
 from direct_pt.errors import InputError
 
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 JOIN_SECONDS = 300  # that the processes wait for each other at the start; DIRECT_PT_JOIN_SECONDS says otherwise
 COLLECTIVE_SECONDS = 3600  # that they wait for each other later: the first one evaluates while the others wait
 SIOCGIFADDR = 0x8915  # of ioctl(2): an interface's address
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def is_deepspeed() -> bool:
@@ -287,3 +289,22 @@ def _deepspeed_plugin(
         },
         zero3_init_flag=False,
     )
+
+
+def use_all_cores() -> None:
+    """On a CPU: the launcher allows a process one thread; here the processes of a machine share its cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for what is allocated next.
+
+    By default it returns large blocks to the system at once, which then clears each page of the next one anew: for
+    activations, every step, some tenth of its time.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # glibc's alone takes these two
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)

@@ -25,7 +25,7 @@ from direct_pt.checkpoint import (
 from direct_pt.errors import InputError, TrainingStopped
 from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
-from direct_pt.visualize import plot_curves
+from direct_pt.reports.plots import plot_curves
 
 
 class RunFolder:

@@ -23,20 +23,20 @@ from tqdm import tqdm
 
 from direct_pt.batch import Batch
 from direct_pt.checkpoint import History, TrainingState
+from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
-from direct_pt.data.transforms import TestPreset
-from direct_pt.device import is_out_of_memory
+from direct_pt.distributed.processes import gather_to_main, main_decides
 from direct_pt.errors import StopSignal, TrainingStopped
-from direct_pt.evaluation import evaluate, metrics_table
 from direct_pt.models.detector import Detector
-from direct_pt.models.norms import running_statistics
-from direct_pt.plan import Plan, smaller_micro_batches
-from direct_pt.processes import gather_to_main, main_decides
-from direct_pt.progress import Progress
-from direct_pt.run_folder import RunFolder
-from direct_pt.settings import Settings
-from direct_pt.sharding import Sharded
+from direct_pt.models.layers import running_statistics
+from direct_pt.training.micro_batch import is_out_of_memory
+from direct_pt.training.plan import Plan, smaller_micro_batches
+from direct_pt.training.prepared import Sharded
+from direct_pt.training.progress import Progress
+from direct_pt.training.run_folder import RunFolder
+from direct_pt.training.settings import Settings
+from direct_pt.transforms import TestPreset
 
 UNREADABLE_SHARE = 0.01  # of the training images, and more than one of them: the run stops
 UNTIMED_STEPS, TIMED_STEPS = 2, 10  # the first steps of a process are slower than the rest

@@ -10,18 +10,16 @@ import numpy as np
 import psutil
 import torch
 
-from direct_pt.batch import Objects
+from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.transforms import Preset
-from direct_pt.device import is_out_of_memory
 from direct_pt.errors import InputError
-from direct_pt.memory import training_batch
 from direct_pt.models.detector import DetectorConfig, build_detector
-from direct_pt.models.recompute import recompute_blocks
-from direct_pt.optimizers import make_optimizer
-from direct_pt.recipes import Recipe
+from direct_pt.models.layers import recompute_blocks
+from direct_pt.recipes import Recipe, make_optimizer
+from direct_pt.transforms import Preset
 
 SPARE = 0.05  # of the memory, left free: batches of other shapes leave gaps
+LEAST_OBJECT = 16  # pixels, of the sides of the objects in `training_batch`
 
 
 @dataclass(frozen=True)
@@ -130,3 +128,54 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def training_batch(
+    images: int, size: tuple[int, int], objects: int, num_classes: int, with_masks: bool = False, seed: int = 0
+) -> Batch:
+    """A micro-batch as heavy as real ones get: noise that fills the whole frame, and as many objects on each image.
+
+    Args:
+        images: how many.
+        size: (height, width) of each, multiples of 32.
+        objects: on each image, 16 pixels to half the frame a side.
+        num_classes: that they are of.
+        with_masks: each object is given a mask, its whole box.
+        seed: of all random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    limit = np.array([size[1], size[0]])
+    samples = []
+    for number in range(images):
+        sides = np.exp(rng.uniform(np.log(LEAST_OBJECT), np.log(limit / 2), (objects, 2))).astype(np.int64)
+        corners = (rng.random((objects, 2)) * (limit - sides)).astype(np.int64)
+        windows = np.concatenate([corners, corners + sides], axis=1)
+        crops = [np.ones((height, width), np.uint8) for width, height in sides]
+        masks = PackedMasks.pack(crops, windows, np.tile(size, (objects, 1)), np.ones(objects))
+        labels = rng.integers(num_classes, size=objects)
+        area = sides.prod(axis=1).astype(np.float64)
+        samples.append(
+            Sample(
+                image=torch.from_numpy(rng.integers(256, size=(3, *size), dtype=np.uint8)),
+                padded_size=size,
+                original_size=size,
+                scale=(1.0, 1.0),
+                objects=Objects(windows.astype(np.float64), labels, area, np.zeros(objects, bool)),
+                masks=masks if with_masks else None,
+                seed=number,
+            )
+        )
+    return collate(samples)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in the CPU's libraries."""
+    text = str(error).lower()
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "bad_alloc",
+        "could not create a",
+        "cannot allocate memory",
+    )
+    return isinstance(error, MemoryError) or any(word in text for word in words)

@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 from direct_pt.data.image_cache import KINDS
 from direct_pt.data.sources import VAL_SHARE, DataOptions
+from direct_pt.distributed.launch import PRECISIONS
 from direct_pt.errors import InputError
-from direct_pt.launch import PRECISIONS
 from direct_pt.models.detector import BOX_HEADS, MODELS
 from direct_pt.recipes import (
     IMAGE_SIZE,

@@ -11,32 +11,30 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 
-from direct_pt.backbone_weights import load_backbone
-from direct_pt.banner import banner, git_revision
 from direct_pt.checkpoint import CONFIG, History, from_pretrained, read_history
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.loader import Feed, TableFeed
-from direct_pt.data.sources import load_tables
-from direct_pt.data.spot_check import spot_check
-from direct_pt.data.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
+from direct_pt.data.sources import load_tables, spot_check
+from direct_pt.distributed.launch import is_deepspeed, join_processes, make_accelerator, resolve_precision
+from direct_pt.distributed.processes import main_decides, one_a_machine_first
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
-from direct_pt.launch import is_deepspeed, join_processes, make_accelerator, resolve_precision
-from direct_pt.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.models.backbone import Backbone
+from direct_pt.models.backbone_weights import load_backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
-from direct_pt.models.recompute import recompute_blocks
-from direct_pt.optimizers import make_optimizer
-from direct_pt.plan import Plan, global_batch_size, make_plan, micro_batch_sizes, resumed_plan
-from direct_pt.processes import main_decides, one_a_machine_first
-from direct_pt.progress import Progress
-from direct_pt.recipes import Recipe, recipe_for, recipe_name
-from direct_pt.resumption import Resumption, resumed_settings
-from direct_pt.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
-from direct_pt.sharding import Sharded
-from direct_pt.survey import summary, whole_image
-from direct_pt.training import Trainer, TrainingData
+from direct_pt.models.layers import recompute_blocks
+from direct_pt.recipes import Recipe, make_optimizer, recipe_for, recipe_name
+from direct_pt.reports.survey import summary, whole_image
+from direct_pt.training.banner import banner, git_revision
+from direct_pt.training.loop import Trainer, TrainingData
+from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
+from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes, resumed_plan
+from direct_pt.training.prepared import Sharded
+from direct_pt.training.progress import Progress
+from direct_pt.training.resumption import Resumption, resumed_settings
+from direct_pt.training.settings import FREE_ON_RESUME, MENDABLE, Settings, read_settings
+from direct_pt.transforms import FinetunePreset, Preset, PretrainPreset, TestPreset
 
 if TYPE_CHECKING:
     from direct_pt.data.stream import Stream

@@ -1,0 +1,1 @@
+"""Figures and pictures of data sets and runs, for people."""
