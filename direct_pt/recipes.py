@@ -1,29 +1,22 @@
-"""What each stage trains with unless a flag says otherwise: the paper's numbers, and ours for small data sets.
+"""What each stage trains with unless a flag says otherwise: the paper's numbers, those for small sets, the optimizer.
 
 Source of the paper's: the released configuration of Li, Zhang, Zhang, "Rethinking Training from Scratch for Object
 Detection", arXiv 2106.03112. docs/small_sets.md holds the measurements behind ours.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
-# Ours for small sets. Stage 1: few images give many updates in small batches, at the paper's rate for such a batch.
-# Stage 2: the paper's batch and rate, which trained detectors take after a short warm-up.
-SMALL_SET_IMAGES = 5_000  # fewer training images than these make a small set
-SMALL: dict[str, dict[str, Any]] = {
-    "pretrain": {"name": "small", "global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
-    "finetune": {"name": "small", "global_batch_size": 16, "warmup_steps": 50, "min_images_seen": 4_000},
-}
-SMALL_RETINANET_FINETUNE_LR = 0.01  # half of the others', as in the paper's stage 1; at 0.02 it diverges
-RECIPES = ("auto", "paper", "small")
-SCHEDULES = {"1x": 1, "3x": 3, "6x": 6}  # times the epochs
 IMAGE_SIZE = 448  # stage 1, pixels
 SHORT_SIDE, LONG_SIDE = 800, 1333  # stage 2 and testing, pixels
+SCHEDULES = {"1x": 1, "3x": 3, "6x": 6}  # times the epochs
+RECIPES = ("auto", "paper", "small")
+MIN_LARGE_SET_IMAGES = 5_000  # a set of fewer training images is small
+MIN_BATCHNORM_IMAGES = 4  # a micro-batch smaller than this gives BatchNorm poor statistics (ours)
 POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
 
 
@@ -65,70 +58,99 @@ class Recipe:
         return self.lr * (math.sqrt(share) if self.optimizer == "adamw" else share)
 
 
-PRETRAIN = Recipe(
-    name="paper",
-    optimizer="sgd",
-    global_batch_size=64,
-    micro_batch_size=8,
-    epochs=48,
-    lr=0.08,
-    weight_decay=1e-4,
-    warmup_steps=500,
-    warmup_factor=0.01,
-    decays=(),
-    min_images_seen=0,
-    min_micro_batch_size=MIN_BATCHNORM_IMAGES,
-)
+@dataclass(frozen=True)
+class Stage:
+    """One stage and its recipes.
 
-FINETUNE = Recipe(
-    name="paper",
-    optimizer="sgd",
-    global_batch_size=16,
-    micro_batch_size=2,
-    epochs=12,
-    lr=0.02,
-    weight_decay=1e-4,
-    warmup_steps=500,
-    warmup_factor=0.001,
-    decays=(8 / 12, 11 / 12),
-    min_images_seen=0,
-    min_micro_batch_size=1,
-)
-
-STAGES = {"pretrain": PRETRAIN, "finetune": FINETUNE}
-
-
-def recipe_for(stage: str, model: str, has_layernorm: bool, name: str = "paper") -> Recipe:
-    """The numbers of a stage.
-
-    Args:
-        stage: "pretrain" or "finetune".
-        model: the detector's name.
-        has_layernorm: how its backbone normalises.
-        name: "paper" or "small".
+    Attributes:
+        name: "pretrain" or "finetune".
+        paper: the recipe of detectors whose backbone has BatchNorm.
+        layernorm: what differs in the paper's for backbones that normalise with LayerNorm (Swin-T).
+        retinanet: what differs in the paper's for RetinaNet.
+        small: what differs for small data sets; the learning rate follows the batch.
+        small_retinanet: what differs for RetinaNet besides.
     """
-    recipe = STAGES[stage]
-    if has_layernorm:  # the paper's for Swin-T
-        recipe = replace(recipe, optimizer="adamw", lr=4e-4 if stage == "pretrain" else 1e-4, weight_decay=0.05)
-    elif model == "retinanet_r50_fpn" and stage == "pretrain":
-        recipe = replace(recipe, lr=0.04, warmup_steps=1000)
-    if name == "small":
-        changes = SMALL[stage]
-        recipe = replace(recipe, lr=recipe.lr_for(changes["global_batch_size"]), **changes)
-        if model == "retinanet_r50_fpn" and stage == "finetune" and not has_layernorm:
-            recipe = replace(recipe, lr=SMALL_RETINANET_FINETUNE_LR)
-    return recipe
+
+    name: str
+    paper: Recipe
+    layernorm: dict[str, Any]
+    retinanet: dict[str, Any]
+    small: dict[str, Any]
+    small_retinanet: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self, model: str, has_layernorm: bool, name: str = "paper") -> Recipe:
+        """The numbers for one detector.
+
+        Args:
+            model: the detector's name.
+            has_layernorm: how its backbone normalises.
+            name: "paper" or "small".
+        """
+        is_retinanet = model.startswith("retinanet") and not has_layernorm
+        recipe = replace(self.paper, **(self.layernorm if has_layernorm else self.retinanet if is_retinanet else {}))
+        if name == "small":
+            recipe = replace(recipe, name="small", lr=recipe.lr_for(self.small["global_batch_size"]), **self.small)
+            recipe = replace(recipe, **(self.small_retinanet if is_retinanet else {}))
+        return recipe
+
+
+# Small sets, stage 1: few images give many updates in small batches, at the paper's rate for such a batch.
+# Stage 2: the paper's batch and rate, which trained detectors take after a short warm-up.
+PRETRAIN = Stage(
+    name="pretrain",
+    paper=Recipe(
+        name="paper",
+        optimizer="sgd",
+        global_batch_size=64,
+        micro_batch_size=8,
+        epochs=48,
+        lr=0.08,
+        weight_decay=1e-4,
+        warmup_steps=500,
+        warmup_factor=0.01,
+        decays=(),
+        min_images_seen=0,
+        min_micro_batch_size=MIN_BATCHNORM_IMAGES,
+    ),
+    layernorm={"optimizer": "adamw", "lr": 4e-4, "weight_decay": 0.05},
+    retinanet={"lr": 0.04, "warmup_steps": 1000},
+    small={"global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
+)
+
+FINETUNE = Stage(
+    name="finetune",
+    paper=Recipe(
+        name="paper",
+        optimizer="sgd",
+        global_batch_size=16,
+        micro_batch_size=2,
+        epochs=12,
+        lr=0.02,
+        weight_decay=1e-4,
+        warmup_steps=500,
+        warmup_factor=0.001,
+        decays=(8 / 12, 11 / 12),
+        min_images_seen=0,
+        min_micro_batch_size=1,
+    ),
+    layernorm={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05},
+    retinanet={},
+    small={"global_batch_size": 16, "warmup_steps": 50, "min_images_seen": 4_000},
+    small_retinanet={"lr": 0.01},  # half of the others', as in the paper's stage 1; at 0.02 it diverges
+)
+
+STAGES = {stage.name: stage for stage in (PRETRAIN, FINETUNE)}
 
 
 def recipe_name(choice: str, images: int) -> str:
     """The choice, "paper" or "small"; where it is "auto", by the number of training images (0: not known)."""
     if choice == "auto":
-        return "small" if 0 < images < SMALL_SET_IMAGES else "paper"
+        return "small" if 0 < images < MIN_LARGE_SET_IMAGES else "paper"
     return choice
 
 
 def make_optimizer(detector: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """The recipe's, for the parameters that train."""
+    """The recipe's optimizer of the parameters that train."""
     groups = parameter_groups(detector, recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)

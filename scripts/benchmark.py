@@ -12,7 +12,7 @@ from benchmarks import annotations, evaluation, gpu, input, memory, scaling, siz
 from benchmarks.rows import Row
 from direct_pt.errors import run_program
 from direct_pt.files import write_json
-from direct_pt.training.settings import parser
+from direct_pt.flags import make_parser
 
 PARTS = {
     "input": input,
@@ -30,7 +30,7 @@ PARTS = {
 
 def main() -> None:
     """Measure one part and print it."""
-    p = parser(__doc__ or "")
+    p = make_parser(__doc__ or "")
     parts = p.add_subparsers(dest="part", required=True, metavar="PART")
     for name, module in PARTS.items():
         about = module.__doc__ or ""

@@ -26,12 +26,13 @@ from direct_pt.batch import PackedMasks
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
-from direct_pt.data.sources import SPLITS, load_tables
+from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.errors import InputError, printable, run_program
 from direct_pt.files import write_json
+from direct_pt.flags import add_flags, make_parser, not_negative_integer, read_flags
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
-from direct_pt.recipes import STAGES, recipe_for, recipe_name
+from direct_pt.recipes import STAGES, recipe_name
 from direct_pt.reports.duplicates import Fingerprints, Twins, perceptual_hash, pixel_digest, twins_between, twins_within
 from direct_pt.reports.plots import plot_classes, plot_image_sizes, plot_object_sizes
 from direct_pt.reports.survey import (
@@ -46,7 +47,7 @@ from direct_pt.reports.survey import (
     size_name,
 )
 from direct_pt.training.plan import make_plan
-from direct_pt.training.settings import Settings, add_data_arguments, data_options, not_negative_integer, parser
+from direct_pt.training.settings import ScheduleOptions
 from direct_pt.transforms import TestPreset
 from direct_pt.visualize import contact_sheet, draw_detections
 
@@ -172,10 +173,10 @@ def anchor_figures(table: AnnotationTable) -> dict[str, Any]:
 def schedules(images: int) -> dict[str, Any]:
     """What the recipe's two stages will do with so many training images."""
     found = {}
-    for stage in STAGES:
-        recipe = recipe_for(stage, "faster_rcnn_r50_fpn", False, recipe_name("auto", images))
-        plan = make_plan(Settings(stage=stage, output_dir=Path()), recipe, images, processes=1)
-        found[stage] = {
+    for name, stage in STAGES.items():
+        recipe = stage.recipe("faster_rcnn_r50_fpn", False, recipe_name("auto", images))
+        plan = make_plan(ScheduleOptions(), recipe, images, processes=1)
+        found[name] = {
             "recipe": recipe.name, "steps": plan.total_steps, "images_a_step": plan.global_batch_size,
             "epochs": round(plan.epochs, 1), "lr": plan.lr, "warmup_steps": plan.warmup_steps,
             "notes": list(plan.notes),
@@ -311,8 +312,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     """Check a data set."""
-    p = parser(__doc__ or "")
-    add_data_arguments(p)
+    p = make_parser(__doc__ or "")
+    add_flags(p, DataOptions, "data")
     text = "where report.json and the pictures go (runs/check_data)"
     p.add_argument("--output-dir", type=Path, default=Path("runs/check_data"), metavar="DIR", help=text)
     text = "processes that decode images (2)"
@@ -323,7 +324,11 @@ def main() -> None:
 
     folder: Path = args.output_dir
     problems = {split: Problems(collects=True) for split in SPLITS}
-    tables = {split: table for split, table in load_tables(data_options(args), SPLITS, problems).items() if len(table)}
+    tables = {
+        split: table
+        for split, table in load_tables(read_flags(args, DataOptions), SPLITS, problems).items()
+        if len(table)
+    }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     prints = check_images(tables, problems, args.num_workers) if tables else {}

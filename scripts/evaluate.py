@@ -12,24 +12,24 @@ from pathlib import Path
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
-from direct_pt.data.sources import SPLITS, load_tables
-from direct_pt.distributed.launch import make_accelerator
+from direct_pt.data.sources import SPLITS, DataOptions, load_tables
+from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.files import write_json
-from direct_pt.training.settings import add_data_arguments, add_device_arguments, data_options, parser, positive_integer
+from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
 from direct_pt.transforms import TestPreset
 
 
 def main() -> None:
     """Evaluate one split."""
-    p = parser(__doc__ or "")
+    p = make_parser(__doc__ or "")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
-    add_data_arguments(p)
+    add_flags(p, DataOptions, "data")
     p.add_argument("--split", choices=SPLITS, default="val")
     p.add_argument("--short-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
-    add_device_arguments(p)
+    add_flags(p, DeviceOptions)
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="(default: the checkpoint's folder)")
     args = p.parse_args()
 
@@ -39,7 +39,7 @@ def main() -> None:
     if output.is_file():
         raise InputError(f"--output-dir {output}: is a file")
     detector = from_pretrained(args.checkpoint)
-    tables = load_tables(data_options(args), [args.split], required=args.split)
+    tables = load_tables(read_flags(args, DataOptions), [args.split], required=args.split)
     if args.split not in tables:
         raise InputError(f"--split {args.split}: there are too few training images to hold some out")
     table = tables[args.split]

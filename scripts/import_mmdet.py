@@ -20,9 +20,9 @@ from torch import Tensor
 from direct_pt.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_model
 from direct_pt.errors import InputError, run_program
 from direct_pt.files import replace_file
+from direct_pt.flags import make_parser
 from direct_pt.models.detector import MODELS, PIXEL_MEAN, PIXEL_STD
 from direct_pt.models.mmdet_weights import NO_WEIGHTS, detector_from_mmdet, few, mmdet_state_dict
-from direct_pt.training.settings import parser
 
 COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -182,7 +182,7 @@ def export_checkpoint(run: str, path: Path) -> None:
 
 def main() -> None:
     """Import or export."""
-    p = parser(__doc__ or "")
+    p = make_parser(__doc__ or "")
     p.add_argument("source", metavar="CHECKPOINT|RUN", help="MMDetection's file; with --export a run, or a hub id")
     p.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}")
     p.add_argument("--output-dir", type=Path, metavar="RUN", help="its model/ is written")

@@ -22,12 +22,12 @@ from direct_pt.batch import Detections, Objects, Sample, collate
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import mask_run_lengths
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
-from direct_pt.data.sources import decoding_of
-from direct_pt.distributed.launch import make_accelerator
+from direct_pt.data.sources import DecodingOptions
+from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
+from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
 from direct_pt.models.detector import DetectorConfig
 from direct_pt.models.masks import paste_masks
-from direct_pt.training.settings import add_decoding_arguments, add_device_arguments, parser, positive_integer
 from direct_pt.transforms import TestPreset, render
 from direct_pt.visualize import draw_detections
 
@@ -112,20 +112,20 @@ def whole_masks(found: Detections, size: tuple[int, int]) -> Iterator[np.ndarray
 
 def main() -> None:
     """Predict."""
-    p = parser(__doc__ or "")
+    p = make_parser(__doc__ or "")
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
     p.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
     p.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
-    add_decoding_arguments(p)
-    add_device_arguments(p)
+    add_flags(p, DecodingOptions)
+    add_flags(p, DeviceOptions)
     args = p.parse_args()
 
     if args.output_dir.is_file():
         raise InputError(f"--output-dir {args.output_dir}: is a file")
     files = find_images(args.images)
-    decoding = decoding_of(args.exif, args.alpha)
+    decoding = read_flags(args, DecodingOptions).decoding
     accelerator = make_accelerator(args.mixed_precision)
     detector = from_pretrained(args.checkpoint).to(accelerator.device)
     config = detector.config

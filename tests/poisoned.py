@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import small_runs as runs
 import torch
 
 from direct_pt.batch import Batch
 from direct_pt.errors import run_program
 from direct_pt.training import start
 from direct_pt.training.loop import Trainer
-from direct_pt.training.settings import parse_training
 
 
 class Poisoned(Trainer):
@@ -42,7 +42,7 @@ def run(steps: str, *flags: str) -> None:
     Poisoned.steps = tuple(int(step) for step in steps.split(","))
     start.Trainer = Poisoned  # type: ignore[misc]
     try:
-        start.run_stage(parse_training("pretrain", "", list(flags)))
+        runs.load_script("pretrain").main(list(flags))
     finally:
         start.Trainer = Trainer  # type: ignore[misc]
 

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.models.detector import RetinaNet
-from direct_pt.training.settings import parse_training
-from direct_pt.training.start import run_stage
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS.parent / "accelerate_configs"
@@ -104,7 +102,7 @@ def _forget_accelerator() -> None:
 def train(stage: str, *flags: object) -> None:
     """Run pretrain or finetune in this process."""
     with fresh_process():
-        run_stage(parse_training(stage, "", [str(flag) for flag in flags]))
+        load_script(stage).main([str(flag) for flag in flags])
 
 
 def call_script(name: str, *flags: object) -> None:

@@ -5,9 +5,7 @@ import sys
 import small_runs as runs
 
 from direct_pt.errors import run_program
-from direct_pt.training.settings import parse_training
-from direct_pt.training.start import run_stage
 
 if __name__ == "__main__":
     with runs.float64():
-        run_program(lambda: run_stage(parse_training("pretrain", "", sys.argv[1:])))
+        run_program(lambda: runs.load_script("pretrain").main(sys.argv[1:]))

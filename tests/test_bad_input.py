@@ -117,7 +117,7 @@ def test_init_that_is_missing(output: Path, demo: Path, tmp_path: Path) -> None:
 def test_output_folder_of_another_run(pretrained: Path, demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
     line = refused("pretrain", "--data", demo, "--output-dir", pretrained)
-    remedy = "holds a run already; go on with --resume, or choose another folder"
+    remedy = "holds a run already; continue with --resume, or choose another folder"
     assert line == f"--output-dir {pretrained}: {remedy}"
     assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
 

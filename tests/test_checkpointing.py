@@ -17,7 +17,7 @@ from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import Detector, build_detector
 from direct_pt.models.layers import recompute_blocks, repeated_blocks
 from direct_pt.training.micro_batch import training_batch
-from direct_pt.training.settings import parse_training
+from direct_pt.training.settings import PretrainFlags, parse_flags
 
 SWIN = "swin_tiny_patch4_window7_224"
 BLOCKS = {
@@ -202,4 +202,4 @@ def test_a_run_with_it_is_the_run_without(
 def test_not_with_compilation() -> None:
     flags = ["--model", "faster_rcnn_r50_fpn", "--output-dir", "run", "--compile", "--gradient-checkpointing"]
     with pytest.raises(InputError, match="--compile and --gradient-checkpointing exclude each other"):
-        parse_training("pretrain", "", flags)
+        parse_flags(PretrainFlags, "", flags)

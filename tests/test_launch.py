@@ -353,7 +353,9 @@ def test_stop_signals_under_the_launcher(uninterrupted: Path, config: Path, demo
             outcome = finish(process)
         assert outcome.status != 0
         stops = [line for line in outcome.errors.splitlines() if "stopped: " in line]
-        steps = [re.search(r"stopped: (\w+): the state of step (\d+) is saved; go on with --resume", s) for s in stops]
+        steps = [
+            re.search(r"stopped: (\w+): the state of step (\d+) is saved; continue with --resume", s) for s in stops
+        ]
         assert len(steps) == 2 and all(steps), outcome.errors
         assert {found[1] for found in steps if found} == {number.name}
         (step,) = {int(found[2]) for found in steps if found}

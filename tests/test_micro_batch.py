@@ -13,7 +13,7 @@ from conftest import MakeCocoFolder
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.errors import InputError
 from direct_pt.models.detector import DetectorConfig
-from direct_pt.recipes import recipe_for
+from direct_pt.recipes import PRETRAIN
 from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import micro_batch_sizes
 from direct_pt.transforms import FinetunePreset, Preset, PretrainPreset
@@ -30,7 +30,7 @@ def table(coco_folder: MakeCocoFolder) -> AnnotationTable:
 
 def fitting(table: AnnotationTable, preset: Preset, sizes: list[int], frozen: bool = False) -> int:
     """On the CPU, in float32."""
-    recipe = recipe_for("pretrain", "faster_rcnn_r50_fpn", has_layernorm=False)
+    recipe = PRETRAIN.recipe("faster_rcnn_r50_fpn", has_layernorm=False)
     config = replace(DetectorConfig.of_paper("faster_rcnn_r50_fpn", ("a", "b"), (1, 2)), backbone="resnet18")
     trial = Trial(config, frozen, False, recipe, 0, torch.device("cpu"), "no")
     return fitting_micro_batch_size(trial, table, preset, sizes)

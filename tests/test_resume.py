@@ -21,7 +21,8 @@ from direct_pt.checkpoint import read_history
 from direct_pt.coco_eval import evaluate
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.training import start
-from direct_pt.training.loop import ECHO_SECONDS, StepOutcome, Trainer
+from direct_pt.training.loop import StepOutcome, Trainer
+from direct_pt.training.signals import ECHO_SECONDS
 
 pytestmark = runs.cpu_only
 
@@ -91,7 +92,9 @@ def test_stopped_in_the_middle_of_a_step(
         pytest.skip("the signals do not depend on the settings")
     run = tmp_path / "run"
     Stopped.number = number
-    with pytest.raises(StopSignal, match=f"{number.name}: the state of step 5 is saved; go on with --resume") as stop:
+    with pytest.raises(
+        StopSignal, match=f"{number.name}: the state of step 5 is saved; continue with --resume"
+    ) as stop:
         train(run, demo, *flags, trainer=Stopped)
     assert stop.value.exit_status == (130 if number == signal.SIGINT else 143)
     assert runs.steps_saved(run) == ["step-4", "step-5"]

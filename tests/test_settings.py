@@ -4,14 +4,15 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
-from direct_pt.recipes import STAGES, recipe_for, recipe_name
+from direct_pt.recipes import STAGES, recipe_name
 from direct_pt.training.plan import Plan, make_plan, resumed_plan
-from direct_pt.training.settings import Settings, parse_training
+from direct_pt.training.settings import FinetuneFlags, PretrainFlags, ScheduleOptions, parse_flags
 
 COCO_IMAGES = 118_287
 WITH_LAYERNORM = {"mask_rcnn_swin_t_fpn"}  # detectors whose own backbone normalises so
@@ -21,17 +22,25 @@ REQUIRED = {
 }
 
 
-def parse(stage: str, *flags: object) -> Settings:
-    return parse_training(stage, "", [*REQUIRED[stage], *map(str, flags)])
+def parse_argv(stage: str, argv: list[str]) -> Any:
+    return parse_flags({"pretrain": PretrainFlags, "finetune": FinetuneFlags}[stage], "", argv)
+
+
+def parse(stage: str, *flags: object) -> Any:
+    return parse_argv(stage, [*REQUIRED[stage], *map(str, flags)])
+
+
+def schedule(*flags: object) -> ScheduleOptions:
+    return parse("pretrain", *flags).schedule
 
 
 def plan(
     stage: str, *flags: object, images: int = COCO_IMAGES, processes: int = 1, model: str = "faster_rcnn_r50_fpn"
 ) -> Plan:
     """Of a detector with its own backbone."""
-    settings = parse(stage, *flags)
-    recipe = recipe_for(stage, model, model in WITH_LAYERNORM, recipe_name(settings.recipe, images))
-    return make_plan(settings, recipe, images, processes)
+    options = parse(stage, *flags).schedule
+    recipe = STAGES[stage].recipe(model, model in WITH_LAYERNORM, recipe_name(options.recipe, images))
+    return make_plan(options, recipe, images, processes)
 
 
 # The plan
@@ -62,11 +71,11 @@ def test_the_papers_numbers_on_coco(model: str, processes: int) -> None:
 def test_optimizers(stage: str) -> None:
     """AdamW wherever the backbone normalises with LayerNorm, whatever the detector; else SGD."""
     for model in MODELS:
-        recipe = recipe_for(stage, model, has_layernorm=True)
+        recipe = STAGES[stage].recipe(model, has_layernorm=True)
         assert (recipe.optimizer, recipe.weight_decay) == ("adamw", 0.05)
         assert recipe.lr == {"pretrain": 4e-4, "finetune": 1e-4}[stage]
-        assert (recipe.warmup_steps, recipe.epochs) == (500, STAGES[stage].epochs)
-        recipe = recipe_for(stage, model, has_layernorm=False)
+        assert (recipe.warmup_steps, recipe.epochs) == (500, STAGES[stage].paper.epochs)
+        recipe = STAGES[stage].recipe(model, has_layernorm=False)
         assert (recipe.optimizer, recipe.weight_decay) == ("sgd", 1e-4)
 
 
@@ -76,7 +85,9 @@ def test_longer_schedules(schedule: str, times: int) -> None:
     steps = {"pretrain": 48 * times * COCO_IMAGES / 64, "finetune": 12 * times * COCO_IMAGES / 16}
     for stage, expected in steps.items():
         p = plan(stage, "--schedule", schedule)
-        assert p.total_steps == round(expected) and p.epochs == pytest.approx(STAGES[stage].epochs * times, rel=1e-4)
+        assert p.total_steps == round(expected) and p.epochs == pytest.approx(
+            STAGES[stage].paper.epochs * times, rel=1e-4
+        )
     decays = [8 * times * COCO_IMAGES / 16, 11 * times * COCO_IMAGES / 16]
     assert plan("finetune", "--schedule", schedule).decay_steps == pytest.approx(decays, abs=1)
 
@@ -154,11 +165,11 @@ def test_the_small_recipe(model: str) -> None:
         assert plan(stage, images=4_999, model=model).warmup_steps == expected[5]
         assert plan(stage, "--recipe", "small", images=5_000, model=model).warmup_steps == expected[5]
         paper = plan(stage, images=5_000, model=model)
-        assert paper.global_batch_size == STAGES[stage].global_batch_size and paper.notes == ()
+        assert paper.global_batch_size == STAGES[stage].paper.global_batch_size and paper.notes == ()
         # Which is the paper's to the last number, whatever the size of the set.
         paper = plan(stage, "--recipe", "paper", images=300, model=model)
         assert paper.lr == plan(stage, model=model).lr and paper.warmup_steps == plan(stage, model=model).warmup_steps
-        assert paper.total_steps == round(STAGES[stage].epochs * 300 / STAGES[stage].global_batch_size)
+        assert paper.total_steps == round(STAGES[stage].paper.epochs * 300 / STAGES[stage].paper.global_batch_size)
 
 
 @pytest.mark.parametrize(
@@ -208,23 +219,23 @@ def test_warmup() -> None:
 def test_a_resumed_run_keeps_its_plan() -> None:
     """As one begun before there was a small recipe, on fewer images: its batch, length, rate and schedule."""
     before = plan("pretrain", "--recipe", "paper", "--schedule", "3x", images=300)
-    resumed = resumed_plan(before, parse("pretrain"), 290, 2)
+    resumed = resumed_plan(before, schedule(), 290, 2)
     assert replace(resumed, images=300, processes=1, accumulation=8) == replace(before, notes=())
     assert (resumed.images, resumed.processes, resumed.micro_batch_size, resumed.accumulation) == (290, 2, 8, 4)
-    changed = resumed_plan(before, parse("pretrain", "--lr", 0.5, "--warmup-steps", 7), 300, 1)
+    changed = resumed_plan(before, schedule("--lr", 0.5, "--warmup-steps", 7), 300, 1)
     assert (changed.lr, changed.warmup_steps) == (0.5, 7)
-    assert resumed_plan(before, parse("pretrain", "--micro-batch-size", 16), 300, 1).micro_batch_size == 16
+    assert resumed_plan(before, schedule("--micro-batch-size", 16), 300, 1).micro_batch_size == 16
     # Micro-batches that do not fit as many processes shrink.
-    assert resumed_plan(before, parse("pretrain"), 300, 16).micro_batch_size == 4
+    assert resumed_plan(before, schedule(), 300, 16).micro_batch_size == 4
     small = plan("pretrain", images=300)
-    assert resumed_plan(small, parse("pretrain"), 300, 4).micro_batch_size == 2
+    assert resumed_plan(small, schedule(), 300, 4).micro_batch_size == 2
     for flags, processes, message in (
         ((), 3, "the run's batch of 8 does not divide over 3 processes; start 1, 2, 4 or 8"),
         (("--micro-batch-size", 3), 1, "does not divide so on 1 process(es); use 1, 2, 4 or 8"),
         (("--micro-batch-size", 8), 2, "use 1, 2 or 4"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
-            resumed_plan(small, parse("pretrain", *flags), 300, processes)
+            resumed_plan(small, schedule(*flags), 300, processes)
 
 
 def test_evaluation_interval() -> None:
@@ -253,11 +264,11 @@ def test_learning_rate_by_hand() -> None:
 
 def test_defaults_are_complete() -> None:
     for stage in STAGES:
-        settings = parse(stage)
-        assert settings.stage == stage and settings.output_dir == Path("run") and not settings.resume
-    assert parse("pretrain").image_size == 448
-    assert (parse("finetune").short_side, parse("finetune").long_side) == (800, 1333)
-    assert (parse("pretrain").init, parse("finetune").init) == ("none", "pretrained")
+        flags = parse(stage)
+        assert flags.stage is STAGES[stage] and flags.run.output_dir == Path("run") and not flags.run.resume
+    assert parse("pretrain").images.image_size == 448
+    assert (parse("finetune").images.short_side, parse("finetune").images.long_side) == (800, 1333)
+    assert parse("finetune").detector.init == "pretrained"
 
 
 def test_what_init_means(tmp_path: Path) -> None:
@@ -268,16 +279,15 @@ def test_what_init_means(tmp_path: Path) -> None:
     for given, kind in (
         ("none", "none"), ("imagenet", "imagenet"), (weights, "file"), (tmp_path, "run"), (tmp_path / "absent", "run"),
     ):  # fmt: skip
-        settings = parse("finetune", "--init", given, *model)
-        assert (settings.init, settings.init_kind) == (str(given), kind)
-        assert settings.to_dict()["init"] == str(given)
-    assert parse("pretrain").init_kind == "none"
+        flags = parse("finetune", "--init", given, *model)
+        assert (flags.detector.init, flags.detector.init_kind) == (str(given), kind)
+        assert flags.to_dict()["init"] == str(given)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_config_gives_the_same_settings_again(stage: str, tmp_path: Path) -> None:
     sizes = ("--image-size", 96) if stage == "pretrain" else ("--short-side", 96, "--long-side", 128)
-    settings = parse(
+    flags = parse(
         stage, "--data", "data/demo", "--drop-empty", "--norm", "group", "--box-head", "2fc", "--channels", 32,
         "--rois-per-image", 16, "--proposals", 64, *sizes, "--max-steps", 7, "--global-batch-size", 8,
         "--micro-batch-size", 4, "--lr", 0.003, "--warmup-steps", 2, "--mixed-precision", "no", "--seed", 5,
@@ -285,14 +295,14 @@ def test_config_gives_the_same_settings_again(stage: str, tmp_path: Path) -> Non
         "--report-to", "tensorboard",
     )  # fmt: skip
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"settings": settings.to_dict(), "plan": {}, "git": "x"}))
-    assert parse_training(stage, "", ["--config", str(config)]) == settings
+    config.write_text(json.dumps({"settings": flags.to_dict(), "plan": {}, "git": "x"}))
+    assert parse_argv(stage, ["--config", str(config)]) == flags
     # A flag beside it wins, and resuming is not inherited.
-    again = parse_training(stage, "", ["--config", str(config), "--lr", "0.1", "--output-dir", "other", "--resume"])
-    assert again == replace(settings, lr=0.1, output_dir=Path("other"), resume=True)
-    resumed = {**settings.to_dict(), "resume": True}
+    again = parse_argv(stage, ["--config", str(config), "--lr", "0.1", "--output-dir", "other", "--resume"])
+    assert again == flags.changed({"lr": 0.1, "output_dir": Path("other"), "resume": True})
+    resumed = {**flags.to_dict(), "resume": True}
     config.write_text(json.dumps({"settings": resumed}))
-    assert not parse_training(stage, "", ["--config", str(config)]).resume
+    assert not parse_argv(stage, ["--config", str(config)]).run.resume
 
 
 @pytest.mark.parametrize(
@@ -307,8 +317,8 @@ def test_a_length_beside_config_wins(flags: tuple[str, ...], expected: tuple[obj
     for saved in (("--max-steps", 3), ("--epochs", 2), ("--schedule", "1x")):
         config = tmp_path / "config.json"
         config.write_text(json.dumps({"settings": parse("pretrain", *saved).to_dict()}))
-        settings = parse_training("pretrain", "", ["--config", str(config), *flags])
-        assert (settings.max_steps, settings.epochs, settings.schedule) == expected
+        options = parse_argv("pretrain", ["--config", str(config), *flags]).schedule
+        assert (options.max_steps, options.epochs, options.schedule) == expected
 
 
 def test_bad_config(tmp_path: Path) -> None:
@@ -393,5 +403,5 @@ def test_bad_values(stage: str, flag: str, values: tuple[str, ...]) -> None:
 )  # fmt: skip
 def test_refused_command_lines(stage: str, argv: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
-        parse_training(stage, "", argv)
+        parse_argv(stage, argv)
     assert_one_line(error.value)

@@ -67,7 +67,7 @@ def test_ten_in_a_row_stop_the_run(demo: Path, tmp_path: Path) -> None:
     assert "10 steps in a row were skipped, as the losses of some images among good ones" in message
     assert "in the last one of images train_0000" in message
     assert "the state of step 11, with the weights from before them, is saved" in message
-    assert "diverged" not in message and message.endswith("go on with --resume")
+    assert "diverged" not in message and message.endswith("continue with --resume")
     assert runs.largest_difference(saved(run, 1), saved(run, 11)) == 0
 
     shutil.copytree(run, tmp_path / "copy")

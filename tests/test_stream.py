@@ -256,7 +256,7 @@ def test_a_stream_that_breaks_off(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped) as error:
         runs.train("pretrain", *flags, "--output-dir", tmp_path / "run")
     message = str(error.value)
-    assert f"{data} (train) cannot be read on (" in message and message.endswith("go on with --resume")
+    assert f"{data} (train) cannot be read any further (" in message and message.endswith("continue with --resume")
     assert runs.steps_saved(tmp_path / "run")
     path.write_bytes(content)
     runs.train("pretrain", *flags, "--output-dir", tmp_path / "run", "--resume")

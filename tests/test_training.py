@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
 from direct_pt.coco_eval import METRICS
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
-from direct_pt.recipes import recipe_for
+from direct_pt.recipes import PRETRAIN
 from direct_pt.training.plan import make_plan
-from direct_pt.training.settings import parse_training
+from direct_pt.training.settings import PretrainFlags, parse_flags
 
 ALIKE = 1e-6  # between weights that differ by the order of sums only, after one step in float32
 ALIKE_FLOAT64 = 1e-12  # the same after three steps in float64
@@ -46,9 +46,9 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
 
     config = runs.read_json(pretrained / "config.json")
     assert set(config) == {"settings", "plan", "git"}
-    settings = parse_training("pretrain", "", ["--config", str(pretrained / "config.json")])
-    plan = make_plan(settings, recipe_for("pretrain", runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
-    assert config["settings"] == settings.to_dict() and settings.data == demo
+    flags = parse_flags(PretrainFlags, "", ["--config", str(pretrained / "config.json")])
+    plan = make_plan(flags.schedule, PRETRAIN.recipe(runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
+    assert config["settings"] == flags.to_dict() and flags.data.data == demo
     assert config["plan"] == json.loads(json.dumps(asdict(plan))) and (plan.total_steps, plan.eval_steps) == (4, 2)
 
     lines = runs.records(pretrained)
@@ -279,7 +279,7 @@ def test_processes_end_with_the_same_detector(two: Path) -> None:
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(two: Path) -> None:
     messages, saved = runs.read_json(two / "stop.json")
-    expected = ["SIGTERM: the state of step 2 is saved; go on with --resume", 128 + signal.SIGTERM]
+    expected = ["SIGTERM: the state of step 2 is saved; continue with --resume", 128 + signal.SIGTERM]
     assert messages == [expected, expected]
     assert saved == ["step-2"]
     assert runs.largest_difference(runs.weights(two / "stopped"), runs.weights(two / "whole")) == 0
@@ -357,7 +357,7 @@ def test_signals_to_a_process(uninterrupted: Path, demo: Path, tmp_path: Path) -
     (saved,) = runs.steps_saved(run)
     step = int(saved.removeprefix("step-"))
     assert 1 <= step < STEPS and runs.records(run)[-1]["step"] == step
-    assert errors.splitlines()[-1] == f"stopped: SIGTERM: the state of step {step} is saved; go on with --resume"
+    assert errors.splitlines()[-1] == f"stopped: SIGTERM: the state of step {step} is saved; continue with --resume"
     assert "Traceback" not in errors
     assert runs.largest_difference(runs.weights(run), runs.weights(run / "checkpoints" / saved)) == 0
 

@@ -23,7 +23,6 @@ from direct_pt.models.detector import build_detector
 from direct_pt.models.layers import batchnorms
 from direct_pt.training import start
 from direct_pt.training.loop import Trainer, average_running_statistics
-from direct_pt.training.settings import parse_training
 
 FOURS = ("--global-batch-size", "8", "--micro-batch-size", "4")
 STEPS = ("--max-steps", "3", *runs.NO_EVALUATION, "--log-every", "1")
@@ -35,7 +34,7 @@ class Recording(Trainer):
     def train(self) -> None:
         super().train()
         rank = self.accelerator.process_index
-        torch.save(self.detector.state_dict(), self.settings.output_dir / f"rank{rank}.pt")
+        torch.save(self.detector.state_dict(), self.options.output_dir / f"rank{rank}.pt")
 
 
 class Interrupted(Trainer):
@@ -47,10 +46,10 @@ class Interrupted(Trainer):
         return super()._step(batches)
 
 
-def run_stage(*flags: Any, trainer: type[Trainer] = Trainer) -> None:
+def pretrain(*flags: Any, trainer: type[Trainer] = Trainer) -> None:
     """Pre-train with `trainer` as the loop. accelerate's state stays: a process joins its group once."""
     start.Trainer = trainer  # type: ignore[misc]
-    start.run_stage(parse_training("pretrain", "", [*runs.PRETRAIN, *FOURS, *STEPS, *map(str, flags)]))
+    runs.load_script("pretrain").main([*map(str, runs.PRETRAIN), *FOURS, *map(str, STEPS), *map(str, flags)])
 
 
 def evaluate(data: Path, checkpoint: Path, output: Path) -> None:
@@ -77,9 +76,9 @@ def statistics(output: Path) -> None:
 
 def stop_signal(data: Path, output: Path) -> None:
     """An interrupted run and its resumption, beside one that nobody interrupts."""
-    run_stage("--data", data, "--output-dir", output / "whole", trainer=Recording)
+    pretrain("--data", data, "--output-dir", output / "whole", trainer=Recording)
     try:
-        run_stage("--data", data, "--output-dir", output / "stopped", trainer=Interrupted)
+        pretrain("--data", data, "--output-dir", output / "stopped", trainer=Interrupted)
         message: tuple[Any, ...] = ()
     except StopSignal as stop:
         message = (str(stop), stop.exit_status)
@@ -87,7 +86,7 @@ def stop_signal(data: Path, output: Path) -> None:
     saved = runs.steps_saved(output / "stopped")
     if Accelerator(cpu=True).is_main_process:
         (output / "stop.json").write_text(json.dumps([messages, saved]))
-    run_stage("--data", data, "--output-dir", output / "stopped", "--resume", trainer=Recording)
+    pretrain("--data", data, "--output-dir", output / "stopped", "--resume", trainer=Recording)
 
 
 if __name__ == "__main__":
@@ -96,7 +95,7 @@ if __name__ == "__main__":
     Accelerator.end_training = lambda self: None  # the processes stay together until the last run is over
     with runs.float64():
         for model in runs.COMPARED:
-            run_stage(*runs.train_part(data), *runs.THREE_STEPS, "--model", model, "--output-dir", output / model)
+            pretrain(*runs.train_part(data), *runs.THREE_STEPS, "--model", model, "--output-dir", output / model)
     evaluate(truth, checkpoint, output)
     statistics(output)
     stop_signal(data, output)

@@ -19,52 +19,68 @@ from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, check_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
 from direct_pt.errors import InputError
+from direct_pt.flags import flag, names, positive_integer, share
 
 SPLITS = ("train", "val", "test")
-VAL_SHARE, MOST_HELD_OUT = 0.1, 5000  # of the training images, where a set has no validation split
+MOST_HELD_OUT = 5000  # of the training images, where a set has no validation split
+COCO_TEXT = "COCO in place of --data; several sets are joined by class name"
 Paths = tuple[Path, ...]
 LOOKED_AT = 256  # images, spread over the table
 MOST_WRONG = 0.01  # share of them that training puts up with; a single one always
 
 
+def exif_flag() -> Any:
+    """A field for --exif."""
+    text = "turn photographs upright, unless their annotation says otherwise; or leave them as stored"
+    return flag("apply", text, choices=["apply", "ignore"])
+
+
+def alpha_flag() -> Any:
+    """A field for --alpha."""
+    return flag("black", "behind transparent pixels", choices=["black", "white"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How image files become pixels."""
+
+    exif: str = exif_flag()
+    alpha: str = alpha_flag()
+
+    @property
+    def decoding(self) -> Decoding:
+        """The same for the decoder."""
+        return Decoding(exif=self.exif == "apply", alpha=self.alpha)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which data, and how they are read.
+    """Which data, and how they are read."""
 
-    Attributes:
-        data: a folder, or a name on the hub.
-        train_images, train_annotations, val_images, val_annotations: COCO files and their image folders in place of it.
-        classes: names of those to learn; None for all.
-        val_share: of the training images that is held out where there is no validation split.
-        bbox_format: of a hub data set's boxes: "coco" (x, y, width, height) or "voc" (x1, y1, x2, y2).
-        exif: "apply" or "ignore" the orientation that a photograph states.
-        alpha: "black" or "white", what transparent pixels lie over.
-        streaming: whether the training split of a hub data set is read in one direction, and not kept on the disk.
-        shuffle_buffer: images of a stream that are shuffled together.
-    """
-
-    data: Path | None = None
-    train_images: Paths | None = None
-    train_annotations: Paths | None = None
-    val_images: Paths | None = None
-    val_annotations: Paths | None = None
-    classes: tuple[str, ...] | None = None
-    val_share: float = VAL_SHARE
-    bbox_format: str = "coco"
-    exif: str = "apply"
-    alpha: str = "black"
-    streaming: bool = False
-    shuffle_buffer: int = 1000
+    data: Path | None = flag(
+        None, "a folder (COCO, Roboflow, YOLO, Pascal VOC or Hugging Face), or a data set on the hub", Path,
+        metavar="DIR|NAME",
+    )  # fmt: skip
+    train_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True)
+    train_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
+    val_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True)
+    val_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
+    classes: tuple[str, ...] | None = flag(None, "learn these alone (all)", names, metavar="A,B,...")
+    val_share: float = flag(
+        0.1, "of the training images, held out where there is no validation split; 0: no evaluation", share, metavar="X"
+    )
+    bbox_format: str = flag("coco", "of hub data: x, y, width, height, or x1, y1, x2, y2", choices=["coco", "voc"])
+    exif: str = exif_flag()
+    alpha: str = alpha_flag()
+    streaming: bool = flag(False, "read the training images of hub data in one direction, without a copy on the disk")
+    shuffle_buffer: int = flag(
+        1000, "of a stream, that are shuffled together, and held in memory", positive_integer, metavar="IMAGES"
+    )
 
     @property
     def decoding(self) -> Decoding:
         """How image files become pixels."""
-        return decoding_of(self.exif, self.alpha)
-
-
-def decoding_of(exif: str, alpha: str) -> Decoding:
-    """What the flags of these names mean."""
-    return Decoding(exif=exif == "apply", alpha=alpha)
+        return DecodingOptions(exif=self.exif, alpha=self.alpha).decoding
 
 
 def find_sources(options: DataOptions) -> dict[str, list[Source]]:

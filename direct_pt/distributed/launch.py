@@ -11,18 +11,31 @@ import os
 import socket
 import struct
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, PartialState
 
 from direct_pt.errors import InputError
+from direct_pt.flags import CHANGEABLE, FREE, flag, not_negative_integer
 
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 JOIN_SECONDS = 300  # that the processes wait for each other at the start; DIRECT_PT_JOIN_SECONDS says otherwise
 COLLECTIVE_SECONDS = 3600  # that they wait for each other later: the first one evaluates while the others wait
 SIOCGIFADDR = 0x8915  # of ioctl(2): an interface's address
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How the machine is used."""
+
+    mixed_precision: str = flag(
+        "auto", "auto: the launcher's, else fp16 on a GPU, and bf16 on a CPU that computes in it", choices=PRECISIONS,
+        on_resume=CHANGEABLE,
+    )  # fmt: skip
+    num_workers: int = flag(2, "processes that read images", not_negative_integer, metavar="N", on_resume=FREE)
 
 
 def is_deepspeed() -> bool:

@@ -1,58 +1,53 @@
-"""What is about to happen, for a person to check before the hours are spent."""
+"""The start banner: what is about to happen, for a person to check before the hours are spent."""
 
 import subprocess
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from direct_pt.distributed.launch import precision_of
-from direct_pt.models.detector import Detector
 from direct_pt.models.layers import batchnorms
-from direct_pt.recipes import MIN_BATCHNORM_IMAGES, SMALL_SET_IMAGES, Recipe, recipe_for
-from direct_pt.training.loop import TrainingData
+from direct_pt.recipes import MIN_BATCHNORM_IMAGES, MIN_LARGE_SET_IMAGES, Recipe
+from direct_pt.training.loop import Run
 from direct_pt.training.plan import Plan
-from direct_pt.training.progress import Progress
-from direct_pt.training.settings import Settings
+
+MAX_CLASSES = 20  # that are listed
+OPTIMIZERS = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}
 
 
-def banner(
-    settings: Settings,
-    recipe: Recipe,
-    plan: Plan,
-    detector: Detector,
-    data: TrainingData,
-    accelerator: Accelerator,
-    origin: str,
-    progress: Progress,
-    survey: list[str],
-) -> str:
-    """What is about to happen, for a person to check before the hours are spent. `survey` is what the data are like."""
+def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -> str:
+    """The text.
+
+    Args:
+        run: about to begin or to resume.
+        images: how training images are resized.
+        origin: of the weights.
+        recipe: see `recipe_text`.
+        survey: lines about the data.
+    """
+    options, plan, detector, progress = run.options, run.plan, run.model.detector, run.progress
     config = detector.config
-    trained = [p for p in detector.parameters() if p.requires_grad]
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-    sizes = (
-        f"{settings.image_size}x{settings.image_size} crops"
-        if settings.stage == "pretrain"
-        else f"fit into {settings.long_side}x{settings.short_side}"
-    )
+    device = torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else "CPU"
+    sizes = [(_parameter_size(p), p.requires_grad) for p in detector.parameters()]
+    trained = [size for size, requires_grad in sizes if requires_grad]
     lines = [
-        f"Direct-PT {settings.stage}: {config.name}, backbone {config.backbone}, norm {config.norm}",
-        f"  run        {settings.output_dir} (git {git_revision()})",
-        f"  device     {plan.processes} x {device}, precision {precision_of(accelerator)}, torch {torch.__version__}"
-        + ", gradient checkpointing" * settings.gradient_checkpointing
-        + ", compiled backbone" * settings.compile,
-        f"  train      {data.feed.describe()}",
-        f"  val        {data.val.describe() if data.val else 'none: no evaluation'}",
+        f"Direct-PT {run.title}: {config.name}, backbone {config.backbone}, norm {config.norm}",
+        f"  run        {options.output_dir} (git {git_revision()})",
+        f"  device     {plan.processes} x {device}, precision {precision_of(run.accelerator)}, "
+        f"torch {torch.__version__}"
+        + ", gradient checkpointing" * options.gradient_checkpointing
+        + ", compiled backbone" * options.compile,
+        f"  train      {run.feed.describe()}",
+        f"  val        {run.val.describe() if run.val else 'none: no evaluation'}",
         *(f"  data       {line}" for line in survey),
-        f"  images     {sizes}",
+        f"  images     {images}",
         f"  weights    {origin}",
-        f"  trainable  {len(trained)} of {len(list(detector.parameters()))} tensors, "
-        f"{sum(map(_size, trained)):,} of {sum(map(_size, detector.parameters())):,} parameters",
-        f"  recipe     {_recipe(settings, recipe, plan, detector, progress)}",
+        f"  trainable  {len(trained)} of {len(sizes)} tensors, {sum(trained):,} of "
+        f"{sum(size for size, _ in sizes):,} parameters",
+        f"  recipe     {recipe if not progress.step else 'as the run began'}",
         f"  batch      {plan.global_batch_size} images a step = {plan.processes} process(es) x {plan.micro_batch_size} "
         f"micro-batch x {plan.accumulation} accumulated",
-        f"  optimizer  {_optimizer(recipe)}{_options(settings)}",
+        f"  optimizer  {optimizer_text(run)}",
         f"  schedule   {plan.total_steps} steps = {plan.epochs:.1f} epochs, from step {progress.step}; lr {plan.lr:g}, "
         f"warm-up {plan.warmup_steps}, x0.1 after {list(plan.decay_steps) or 'no step'}; "
         f"evaluation every {plan.eval_steps}",
@@ -63,41 +58,32 @@ def banner(
             f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
             f"{MIN_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
         )
-    counts = data.feed.objects_a_class()
+    counts = run.feed.objects_a_class()
     lines.append(f"  classes    {len(config.class_names)} (id name{': training objects' if counts else ''})")
     names = [f"{number} {name}" for number, name in zip(config.category_ids, config.class_names, strict=True)]
     rows = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)] if counts else names
-    lines += [f"             {row}" for row in rows[:20]]
-    lines += [f"             and {len(rows) - 20} more"] if len(rows) > 20 else []
+    lines += [f"             {row}" for row in rows[:MAX_CLASSES]]
+    lines += [f"             and {len(rows) - MAX_CLASSES} more"] if len(rows) > MAX_CLASSES else []
     return "\n".join(lines)
 
 
-def _size(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO 3 a process holds none of it
-
-
-def _recipe(settings: Settings, recipe: Recipe, plan: Plan, detector: Detector, progress: Progress) -> str:
-    """Which, why, and how it differs from the paper's."""
-    if progress.step:
-        return "as the run began"
+def recipe_text(recipe: Recipe, paper: Recipe, plan: Plan, is_given: bool) -> str:
+    """Which recipe, why, and how a plan by it differs from the paper's; `is_given`: whether a flag named the recipe."""
     if recipe.name == "paper":
-        return "the paper's" + " (--recipe paper)" * (settings.recipe == "paper")
-    paper = recipe_for(settings.stage, detector.config.name, detector.backbone.has_layernorm)
-    why = "--recipe small" if settings.recipe == "small" else f"under {SMALL_SET_IMAGES:,} training images"
+        return "the paper's" + " (--recipe paper)" * is_given
+    why = "--recipe small" if is_given else f"under {MIN_LARGE_SET_IMAGES:,} training images"
     return (
         f"small ({why}): batch {plan.global_batch_size}, lr {plan.lr:.3g}, warm-up {plan.warmup_steps} steps; the "
         f"paper's (--recipe paper): {paper.global_batch_size}, {paper.lr:.3g}, {paper.warmup_steps}"
     )
 
 
-def _optimizer(recipe: Recipe) -> str:
-    name = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}[recipe.optimizer]
-    return f"{name}, weight decay {recipe.weight_decay:g} but on norms and position tables"
-
-
-def _options(settings: Settings) -> str:
-    clip = "" if settings.clip_grad_norm is None else f"; gradients clipped at a norm of {settings.clip_grad_norm:g}"
-    return clip + ("" if settings.ema is None else f"; moving average of the weights, decay {settings.ema:g}")
+def optimizer_text(run: Run) -> str:
+    """The recipe's optimizer, with the options that the recipe does not have."""
+    clip = "" if run.clip_grad_norm is None else f"; gradients clipped at a norm of {run.clip_grad_norm:g}"
+    average = "" if run.average is None else f"; moving average of the weights, decay {run.average.decay:g}"
+    name, decay = OPTIMIZERS[run.recipe.optimizer], run.recipe.weight_decay
+    return f"{name}, weight decay {decay:g} but on norms and position tables{clip}{average}"
 
 
 def git_revision() -> str:
@@ -107,3 +93,7 @@ def git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _parameter_size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO 3 a process holds none of it

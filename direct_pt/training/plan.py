@@ -1,4 +1,4 @@
-"""From settings, the number of images and of processes to the numbers of a run: batch, steps, learning rate."""
+"""From flags, the number of images and of processes to the numbers of a run: batch, steps, learning rate."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from direct_pt.errors import InputError
 from direct_pt.recipes import SCHEDULES, Recipe
-from direct_pt.training.settings import Settings
+from direct_pt.training.settings import ScheduleOptions
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
 
 
-def global_batch_size(settings: Settings, recipe: Recipe, processes: int) -> int:
+def global_batch_size(options: ScheduleOptions, recipe: Recipe, processes: int) -> int:
     """Images an optimizer step, over all processes: what the flag says, or else the recipe's.
 
     The small recipe's batch grows with the processes so that each of them has a whole micro-batch.
     """
-    if settings.global_batch_size is not None:
-        return settings.global_batch_size
-    if recipe.name == "paper" or isinstance(settings.micro_batch_size, int):
+    if options.global_batch_size is not None:
+        return options.global_batch_size
+    if recipe.name == "paper" or isinstance(options.micro_batch_size, int):
         return recipe.global_batch_size
     least = max(recipe.global_batch_size, recipe.min_micro_batch_size * processes)
     return -(-least // processes) * processes
@@ -93,25 +93,25 @@ def smaller_micro_batches(plan: Plan) -> list[int]:
 
 
 def make_plan(
-    settings: Settings, recipe: Recipe, images: int, processes: int, fitting_micro_batch_size: int | None = None
+    options: ScheduleOptions, recipe: Recipe, images: int, processes: int, fitting_micro_batch_size: int | None = None
 ) -> Plan:
-    """Resolve the batch, the schedule and the learning rate: what the settings say, and the recipe where they do not.
+    """Resolve the batch, the schedule and the learning rate: what the flags say, and the recipe where they do not.
 
     Args:
-        settings: of the run.
+        options: what the flags say.
         recipe: of its stage and detector.
         images: of the training split.
         processes: that share the work.
-        fitting_micro_batch_size: what was found where the settings say "auto".
+        fitting_micro_batch_size: what fits the device, for --micro-batch-size auto.
 
     Raises:
         InputError: the batch does not divide; the message gives the nearest ones that do.
     """
-    batch = global_batch_size(settings, recipe, processes)
-    micro, given = recipe.micro_batch_size, settings.micro_batch_size
+    batch = global_batch_size(options, recipe, processes)
+    micro, given = recipe.micro_batch_size, options.micro_batch_size
     if fitting_micro_batch_size or isinstance(given, int):
         micro = fitting_micro_batch_size or int(given or 0)
-    elif recipe.name == "small" and settings.global_batch_size is None:  # which was made to divide
+    elif recipe.name == "small" and options.global_batch_size is None:  # which was made to divide
         micro = next(size for size in micro_batch_sizes(batch, processes) if size <= micro)
     unit = micro * processes
     if batch % unit:
@@ -123,12 +123,12 @@ def make_plan(
             + (f", or --micro-batch-size {' or '.join(map(str, micros))}" if micros else "")
         )
     notes = []
-    if settings.max_steps is not None:
-        steps = settings.max_steps
-    elif settings.epochs is not None:
-        steps = max(1, round(settings.epochs * images / batch))
+    if options.max_steps is not None:
+        steps = options.max_steps
+    elif options.epochs is not None:
+        steps = max(1, round(options.epochs * images / batch))
     else:
-        times = SCHEDULES[settings.schedule]
+        times = SCHEDULES[options.schedule]
         steps = max(1, round(recipe.epochs * times * images / batch))
         floor = round(recipe.min_images_seen * times / batch)
         if steps < floor:
@@ -136,20 +136,20 @@ def make_plan(
                 f"{recipe.epochs * times} epochs of {images} images are {steps} steps: raised to {floor} steps"
             )
             steps = floor
-    lr = settings.lr
+    lr = options.lr
     if lr is None:
         lr = recipe.lr_for(batch)
         if batch != recipe.global_batch_size:
             share = f"{batch} / {recipe.global_batch_size}"
             share = f"the root of {share}, as AdamW's" if recipe.optimizer == "adamw" else share
             notes.append(f"lr {lr:.3g} = {recipe.lr:.3g} x {share}")
-    warmup = recipe.warmup_steps if settings.warmup_steps is None else settings.warmup_steps
+    warmup = recipe.warmup_steps if options.warmup_steps is None else options.warmup_steps
     if warmup > steps:
         notes.append(f"the warm-up of {warmup} steps is longer than the run: lr stays below {lr:g}")
-    cosine = settings.lr_schedule == "cosine"
+    cosine = options.lr_schedule == "cosine"
     if cosine:
         notes.append("lr falls to 0 along a cosine, which the recipe does not")
-    eval_steps = steps / 12 if settings.eval_every is None else settings.eval_every * images / batch
+    eval_steps = steps / 12 if options.eval_every is None else options.eval_every * images / batch
     return Plan(
         images=images,
         processes=processes,
@@ -168,13 +168,13 @@ def make_plan(
 
 
 def resumed_plan(
-    saved: Plan, settings: Settings, images: int, processes: int, fitting_micro_batch_size: int | None = None
+    saved: Plan, options: ScheduleOptions, images: int, processes: int, fitting_micro_batch_size: int | None = None
 ) -> Plan:
     """A resumed run's plan: its own batch, length and schedule, on the processes that there are now.
 
     Args:
         saved: its plan until now.
-        settings: of the run, which may bring another rate, warm-up or micro-batch.
+        options: what the flags say; they may bring another rate, warm-up or micro-batch.
         images: of the training split now.
         processes: see `make_plan`.
         fitting_micro_batch_size: see `make_plan`.
@@ -189,7 +189,7 @@ def resumed_plan(
         raise InputError(
             f"--resume: the run's batch of {batch} does not divide over {processes} processes; start {_one_of(fitting)}"
         )
-    given = settings.micro_batch_size
+    given = options.micro_batch_size
     micro = fitting_micro_batch_size or next(size for size in sizes if size <= saved.micro_batch_size or size == 1)
     if isinstance(given, int):
         micro = given
@@ -204,8 +204,8 @@ def resumed_plan(
         processes=processes,
         micro_batch_size=micro,
         accumulation=batch // (micro * processes),
-        lr=saved.lr if settings.lr is None else settings.lr,
-        warmup_steps=saved.warmup_steps if settings.warmup_steps is None else settings.warmup_steps,
+        lr=saved.lr if options.lr is None else options.lr,
+        warmup_steps=saved.warmup_steps if options.warmup_steps is None else options.warmup_steps,
         notes=(),
     )
 

@@ -27,7 +27,7 @@ from benchmarks.rows import Row, in_process, peak_gib, row
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
-from direct_pt.training.settings import positive_integer
+from direct_pt.flags import positive_integer
 
 PART = "annotations"
 IMAGES, OBJECTS_PER_IMAGE, CLASSES = 118_287, 860_001 / 118_287, 80

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import CLASSES, OBJECTS, PEERS, Case, made, made_peer, paper_config, peer_inputs
 from benchmarks.rows import Row, row, seconds
 from direct_pt.errors import InputError
+from direct_pt.flags import positive_integer
 from direct_pt.models.detector import MODELS
 from direct_pt.training.micro_batch import training_batch
-from direct_pt.training.settings import positive_integer
 
 CARD_BYTES = 11e9
 WARMUP = 3

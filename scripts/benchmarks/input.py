@@ -34,8 +34,8 @@ from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.image_cache import KINDS, ImageCache, open_image_cache
 from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split
+from direct_pt.flags import positive_integer
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD
-from direct_pt.training.settings import positive_integer
 from direct_pt.transforms import PretrainPreset
 
 COCO_IMAGES = 118_287

@@ -26,11 +26,11 @@ from benchmarks.rows import Row, row
 from direct_pt.batch import Batch
 from direct_pt.distributed.launch import PRECISIONS
 from direct_pt.errors import InputError
+from direct_pt.flags import not_negative_integer, positive_float, positive_integer
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.layers import recompute_blocks
-from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, make_optimizer, recipe_for
+from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, make_optimizer
 from direct_pt.training.micro_batch import training_batch
-from direct_pt.training.settings import not_negative_integer, positive_float, positive_integer
 
 GIB = 2**30
 CLASSES, OBJECTS = 80, 100
@@ -90,9 +90,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} is for one detector: name it with --model")
     rows = []
-    for stage, recipe in STAGES.items():
+    for stage in STAGES:
         for name in MODELS:
-            images = recipe.micro_batch_size
+            images = STAGES[stage].paper.micro_batch_size
             size = _size(stage, IMAGE_SIZE, SHORT_SIDE, LONG_SIDE)
             peer = _peer_peak(name, stage, size, images) if name in PEERS else None
             for recompute in (False, True):
@@ -123,7 +123,7 @@ def _answer(args: argparse.Namespace) -> list[Row]:
     config = replace(paper_config(args.model, args.classes or CLASSES), **given)
     objects = OBJECTS if args.objects is None else args.objects
     case = Case(config, stage, size, objects, args.mixed_precision or "fp16", args.gradient_checkpointing)
-    images = args.micro_batch_size or STAGES[stage].micro_batch_size
+    images = args.micro_batch_size or STAGES[stage].paper.micro_batch_size
     peaks = {number: _peak(case, number) for number in sorted({1, 2, images})}
     peak, card = peaks[images], args.card_gb or 11.0
     setting = f"{images} x {size[0]}x{size[1]}"
@@ -157,7 +157,7 @@ def made(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
     if case.recompute:
         recompute_blocks(detector.backbone.network)
     detector.to(memory_format=torch.channels_last)
-    recipe = recipe_for(case.stage, case.config.name, detector.backbone.has_layernorm)
+    recipe = STAGES[case.stage].recipe(case.config.name, detector.backbone.has_layernorm)
     return detector, make_optimizer(detector, recipe, recipe.lr)
 
 
@@ -178,7 +178,7 @@ def made_peer(name: str, stage: str, size: tuple[int, int]) -> tuple[nn.Module, 
     classes = CLASSES + 1  # with a background
     model = PEERS[name](backbone, num_classes=classes, min_size=size[0], max_size=size[1], fixed_size=size[::-1])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    recipe = STAGES[stage]
+    recipe = STAGES[stage].paper
     optimizer = torch.optim.SGD(trained, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
     return model.train(), optimizer
 
@@ -192,7 +192,7 @@ def _peak(case: Case, images: int) -> MemoryPeak:
     """Of one micro-batch, as the stage trains it."""
     detector, optimizer = made(case)
     batch = training_batch(images, case.size, case.objects, len(case.config.class_names), detector.has_masks)
-    waiting = max(0, STAGES[case.stage].global_batch_size // images - 1)
+    waiting = max(0, STAGES[case.stage].paper.global_batch_size // images - 1)
     return peak_of_step(detector, batch, case.precision, optimizer, waiting)
 
 
@@ -201,7 +201,7 @@ def _peer_peak(name: str, stage: str, size: tuple[int, int], images: int) -> flo
     model, optimizer = made_peer(name, stage, size)
     pictures, targets = peer_inputs(training_batch(images, size, OBJECTS, CLASSES, PEERS[name] is MaskRCNN))
     inputs = [*pictures, *(value for target in targets for value in target.values())]
-    waiting = STAGES[stage].global_batch_size // images - 1
+    waiting = STAGES[stage].paper.global_batch_size // images - 1
     return peak_of_losses(lambda: model(pictures, targets), model, inputs, "fp16", optimizer, waiting).total / GIB
 
 

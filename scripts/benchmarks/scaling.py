@@ -55,13 +55,13 @@ from direct_pt.data.loader import SampleOrder
 from direct_pt.data.sources import load_split
 from direct_pt.distributed.launch import make_accelerator
 from direct_pt.files import write_json, write_tensors
+from direct_pt.flags import positive_integer
 from direct_pt.models.detector import MODELS, Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import PRETRAIN, STAGES, make_optimizer
 from direct_pt.training.loop import average_running_statistics
 from direct_pt.training.micro_batch import training_batch
-from direct_pt.training.prepared import STATE, Sharded
-from direct_pt.training.settings import positive_integer
+from direct_pt.training.prepared import STATE_NAMES, PreparedModel
 
 PART = "scaling"
 SMALL = 10  # of the small all-reduces, timed at once
@@ -156,7 +156,7 @@ def timed_steps(precision: str, images: int, side: int, repeats: int, output: Pa
     accelerator = make_accelerator(precision, images)
     model: Any = detector("resnet18", "2fc", 128)
     # At lr 0 every step does the same work, also those whose gradients differ between the processes.
-    sharded = Sharded(accelerator, model, make_optimizer(model, PRETRAIN, lr=0.0))
+    sharded = PreparedModel(accelerator, model, make_optimizer(model, PRETRAIN.paper, lr=0.0))
     batch = made_up(images, side)
     gradients = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
@@ -261,7 +261,7 @@ def saved_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int
     """The tensors of `model/`, and of the training state: the weights again and the optimizer's."""
     weights, parameters = nbytes(model.state_dict().values()), trained(model)
     counts = 4 * len(parameters) if isinstance(optimizer, torch.optim.AdamW) else 0  # its steps, for each tensor
-    return weights, weights + len(STATE[type(optimizer)]) * nbytes(parameters) + counts
+    return weights, weights + len(STATE_NAMES[type(optimizer)]) * nbytes(parameters) + counts
 
 
 def own_state_bytes(model: Detector) -> float:
@@ -281,7 +281,7 @@ def checkpoint(model: Detector, optimizer: torch.optim.Optimizer, folder: Path, 
     """One save of stage 1 as the main process does it, and one read."""
     accelerator = make_accelerator("no")
     by_formula = saved_bytes(model, optimizer)
-    sharded = Sharded(accelerator, model.to(accelerator.device), optimizer)
+    sharded = PreparedModel(accelerator, model.to(accelerator.device), optimizer)
     for parameter in trained(model):
         parameter.grad = torch.zeros_like(parameter)
     sharded.update(None, None)

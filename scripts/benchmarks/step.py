@@ -28,8 +28,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPH
 from benchmarks.rows import Row, row, seconds
 from direct_pt.batch import Batch
 from direct_pt.distributed.launch import make_accelerator
+from direct_pt.flags import positive_integer
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, DetectorConfig, build_detector
-from direct_pt.training.settings import positive_integer
 
 CLASSES = 80
 MMDETECTION_SECONDS = 9.1

@@ -20,7 +20,7 @@ from benchmarks.rows import Row, row
 from direct_pt.data.images import Decoding
 from direct_pt.data.loader import Share
 from direct_pt.data.stream import StreamFeed, open_stream
-from direct_pt.training.settings import positive_integer
+from direct_pt.flags import positive_integer
 from direct_pt.transforms import PretrainPreset
 
 ROWS, SHARDS, SIDE, MICRO_BATCH, READINGS = 20_000, 8, 64, 8, 10

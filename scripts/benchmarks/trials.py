@@ -25,8 +25,8 @@ from typing import Any
 
 from benchmarks.rows import Row, row
 from direct_pt.errors import InputError
+from direct_pt.flags import positive_integer
 from direct_pt.models.detector import MODELS
-from direct_pt.training.settings import positive_integer
 
 STEPS_AFTER_WARMUP = 150
 STOPPED = 143  # exit status after SIGTERM

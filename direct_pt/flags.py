@@ -1,0 +1,182 @@
+"""Command-line flags as fields of dataclasses: the name, default, help text and check of each are written once."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from direct_pt.errors import InputError
+
+# Whether a flag may differ when a run is resumed: no; yes, as it says where and how the run works, not what it
+# computes; yes, as a run that failed may need it to continue, and the banner says so.
+FIXED, FREE, CHANGEABLE = "fixed", "free", "changeable"
+Options = TypeVar("Options")
+Number = TypeVar("Number", int, float)
+
+
+def flag(
+    default: Any,
+    text: str,
+    check: Callable[[str], Any] | None = None,
+    *,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    many: bool = False,
+    excludes: str = "",
+    on_resume: str = FIXED,
+) -> Any:
+    """A field of an options class that is a flag of the command line.
+
+    Args:
+        default: what the field holds without the flag; MISSING where the user must give it; False for a switch.
+        text: help; the default is added to it. {names} are filled in by `add_flags`.
+        check: from the flag's text to the field's value; raises argparse.ArgumentTypeError. Text stays text without it.
+        choices: the texts that are accepted.
+        metavar: what the help calls the value.
+        many: whether it takes one value or more.
+        excludes: flags with the same word here exclude each other.
+        on_resume: FIXED, FREE or CHANGEABLE.
+    """
+    metadata = {
+        "text": text, "check": check, "choices": choices, "metavar": metavar, "many": many, "excludes": excludes,
+        "on_resume": on_resume,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are one line and exit status 2."""
+    return _OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type, title: str = "", **facts: Any) -> None:
+    """Add the flags of an options class to a parser, in a group of that title; `facts` fill in the help texts."""
+    group: Any = parser.add_argument_group(title) if title else parser
+    exclusive: dict[str, Any] = {}
+    for one in fields(options):
+        spec, text = one.metadata, one.metadata["text"].format(**facts)
+        if one.default is False:
+            group.add_argument(flag_name(one.name), action="store_true", help=text)
+            continue
+        if one.default is not None and one.default is not MISSING:
+            text += f" ({one.default})"
+        target = group
+        if word := spec["excludes"]:
+            if word not in exclusive:
+                exclusive[word] = group.add_mutually_exclusive_group()
+            target = exclusive[word]
+        target.add_argument(
+            flag_name(one.name), default=None if one.default is MISSING else one.default, type=spec["check"],
+            choices=spec["choices"], metavar=spec["metavar"], nargs="+" if spec["many"] else None, help=text,
+        )  # fmt: skip
+
+
+def read_flags(args: argparse.Namespace, options: type[Options]) -> Options:
+    """The options that the parsed flags of `add_flags` say. Raises InputError where one is missing or impossible."""
+    values: dict[str, Any] = {}
+    for one in fields(options):  # type: ignore[arg-type]
+        value = getattr(args, one.name)
+        if value is None and one.default is MISSING:
+            raise InputError(f"{flag_name(one.name)} is missing: {one.metadata['text']}")
+        values[one.name] = tuple(value) if isinstance(value, list) else value
+    return options(**values)
+
+
+def flag_name(field_name: str) -> str:
+    """The flag of a field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def to_json(value: Any) -> Any:
+    """A field's value as JSON holds it."""
+    if isinstance(value, tuple):
+        return [to_json(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_arguments(values: dict[str, Any], options: type) -> list[str]:
+    """The command line that says what JSON `values` say of an options class, but for what the defaults say."""
+    arguments: list[str] = []
+    for one in fields(options):
+        name, value = flag_name(one.name), values.get(one.name)
+        if value is None or value is False or value == to_json(one.default):
+            continue
+        if value is True:
+            arguments.append(name)
+        elif isinstance(value, list) and one.metadata["many"]:
+            arguments += [name, *map(str, value)]
+        else:  # a list that is one word, as --classes a,b
+            arguments.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return arguments
+
+
+# Checks of values, for `flag` and argparse
+
+
+def _number(kind: type[Number], text: str) -> Number:
+    """argparse's own message would name the function that was to read it."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+
+
+def positive_integer(text: str) -> int:
+    """A whole number above 0."""
+    value = _number(int, text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def not_negative_integer(text: str) -> int:
+    """A whole number from 0."""
+    value = _number(int, text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be below 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(float, text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    value = _number(float, text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
+    return value
+
+
+def decay(text: str) -> float:
+    """A number between 0 and 1."""
+    value = _number(float, text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1, such as 0.999")
+    return value
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Words between commas, each once."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("names no class: give some, such as person,car")
+    return found
+
+
+def integer_or_auto(text: str) -> int | str:
+    """A whole number above 0, or "auto"."""
+    return text if text == "auto" else positive_integer(text)

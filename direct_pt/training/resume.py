@@ -1,0 +1,160 @@
+"""How a run resumes: the folder is checked, its newest good checkpoint read by the main process and given to all."""
+
+import tempfile
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator, PartialState
+from timm.utils import ModelEmaV3
+
+from direct_pt.checkpoint import CONFIG, Tensors, TrainingState, load_training_state
+from direct_pt.distributed.processes import main_decides, share_tensors
+from direct_pt.errors import InputError
+from direct_pt.flags import CHANGEABLE, FIXED, flag_name, to_json
+from direct_pt.models.detector import Detector
+from direct_pt.training.plan import Plan, read_plan
+from direct_pt.training.prepared import PreparedModel
+from direct_pt.training.progress import Progress
+from direct_pt.training.settings import Flags, on_resume, option_groups, read_config
+
+SomeFlags = TypeVar("SomeFlags", bound=Flags)
+
+
+@dataclass
+class Resumption:
+    """A run's newest good checkpoint.
+
+    Attributes:
+        progress: how far the run has come.
+        scaler: state of fp16's loss scale.
+        process_logs: what each process has gathered since the last log line.
+        micro_batch_size: images at once on a device.
+        plan: the run's batch, length, rate and schedule.
+        notes: which flags have changed, in words.
+        state: the tensors, on the main process.
+    """
+
+    progress: Progress
+    scaler: dict[str, Any] | None
+    process_logs: list[dict[str, Any]]
+    micro_batch_size: int
+    plan: Plan
+    notes: list[str]
+    state: TrainingState | None = None
+
+    def load_weights(self, detector: Detector, accelerator: Accelerator) -> None:
+        """Load the weights, before the detector is prepared. Every process must call it, also the method below."""
+        detector.load_state_dict(share_tensors(self._tensors("weights"), accelerator))
+
+    def load_state(self, model: PreparedModel, average: ModelEmaV3 | None, accelerator: Accelerator) -> None:
+        """Load the optimizer, the moving average and the loss scale."""
+        model.load_optimizer_state(share_tensors(self._tensors("optimizer"), accelerator))
+        if average is not None:
+            average.module.load_state_dict(share_tensors(self._tensors("average"), accelerator))
+        if accelerator.scaler is not None and self.scaler is not None:
+            accelerator.scaler.load_state_dict(self.scaler)
+
+    def process_log(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What this process had gathered; with another number of processes, the mean of what all had."""
+        if len(self.process_logs) == accelerator.num_processes:
+            return self.process_logs[accelerator.process_index]
+        first = self.process_logs[0]
+        sums = {name: sum(log["losses"][name] for log in self.process_logs) for name in first["losses"]}
+        return {**first, "losses": {name: total / len(self.process_logs) for name, total in sums.items()}}
+
+    def differences(self, plan: Plan) -> tuple[str, ...]:
+        """What differs from the run until now, in words."""
+        before = len(self.process_logs), self.micro_batch_size
+        if before == (plan.processes, plan.micro_batch_size):
+            return tuple(self.notes)
+        note = (
+            f"resumed on {plan.processes} process(es) with {plan.micro_batch_size} images at once, before "
+            f"{before[0]} with {before[1]}: the same global batch and schedule"
+        )
+        return (note, *self.notes)
+
+    def _tensors(self, name: str) -> Tensors | None:
+        return None if self.state is None else getattr(self.state, name)
+
+
+def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resumption | None]:
+    """Check the run's folder, and find what the run resumes from. Every process must call it.
+
+    Returns:
+        The flags: changeable ones that are not given now are as an earlier resumption left them. And the newest good
+        checkpoint, or None for a new run.
+
+    Raises:
+        InputError: the folder holds another run, cannot be written or read, or all its checkpoints are damaged.
+    """
+    states: list[TrainingState] = []  # on the main process, which alone reads and writes there
+
+    def read() -> tuple[SomeFlags, Resumption | None]:
+        path = flags.run.output_dir / CONFIG
+        check_folder(flags.run.output_dir)
+        if not path.exists():
+            return flags, None
+        check_flags(flags, path)
+        resumed, notes = changed_flags(flags, read_config(path))
+        state = load_training_state(flags.run.output_dir / "checkpoints")
+        if state is None:
+            return resumed, None
+        states.append(state)
+        state.progress.resume()
+        plan, logs = read_plan(path), state.of_processes
+        return resumed, Resumption(state.progress, state.scaler, logs, state.micro_batch_size, plan, notes)
+
+    flags, resumption = main_decides(read, processes)
+    if resumption is not None and states:
+        resumption.state = states[0]
+    return flags, resumption
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError where a run's folder cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output-dir {folder}: is a file")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
+
+
+def check_flags(flags: Flags, path: Path) -> None:
+    """Raise InputError where the run of a config.json must not be resumed, or not with these flags."""
+    folder = flags.run.output_dir
+    if not flags.run.resumes:
+        raise InputError(
+            f"--output-dir {folder}: holds a run already; continue with --resume, or choose another folder"
+        )
+    saved, given, defaults = read_config(path), flags.to_dict(), default_values(type(flags))
+    for name in ("stage", *on_resume(type(flags), FIXED)):
+        if saved.get(name, defaults.get(name)) != given[name]:
+            what = flag_name(name) if name != "stage" else "the stage"
+            raise InputError(
+                f"--resume: {what} is {given[name]!r} but the run in {folder} was started with {saved.get(name)!r}; "
+                f"give the same (--config {path} does), or choose another --output-dir"
+            )
+
+
+def changed_flags(flags: SomeFlags, saved: dict[str, Any]) -> tuple[SomeFlags, list[str]]:
+    """The flags with the saved values of changeable ones that are not given now, and which others differ, in words."""
+    given, defaults = flags.to_dict(), default_values(type(flags))
+    names = sorted(set(on_resume(type(flags), CHANGEABLE)) - {"micro_batch_size"})  # the plan keeps that if it fits
+    kept = {name: saved[name] for name in names if given[name] is None and saved.get(name) is not None}
+    notes = []
+    for name in names:
+        now, before = kept.get(name, given[name]), saved.get(name, defaults[name])
+        if now != before:
+            text = "not given before" if before is None else f"before {before}"
+            notes.append(f"resumed with {flag_name(name)} {now}, {text}")
+    return flags.changed(kept), notes
+
+
+def default_values(kind: type[Flags]) -> dict[str, Any]:
+    """The default of each flag, as JSON holds it: what a run of before there was the flag was started with."""
+    groups = option_groups(kind).values()
+    return {one.name: to_json(one.default) for group in groups for one in fields(group) if one.default is not MISSING}

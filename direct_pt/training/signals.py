@@ -1,0 +1,33 @@
+"""Stop signals: remembered when they come, acted upon between steps."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm sends the last one ahead of its limit
+ECHO_SECONDS = 5  # a signal that comes again within these is the launcher's, which passes on what all processes got
+
+
+class StopSignals:
+    """The first stop signal is remembered; another one, later, ends the program at once.
+
+    Attributes:
+        number: of the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._time = 0.0
+
+    def catch(self) -> None:
+        """Install the handlers."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number and time.monotonic() - self._time > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self._time = number, time.monotonic()
