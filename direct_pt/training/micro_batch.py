@@ -18,21 +18,21 @@ from direct_pt.models.layers import recompute_blocks
 from direct_pt.recipes import Recipe, make_optimizer
 from direct_pt.transforms import Preset
 
-SPARE = 0.05  # of the memory, left free: batches of other shapes leave gaps
-LEAST_OBJECT = 16  # pixels, of the sides of the objects in `training_batch`
+SPARE_MEMORY = 0.05  # share of the memory that is left free: batches of other shapes leave gaps
+MIN_OBJECT_SIDE = 16  # pixels, of the sides of the objects in `training_batch`
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a training step is tried with.
+    """The training step that is tried.
 
     Attributes:
         config: of the detector.
-        frozen: whether it is fine-tuned, with BatchNorm, stem and first stage fixed.
-        gradient_checkpointing: whether the backbone's activations are made twice.
-        recipe: whose optimizer keeps its state on the device.
-        copies: of the weights that training keeps besides: gradients in several processes' buckets, a moving average.
-        device: to try on.
+        frozen: whether BatchNorm, stem and first stage are frozen, as in fine-tuning.
+        gradient_checkpointing: whether the backbone's activations are computed twice.
+        recipe: of the optimizer.
+        copies: of the weights that training keeps besides: gradient buckets of several processes, a moving average.
+        device: on which it is tried.
         precision: "no", "fp16" or "bf16".
     """
 
@@ -46,14 +46,14 @@ class Trial:
 
 
 def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Preset, sizes: list[int]) -> int:
-    """The first of `sizes` that a whole training step fits with.
+    """The first of `sizes` at which a whole training step fits into the device's memory.
 
-    Each is tried in a process of its own: one that ran out of memory is good for nothing more, and on the CPU the
+    Each is tried in a process of its own: one that ran out of memory cannot be used any further, and on the CPU the
     system may kill it.
 
     Args:
-        trial: what is tried.
-        table: of the training images; the largest image and the most objects of one are what is tried.
+        trial: the step.
+        table: of the training images; the step gets the largest image and the most objects of one.
         preset: of the stage.
         sizes: images at once, largest first.
 
@@ -62,7 +62,7 @@ def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Prese
     """
     frame = _largest_frame(table, preset)
     objects = max(1, int(np.diff(table.starts).max()))
-    waiting = sizes[0] * frame[0] * frame[1] * 3  # bytes of a step's images, which lie on the device too
+    waiting = sizes[0] * frame[0] * frame[1] * 3  # bytes: a step's images lie on the device too
     context = multiprocessing.get_context("spawn")  # a fork has no GPU, and no threads of the CPU's libraries
     answer = ""
     for size in sizes:
@@ -74,7 +74,7 @@ def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Prese
         try:
             answer = receiver.recv()
         except EOFError:
-            answer = "was killed, for want of memory as it seems"
+            answer = "was killed, probably out of memory"
         process.join()
         if answer == "fits":
             return size
@@ -101,7 +101,7 @@ def _try(
         detector.to(trial.device).to(memory_format=torch.channels_last)
         optimizer = make_optimizer(detector, trial.recipe, lr=0.0)
         kept = [torch.empty_like(parameter) for parameter in detector.parameters() for _ in range(trial.copies)]
-        kept.append(torch.empty(waiting + int(SPARE * memory), dtype=torch.uint8, device=trial.device))
+        kept.append(torch.empty(waiting + int(SPARE_MEMORY * memory), dtype=torch.uint8, device=trial.device))
         images = training_batch(*batch, len(trial.config.class_names), detector.has_masks).to(trial.device)
         dtype = torch.float16 if trial.precision == "fp16" else torch.bfloat16
         with torch.autocast(trial.device.type, dtype, enabled=trial.precision != "no"):
@@ -147,7 +147,7 @@ def training_batch(
     limit = np.array([size[1], size[0]])
     samples = []
     for number in range(images):
-        sides = np.exp(rng.uniform(np.log(LEAST_OBJECT), np.log(limit / 2), (objects, 2))).astype(np.int64)
+        sides = np.exp(rng.uniform(np.log(MIN_OBJECT_SIDE), np.log(limit / 2), (objects, 2))).astype(np.int64)
         corners = (rng.random((objects, 2)) * (limit - sides)).astype(np.int64)
         windows = np.concatenate([corners, corners + sides], axis=1)
         crops = [np.ones((height, width), np.uint8) for width, height in sides]

@@ -1,4 +1,4 @@
-"""A run's folder, as the main process writes it while training goes on, also where the disk is full for a while."""
+"""A run's folder, written by the main process while training runs, also where the disk is full for a while."""
 
 import json
 import shutil
@@ -29,10 +29,10 @@ from direct_pt.reports.plots import plot_curves
 
 
 class RunFolder:
-    """What stands in a run's folder. Every process has one; the main process's alone reads and writes.
+    """The files of a run's folder. Every process has one of these; only the main process's reads and writes.
 
-    Training goes on where something cannot be written: it is tried again at the next save, and the last must succeed
-    (`must_be_saved`).
+    Training continues where something cannot be written: it is tried again at the next save, and the last save must
+    succeed (`must_be_saved`).
 
     Attributes:
         records: the lines of metrics.jsonl.
@@ -40,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, last_step: int, keep: int) -> None:
-        """Read what a run that goes on from `last_step` left; `keep` checkpoints stay. Every process must call it."""
+        """Read the records up to `last_step`, which the run resumes from; `keep` checkpoints stay. Collective."""
         self.path = path
         self.keep = keep
         self.is_main = accelerator.is_main_process
@@ -49,14 +49,14 @@ class RunFolder:
         self.best_ap = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
         if self.is_main and not self._step_of_best():
             self.best_ap = -1.0  # it was set aside
-        told = [max((record["step"] for record in evaluations), default=0)]
-        broadcast_object_list(told)
-        self.evaluated_step = int(told[0])
+        step = [max((record["step"] for record in evaluations), default=0)]
+        broadcast_object_list(step)
+        self.evaluated_step = int(step[0])
         self._error = ""
         self._unsaved_best: Callable[[], None] | None = None
 
     def add(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self.records.append(record)
 
         def append() -> None:
@@ -66,10 +66,10 @@ class RunFolder:
         self._try(append)  # the next save writes all lines anew
 
     def add_evaluation(self, record: dict[str, Any], detector: Detector, history: History) -> None:
-        """The metrics of a step, and the detector where it is the best so far."""
+        """Write the metrics of a step, and the detector where it is the best so far."""
         if self.is_main and record["bbox"]["AP"] > self.best_ap:
             self.best_ap = record["bbox"]["AP"]
-            # A copy: it may not find room before training has gone on.
+            # A copy: it may be written only after training has changed the weights.
             weights = {name: value.detach().to("cpu", copy=True) for name, value in detector.state_dict().items()}
             steps = json.loads(json.dumps(history))
             self._unsaved_best = lambda: save_weights(self.path / "best", detector.config, weights, steps)
@@ -79,13 +79,13 @@ class RunFolder:
         self._try(lambda: plot_curves(self.records, self.path / "curves.png"))
 
     def save(self, state: TrainingState, result: Detector, history: History) -> None:
-        """A checkpoint, and the model that the run would hand on now."""
+        """Write a checkpoint, and the model that the run would end with now."""
 
         def write() -> None:
-            # Before the state, which a run goes on from: what a full disk kept from being written up to there.
+            # Before the state that the run resumes from: what a full disk kept from being written until now.
             self._write_best()
             write_text(self.path / "metrics.jsonl", _lines(self.records))
-            save_model(self.path / "model", result, history)  # a run killed in between does it again
+            save_model(self.path / "model", result, history)  # a run killed after this writes it again
             save_training_state(self.path / "checkpoints", state, self.keep)
             self._error = ""
             plot_curves(self.records, self.path / "curves.png")
@@ -93,8 +93,10 @@ class RunFolder:
         self._try(write)
 
     def set_aside_diverged(self, calm_step: int, result: Detector, history: History) -> str:
-        """Put the weights of a run that diverged out of the way, from its last calm step on; model/ holds those from
-        before it again. For the main process. Returns what --resume does then, in words."""
+        """Rename what a run that diverged has saved since its last calm step; model/ gets the weights from before it.
+
+        For the main process. Returns what --resume will do, in words.
+        """
         folder, best, model = self.path / "checkpoints", self.path / "best", self.path / "model"
         self._unsaved_best = None
         try:
@@ -110,7 +112,7 @@ class RunFolder:
                 steps = [*history[:-1], {**history[-1], "steps": state.progress.step}]
                 save_weights(model, result.config, state.average or state.weights, steps)
         except (OSError, InputError) as error:
-            return f"Not all weights from then on could be put aside ({error}): look into {folder} before you resume"
+            return f"Not all weights since then could be renamed ({error}): look into {folder} before you resume"
         moved = (
             f"; the later weights are in {', '.join(path.name for path in aside)}, and may be deleted" if aside else ""
         )
@@ -119,16 +121,16 @@ class RunFolder:
         return f"--resume takes {folder / f'step-{state.progress.step}'}, from before that{moved}"
 
     def newest_checkpoint(self) -> str:
-        """In words."""
+        """Which checkpoint is the newest, in words."""
         saved = checkpoints(self.path / "checkpoints")
         return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def must_be_saved(self, step: int) -> None:
-        """At a run's end, whatever ends it. Raises TrainingStopped."""
+        """Raise TrainingStopped where the last save failed. Called whenever a run ends."""
         if self._error:
             raise TrainingStopped(
-                f"step {step} could not be saved: {self._error}; {self.newest_checkpoint()}. Make room there, then go "
-                "on with --resume"
+                f"step {step} could not be saved: {self._error}; {self.newest_checkpoint()}. Make room there, then "
+                "continue with --resume"
             )
 
     def _try(self, write: Callable[[], None]) -> None:
@@ -138,7 +140,7 @@ class RunFolder:
             write()
         except OSError as error:
             self._error = str(error)
-            message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training goes on"
+            message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training continues"
             tqdm.write(message, file=sys.stderr)
 
     def _write_best(self) -> None:
@@ -147,7 +149,7 @@ class RunFolder:
             self._unsaved_best = None
 
     def _read_records(self, last_step: int) -> list[dict[str, Any]]:
-        """Up to `last_step`: what a killed run wrote after its checkpoint is taken out."""
+        """The lines of metrics.jsonl up to `last_step`: what a killed run wrote after its checkpoint is removed."""
         path = self.path / "metrics.jsonl"
         records: list[dict[str, Any]] = []
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -161,13 +163,13 @@ class RunFolder:
         if evaluations:
             best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training
             if best["step"] == last_step and self._step_of_best() != last_step:
-                records.remove(best)  # its model could not be written: it is evaluated anew
+                records.remove(best)  # its model could not be written: evaluate again
         if path.exists():
             write_text(path, _lines(records))
         return records
 
     def _step_of_best(self) -> int:
-        """0 where there is none."""
+        """The step of best/, 0 where there is none."""
         try:
             return read_history(self.path / "best")[-1]["steps"]
         except (InputError, IndexError, KeyError):
