@@ -1,6 +1,7 @@
 """Command-line flags as fields of dataclasses: the name, default, help text and check of each are written once."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from direct_pt.errors import InputError
 # Whether a flag may differ when a run is resumed: no; yes, as it says where and how the run works, not what it
 # computes; yes, as a run that failed may need it to continue, and the banner says so.
 FIXED, FREE, CHANGEABLE = "fixed", "free", "changeable"
+MAX_EPOCHS = 1_000_000
 Options = TypeVar("Options")
 Number = TypeVar("Number", int, float)
 
@@ -129,27 +131,39 @@ def _number(kind: type[Number], text: str) -> Number:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
-def positive_integer(text: str) -> int:
-    """A whole number above 0."""
-    value = _number(int, text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """The check of a whole number from `low` to `high`."""
+
+    def check(text: str) -> int:
+        value = _number(int, text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} must {'be above 0' if low == 1 else 'not be below 0'}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{text:.30} must be at most {high}")
+        return value
+
+    return check
 
 
-def not_negative_integer(text: str) -> int:
-    """A whole number from 0."""
-    value = _number(int, text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be below 0")
-    return value
+positive_integer = whole_number(1, 10**9)
+not_negative_integer = whole_number(0, 10**9)
+pixels = whole_number(1, 20_000)  # a side of images
+batch_size = whole_number(1, 10**6)
 
 
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     value = _number(float, text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be {'above 0' if value <= 0 else 'a finite number'}")
+    return value
+
+
+def epoch_count(text: str) -> float:
+    """A number of passes over the data, above 0."""
+    value = positive_float(text)
+    if value > MAX_EPOCHS:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {MAX_EPOCHS:,}")
     return value
 
 
@@ -179,4 +193,4 @@ def names(text: str) -> tuple[str, ...]:
 
 def integer_or_auto(text: str) -> int | str:
     """A whole number above 0, or "auto"."""
-    return text if text == "auto" else positive_integer(text)
+    return text if text == "auto" else batch_size(text)

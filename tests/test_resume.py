@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from direct_pt.batch import Batch
 from direct_pt.checkpoint import read_history
 from direct_pt.coco_eval import evaluate
-from direct_pt.errors import StopSignal, TrainingStopped
+from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.training import start
 from direct_pt.training.loop import StepOutcome, Trainer
 from direct_pt.training.signals import ECHO_SECONDS
@@ -269,10 +269,15 @@ def test_a_run_of_before_there_was_a_small_recipe(
 def test_a_restart_by_the_launcher_goes_on(
     without_batchnorm: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody said --resume."""
+    """Nobody said --resume. Only what this launcher began: another's run may be older, with other flags."""
     run = copy_at(without_batchnorm, tmp_path / "run", 2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     flags = (*runs.THREE_STEPS, "--micro-batch-size", 2, "--save-every", 1, "--keep-checkpoints", 9)
+    config = runs.read_json(run / "config.json")
+    (run / "config.json").write_text(json.dumps(config | {"launcher": "elsewhere 1 2.00"}))
+    with pytest.raises(InputError, match="holds a run already; continue with --resume"):
+        train(run, demo, *flags)
+    (run / "config.json").write_text(json.dumps(config))
     train(run, demo, *flags)
     assert_same_run(run, without_batchnorm, 3)
 

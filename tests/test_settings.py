@@ -204,6 +204,15 @@ def test_floor_of_the_small_recipe() -> None:
     assert plan("pretrain", "--max-steps", 3, images=300).total_steps == 3
 
 
+def test_largest_seed() -> None:
+    """What the libraries' generators take."""
+    assert parse("pretrain", "--seed", 2**32 - 1).run.seed == 2**32 - 1
+    with pytest.raises(InputError, match="--seed: 4294967296 must be at most 4294967295"):
+        parse("pretrain", "--seed", 2**32)
+    with pytest.raises(InputError, match="--lr: inf must be a finite number"):
+        parse("pretrain", "--lr", "inf")
+
+
 def test_warmup() -> None:
     """Never cut short: the rate that is reached after fewer steps makes the loss diverge."""
     assert plan("pretrain", "--max-steps", 5000).warmup_steps == 500
@@ -224,6 +233,8 @@ def test_a_resumed_run_keeps_its_plan() -> None:
     assert (resumed.images, resumed.processes, resumed.micro_batch_size, resumed.accumulation) == (290, 2, 8, 4)
     changed = resumed_plan(before, schedule("--lr", 0.5, "--warmup-steps", 7), 300, 1)
     assert (changed.lr, changed.warmup_steps) == (0.5, 7)
+    longer = resumed_plan(before, schedule("--warmup-steps", 9999), 300, 1)
+    assert longer.notes == ("the warm-up of 9999 steps is longer than the run: lr stays below 0.08",)
     assert resumed_plan(before, schedule("--micro-batch-size", 16), 300, 1).micro_batch_size == 16
     # Micro-batches that do not fit as many processes shrink.
     assert resumed_plan(before, schedule(), 300, 16).micro_batch_size == 4
@@ -352,8 +363,10 @@ COUNTS = ("channels", "rois-per-image", "proposals", "max-steps", "global-batch-
     ("flag", "values"),
     [
         *((f"--{name}", ("0", "-1", "x", "1.5", "")) for name in COUNTS),
-        *((f"--{name}", ("-1", "x", "0.5")) for name in ("seed", "num-workers", "warmup-steps")),
-        *((f"--{name}", ("0", "-0.1", "nan", "inf", "x")) for name in ("lr", "epochs", "eval-every")),
+        *((f"--{name}", (str(10**10), "1" + 400 * "0")) for name in COUNTS),
+        *((f"--{name}", ("-1", "x", "0.5", str(10**10))) for name in ("seed", "num-workers", "warmup-steps")),
+        ("--lr", ("0", "-0.1", "nan", "inf", "x")),
+        *((f"--{name}", ("0", "-0.1", "nan", "inf", "1e308", "x")) for name in ("epochs", "eval-every")),
         ("--norm", ("layer",)),
         ("--box-head", ("4conv", "")),
         ("--schedule", ("2x", "12x")),

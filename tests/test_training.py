@@ -45,7 +45,7 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
         assert picture.format == "PNG"
 
     config = runs.read_json(pretrained / "config.json")
-    assert set(config) == {"settings", "plan", "git"}
+    assert set(config) == {"settings", "plan", "git", "launcher"}
     flags = parse_flags(PretrainFlags, "", ["--config", str(pretrained / "config.json")])
     plan = make_plan(flags.schedule, PRETRAIN.recipe(runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
     assert config["settings"] == flags.to_dict() and flags.data.data == demo
@@ -328,8 +328,11 @@ def test_resuming_what_is_done_changes_nothing(
     shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("step-5", "step-10"))
     contents = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     flags = ("--config", run / "config.json", "--output-dir", run, "--resume")
-    runs.train("pretrain", *flags)
-    assert f"done: {run / 'model'}" in capsys.readouterr().out
+    config = (run / "config.json").read_text()
+    runs.train("pretrain", *flags, "--lr", 7)  # the model did not come out of it
+    output = capsys.readouterr().out
+    assert f"done: {run / 'model'}" in output and "the run has ended: nothing is trained" in output
+    assert (run / "config.json").read_text() == config
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == contents
     assert runs.records(run) == runs.records(uninterrupted)
 

@@ -70,7 +70,11 @@ def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -
 def recipe_text(recipe: Recipe, paper: Recipe, plan: Plan, is_given: bool) -> str:
     """Which recipe, why, and how a plan by it differs from the paper's; `is_given`: whether a flag named the recipe."""
     if recipe.name == "paper":
-        return "the paper's" + " (--recipe paper)" * is_given
+        own = recipe.global_batch_size, recipe.lr_for(plan.global_batch_size), recipe.warmup_steps
+        text = "the paper's" + " (--recipe paper)" * is_given
+        if own != (plan.global_batch_size, plan.lr, plan.warmup_steps):
+            text += f", with batch {plan.global_batch_size}, lr {plan.lr:.3g}, warm-up {plan.warmup_steps} steps"
+        return text
     why = "--recipe small" if is_given else f"under {MIN_LARGE_SET_IMAGES:,} training images"
     return (
         f"small ({why}): batch {plan.global_batch_size}, lr {plan.lr:.3g}, warm-up {plan.warmup_steps} steps; the "

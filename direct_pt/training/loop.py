@@ -248,7 +248,7 @@ class Trainer:
             step: its outcome.
         """
         progress = self.progress
-        progress.fail(step.mixed)
+        progress.fail(step.mixed, self.plan.learning_rate(progress.step))
         images = [image for batch in failed for image in batch.indices.tolist()]
         names = gather_object([Path(self.run.feed.image_name(image)).name for image in images])
         names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -280,13 +280,16 @@ class Trainer:
             lambda: self.folder.set_aside_diverged(self.progress.calm_step, result, self.run.history),
             self.accelerator.state,
         )
-        in_warmup = first <= self.plan.warmup_steps
-        lr = self.plan.learning_rate(first - 1)
-        advice = [f"a lower rate, such as --lr {(lr if in_warmup else self.plan.lr) / 4:.2g}"]
-        if in_warmup:
-            advice.append("a longer --warmup-steps")
+        plan, recipe = self.plan, self.run.recipe
+        in_warmup = first <= plan.warmup_steps
+        lr = self.progress.failed_lr or plan.learning_rate(first - 1)
+        lower = min((lr if in_warmup else plan.lr) / 4, recipe.lr_for(plan.global_batch_size))
+        advice = [f"a lower rate, such as --lr {lower:.2g}"]
+        if in_warmup or plan.warmup_steps < recipe.warmup_steps:
+            longer = max(recipe.warmup_steps, 2 * plan.warmup_steps if in_warmup else 0)
+            advice.append(f"a longer warm-up, such as --warmup-steps {longer}")
         if self.run.clip_grad_norm is None:
-            advice.append("--clip-grad-norm 10")
+            advice.append("--clip-grad-norm 10 where single batches are the cause")
         if self.accelerator.scaler is not None:
             advice.append("--mixed-precision bf16")
         raise TrainingStopped(

@@ -144,8 +144,7 @@ def make_plan(
             share = f"the root of {share}, as AdamW's" if recipe.optimizer == "adamw" else share
             notes.append(f"lr {lr:.3g} = {recipe.lr:.3g} x {share}")
     warmup = recipe.warmup_steps if options.warmup_steps is None else options.warmup_steps
-    if warmup > steps:
-        notes.append(f"the warm-up of {warmup} steps is longer than the run: lr stays below {lr:g}")
+    notes += warmup_notes(warmup, steps, lr)
     cosine = options.lr_schedule == "cosine"
     if cosine:
         notes.append("lr falls to 0 along a cosine, which the recipe does not")
@@ -165,6 +164,13 @@ def make_plan(
         eval_steps=max(1, round(eval_steps)),
         notes=tuple(notes),
     )
+
+
+def warmup_notes(warmup_steps: int, total_steps: int, lr: float) -> list[str]:
+    """What is to be said of a warm-up that is longer than the run."""
+    if warmup_steps <= total_steps:
+        return []
+    return [f"the warm-up of {warmup_steps} steps is longer than the run: lr stays below {lr:g}"]
 
 
 def resumed_plan(
@@ -198,15 +204,17 @@ def resumed_plan(
                 f"--micro-batch-size {micro}: the run's batch of {batch} does not divide so on {processes} "
                 f"process(es); use {_one_of([str(size) for size in reversed(sizes)])}"
             )
+    lr = saved.lr if options.lr is None else options.lr
+    warmup = saved.warmup_steps if options.warmup_steps is None else options.warmup_steps
     return replace(
         saved,
         images=images,
         processes=processes,
         micro_batch_size=micro,
         accumulation=batch // (micro * processes),
-        lr=saved.lr if options.lr is None else options.lr,
-        warmup_steps=saved.warmup_steps if options.warmup_steps is None else options.warmup_steps,
-        notes=(),
+        lr=lr,
+        warmup_steps=warmup,
+        notes=tuple(warmup_notes(warmup, saved.total_steps, lr)),
     )
 
 

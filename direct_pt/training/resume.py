@@ -1,10 +1,14 @@
 """How a run resumes: the folder is checked, its newest good checkpoint read by the main process and given to all."""
 
+import json
+import os
+import socket
 import tempfile
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from accelerate import Accelerator, PartialState
 from timm.utils import ModelEmaV3
 
@@ -16,7 +20,7 @@ from direct_pt.models.detector import Detector
 from direct_pt.training.plan import Plan, read_plan
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.settings import Flags, on_resume, option_groups, read_config
+from direct_pt.training.settings import Flags, is_restart, on_resume, option_groups, read_config
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
 
@@ -126,7 +130,8 @@ def check_folder(folder: Path) -> None:
 def check_flags(flags: Flags, path: Path) -> None:
     """Raise InputError where the run of a config.json must not be resumed, or not with these flags."""
     folder = flags.run.output_dir
-    if not flags.run.resumes:
+    own = flags.run.resume or (is_restart() and read_launcher(path) == launcher_id())
+    if not own:  # a restart continues only what the same launcher began
         raise InputError(
             f"--output-dir {folder}: holds a run already; continue with --resume, or choose another folder"
         )
@@ -138,6 +143,20 @@ def check_flags(flags: Flags, path: Path) -> None:
                 f"--resume: {what} is {given[name]!r} but the run in {folder} was started with {saved.get(name)!r}; "
                 f"give the same (--config {path} does), or choose another --output-dir"
             )
+
+
+def launcher_id() -> str:
+    """Which process started this one: host, number and start time, as numbers are used again."""
+    parent = psutil.Process(os.getppid())
+    return f"{socket.gethostname()} {parent.pid} {parent.create_time():.2f}"
+
+
+def read_launcher(path: Path) -> str | None:
+    """The `launcher_id` in a run's config.json; None where there is none."""
+    try:
+        return json.loads(path.read_text()).get("launcher")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def changed_flags(flags: SomeFlags, saved: dict[str, Any]) -> tuple[SomeFlags, list[str]]:

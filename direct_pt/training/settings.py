@@ -14,17 +14,21 @@ from direct_pt.flags import (
     CHANGEABLE,
     FREE,
     add_flags,
+    batch_size,
     decay,
+    epoch_count,
     flag,
     integer_or_auto,
     make_parser,
     not_negative_integer,
+    pixels,
     positive_float,
     positive_integer,
     read_flags,
     share,
     to_arguments,
     to_json,
+    whole_number,
 )
 from direct_pt.models.detector import BOX_HEADS, MODELS, DetectorConfig
 from direct_pt.recipes import (
@@ -64,11 +68,15 @@ class DetectorOptions:
     )
     norm: str | None = flag(None, "(paper: batch)", choices=["batch", "group"])
     box_head: str | None = flag(None, "(paper: 4conv1fc; Cascade R-CNN 2fc)", choices=list(BOX_HEADS))
-    channels: int | None = flag(None, "width of the pyramid and heads (paper: 256)", positive_integer, metavar="N")
-    rois_per_image: int | None = flag(
-        None, "that the second stage learns from (paper: 512)", positive_integer, metavar="N"
+    channels: int | None = flag(
+        None, "width of the pyramid and heads (paper: 256)", whole_number(1, 16_384), metavar="N"
     )
-    proposals: int | None = flag(None, "an image, that leave the RPN (paper: 1000)", positive_integer, metavar="N")
+    rois_per_image: int | None = flag(
+        None, "that the second stage learns from (paper: 512)", whole_number(1, 100_000), metavar="N"
+    )
+    proposals: int | None = flag(
+        None, "an image, that leave the RPN (paper: 1000)", whole_number(1, 100_000), metavar="N"
+    )
 
     def applied_to(self, config: DetectorConfig, short_side: int, long_side: int) -> DetectorConfig:
         """The configuration with what the flags say about the detector, and the size that images are tested at."""
@@ -98,7 +106,7 @@ class FinetuneDetectorOptions(DetectorOptions):
 class PretrainImageOptions:
     """How large images are in stage 1, and where small copies of them are kept."""
 
-    image_size: int = flag(IMAGE_SIZE, "of the crops, a multiple of 32", positive_integer, metavar="PIXELS")
+    image_size: int = flag(IMAGE_SIZE, "of the crops, a multiple of 32", pixels, metavar="PIXELS")
     cache: str = flag(
         "none", "keep low-resolution copies: raw is fastest, jpeg a quarter as large and as sharp as the files",
         choices=["none", *KINDS],
@@ -118,8 +126,8 @@ class PretrainImageOptions:
 class FinetuneImageOptions:
     """The size that images are fitted into in stage 2."""
 
-    short_side: int = flag(SHORT_SIDE, "images fit in", positive_integer, metavar="PIXELS")
-    long_side: int = flag(LONG_SIDE, "images fit in", positive_integer, metavar="PIXELS")
+    short_side: int = flag(SHORT_SIDE, "images fit in", pixels, metavar="PIXELS")
+    long_side: int = flag(LONG_SIDE, "images fit in", pixels, metavar="PIXELS")
 
     def __post_init__(self) -> None:
         if self.short_side > self.long_side:
@@ -139,13 +147,13 @@ class ScheduleOptions:
         "1x: {paper.epochs} epochs (paper; small: at least {small[min_images_seen]:,} images seen)",
         choices=list(SCHEDULES), excludes="length",
     )  # fmt: skip
-    epochs: float | None = flag(None, "in place of --schedule", positive_float, metavar="N", excludes="length")
+    epochs: float | None = flag(None, "in place of --schedule", epoch_count, metavar="N", excludes="length")
     max_steps: int | None = flag(None, "in place of --schedule", positive_integer, metavar="N", excludes="length")
     global_batch_size: int | None = flag(
         None,
         "images an optimizer step, over all processes (paper: {paper.global_batch_size}, small: "
         "{small[global_batch_size]})",
-        positive_integer, metavar="N",
+        batch_size, metavar="N",
     )  # fmt: skip
     micro_batch_size: int | str | None = flag(
         None,
@@ -172,7 +180,7 @@ class ScheduleOptions:
         None, "evaluate and keep a moving average of the weights, such as 0.999 (paper: none)", decay, metavar="DECAY"
     )
     eval_every: float | None = flag(
-        None, "between two evaluations (a twelfth of the run)", positive_float, metavar="EPOCHS"
+        None, "between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS"
     )
 
 
@@ -189,7 +197,7 @@ class RunOptions(DeviceOptions):
     compile: bool = flag(
         False, "compile the backbone in the first steps, which takes minutes: meant for GPUs, no gain on a CPU"
     )
-    seed: int = flag(0, "of weights, order and augmentation", not_negative_integer, metavar="N")
+    seed: int = flag(0, "of weights, order and augmentation", whole_number(0, 2**32 - 1), metavar="N")
     save_every: int = flag(1000, "between two checkpoints", positive_integer, metavar="STEPS", on_resume=FREE)
     keep_checkpoints: int = flag(2, "the newest that stay", positive_integer, metavar="N", on_resume=FREE)
     log_every: int = flag(20, "between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
@@ -197,8 +205,8 @@ class RunOptions(DeviceOptions):
 
     @property
     def resumes(self) -> bool:
-        """Whether a run in `output_dir` continues: asked for, or started again by the launcher after a process died."""
-        return self.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        """Whether a run in `output_dir` may be resumed: asked for, or the launcher's restart after a process died."""
+        return self.resume or is_restart()
 
     def __post_init__(self) -> None:
         if self.compile and self.gradient_checkpointing:
@@ -311,6 +319,11 @@ def parse_flags(kind: type[SomeFlags], description: str, argv: list[str] | None 
         parser.set_defaults(**vars(defaults))
         args = parser.parse_args(argv)
     return kind(**{name: read_flags(args, options) for name, options in groups.items()})
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this program again, after a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def option_groups(kind: type[Flags]) -> dict[str, type]:

@@ -30,7 +30,7 @@ from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes, resumed_plan
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.resume import Resumption
+from direct_pt.training.resume import Resumption, launcher_id
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
 
@@ -231,7 +231,11 @@ def start_run(
     model = PreparedModel(accelerator, detector, make_optimizer(detector, recipe, plan.lr))
     if resumption is not None:
         resumption.load_state(model, average, accelerator)
-    main_decides(lambda: write_config(flags, plan), accelerator.state)
+    progress = resumption.progress if resumption else Progress()
+    if progress.step < plan.total_steps:
+        main_decides(lambda: write_config(flags, plan), accelerator.state)
+    else:  # its model came out of the flags that stand there
+        plan = replace(plan, notes=(*plan.notes, "the run has ended: nothing is trained, config.json stays as it is"))
     stage = {
         "stage": flags.stage.name,
         "steps": plan.total_steps,
@@ -252,7 +256,7 @@ def start_run(
         feed=feed,
         val=val,
         test_preset=test_preset,
-        progress=resumption.progress if resumption else Progress(),
+        progress=progress,
         history=[*history, stage],
         saved_log=resumption.process_log(accelerator) if resumption else {},
     )
@@ -263,7 +267,15 @@ def write_config(flags: Flags, plan: Plan) -> None:
     path = flags.run.output_dir / CONFIG
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": flags.to_dict(), "plan": asdict(plan), "git": git_revision()})
+        write_json(
+            path,
+            {
+                "settings": flags.to_dict(),
+                "plan": asdict(plan),
+                "git": git_revision(),
+                "launcher": launcher_id(),
+            },
+        )
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room there") from error
 
