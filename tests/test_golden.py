@@ -22,7 +22,7 @@ from torch import Tensor
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.models import retinanet, roi_heads, rpn
-from direct_pt.models.anchors import Anchors, inside
+from direct_pt.models.anchors import Anchors, inside_images
 from direct_pt.models.boxes import best_detections, clip, decode, encode, grouped_nms, overlaps
 from direct_pt.models.detector import STRIDES, Detector, RetinaNet, TwoStage
 from direct_pt.models.layers import batchnorms
@@ -189,7 +189,7 @@ def evaluate(case: Case, image: int) -> Evaluation:
     fpn = detector.fpn(backbone)
     if isinstance(detector, RetinaNet):
         logits, deltas = detector.head(fpn)
-        return Evaluation(batch, backbone, fpn, logits, deltas, None, [], detector.find(fpn, batch))
+        return Evaluation(batch, backbone, fpn, logits, deltas, None, [], detector.detections(fpn, batch))
     assert isinstance(detector, TwoStage)
     logits, deltas = detector.rpn(fpn)
     proposals = detector.rpn.proposals(fpn, logits, deltas, batch)
@@ -484,10 +484,10 @@ def test_anchors(case: Case, ops: Arrays) -> None:
     counts = [len(level) for level in levels]
     assert counts == ops[f"anchor_{kind}_counts"].tolist()
 
-    usable = anchors.on_padded_images(features, torch.tensor([[224, 288]]))  # in a batch padded to 224 x 352
+    usable = anchors.inside_padding(features, torch.tensor([[224, 288]]))  # in a batch padded to 224 x 352
     assert [int(level.sum()) for level in usable[0].split(counts)] == ops[f"anchor_{kind}_valid_counts"].tolist()
     assert int(usable.sum()) == ops[f"anchor_{kind}_inside_count_border-1"].item()
-    usable &= inside(torch.cat(levels), torch.tensor([[200, 264]]))  # the image itself
+    usable &= inside_images(torch.cat(levels), torch.tensor([[200, 264]]))  # the image itself
     assert int(usable.sum()) == ops[f"anchor_{kind}_inside_count_border0"].item()
 
 

@@ -24,11 +24,11 @@ from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split
 from direct_pt.errors import InputError
 from direct_pt.models import matching, rpn
-from direct_pt.models.anchors import Anchors, inside, per_anchor
+from direct_pt.models.anchors import Anchors, flatten_level, inside_images
 from direct_pt.models.backbone import Backbone, DetectionSwinBlock
 from direct_pt.models.boxes import best_detections, decode, grouped_nms
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, RetinaNet, TwoStage, build_detector
-from direct_pt.models.layers import as_on_gpu, batchnorms, use_groupnorm
+from direct_pt.models.layers import batchnorms, force_gpu_path, use_groupnorm
 from direct_pt.models.masks import mask_targets
 from direct_pt.models.matching import Matches, Matching, Sampling, match, random_keys, sample
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
@@ -63,7 +63,7 @@ def small_detector(
 @functools.cache
 def _built(name: str, norm: str, backbone: str, proposals: int, rois: int) -> Detector:
     torch.manual_seed(1)
-    config = DetectorConfig.of_paper(
+    config = DetectorConfig.from_paper(
         name, tuple(str(digit) for digit in range(CLASSES)), tuple(range(10, 10 * CLASSES + 1, 10))
     )
     config = replace(
@@ -307,7 +307,7 @@ def test_nothing_detected(each_detector: Detector, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("part", ["", "deltas", "objectness", "class_logits", "convs"])
-@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+@pytest.mark.parametrize("where", [nullcontext, force_gpu_path])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_have_diverged(
     each_detector: Detector, batch: Batch, part: str, where: Callable[[], AbstractContextManager[None]], value: float
@@ -324,7 +324,7 @@ def test_weights_that_have_diverged(
     assert found.boxes.isfinite().all() and found.scores.isfinite().all()
 
 
-@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+@pytest.mark.parametrize("where", [nullcontext, force_gpu_path])
 def test_some_images_whose_maps_are_not_finite(
     each_detector: Detector, batch: Batch, where: Callable[[], AbstractContextManager[None]]
 ) -> None:
@@ -332,10 +332,10 @@ def test_some_images_whose_maps_are_not_finite(
     detector = copy.deepcopy(each_detector).eval()
     with where(), torch.no_grad():
         features = detector.features(batch)
-        expected = detector.find(features, batch)
+        expected = detector.detections(features, batch)
         for feature in features:
             feature[1:] = math.nan
-        found = detector.find(features, batch)
+        found = detector.detections(features, batch)
     assert found.boxes.isfinite().all() and set(found.image.tolist()) == {0}
     assert torch.equal(found.of_image(0).boxes, expected.of_image(0).boxes)
     assert torch.equal(found.of_image(0).scores, expected.of_image(0).scores)
@@ -360,7 +360,7 @@ def test_empty_proposals_are_not_valid_and_give_no_nan(group_detector: Detector,
 def test_invalid_proposals_are_never_sampled(group_detector: Detector, batch: Batch) -> None:
     nowhere = torch.full((len(batch), 8, 4), float("nan"))
     none = torch.zeros(nowhere.shape[:2], dtype=torch.bool)
-    rois = two_stage(group_detector).roi_head.sample(0, nowhere, none, batch)
+    rois = two_stage(group_detector).roi_head.sample_rois(0, nowhere, none, batch)
     assert torch.equal(rois.sampled, rois.positive) and rois.boxes.isfinite().all()
     assert torch.equal(rois.sampled, rois.is_object & rois.sampled)
     assert rois.sampled.sum(dim=1).tolist() == batch.valid.sum(dim=1).clamp(max=ROIS // 4).tolist()
@@ -462,14 +462,14 @@ def test_retinanet_starts_from_rare_objects() -> None:
 def watch_sampling(detector: TwoStage, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, SampledRoIs]]:
     """Filled with what each box head's sampling gets and gives."""
     calls: list[tuple[Tensor, Tensor, SampledRoIs]] = []
-    sampling = detector.roi_head.sample
+    sampling = detector.roi_head.sample_rois
 
     def sampled(number: int, boxes: Tensor, valid: Tensor, batch: Batch) -> SampledRoIs:
         assert number == len(calls)
         calls.append((boxes, valid, sampling(number, boxes, valid, batch)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(detector.roi_head, "sample", sampled)
+    monkeypatch.setattr(detector.roi_head, "sample_rois", sampled)
     return calls
 
 
@@ -549,7 +549,7 @@ def test_mask_loss_by_definition(batch: Batch) -> None:
     with torch.no_grad():
         features = detector.features(batch)
         proposals = detector.rpn.proposals(features, *detector.rpn(features), batch)
-        rois = detector.roi_head.sample(0, proposals.boxes, proposals.valid, batch)
+        rois = detector.roi_head.sample_rois(0, proposals.boxes, proposals.valid, batch)
         loss = detector.roi_head.mask_loss(head, features, rois, batch)
         images = []
         for image in range(len(batch)):
@@ -737,18 +737,18 @@ def test_anchors_in_order_and_which_of_them_count() -> None:
         [row < -(-height // stride) and column < -(-width // stride) for row, column, stride in cells]
         for height, width in padded.tolist()
     ]
-    assert anchors.on_padded_images(features, padded).tolist() == usable
+    assert anchors.inside_padding(features, padded).tolist() == usable
 
     edges = torch.tensor([[0.0, 0, 10, 20], [0, 0, 10.5, 20], [-0.5, 0, 5, 5], [0, 0, 9, 19.9], [1, 1, 30, 12]])
     sizes = torch.tensor([[20, 10], [21, 11], [13, 31]])  # height, width
-    assert inside(edges, sizes).tolist() == [
+    assert inside_images(edges, sizes).tolist() == [
         [False, False, False, True, False],
         [True, True, False, True, False],
         [False, False, False, False, True],
     ]
 
     values = torch.randn(2, 4 * 3, 5, 6)
-    flat = per_anchor(values, 3)
+    flat = flatten_level(values, 3)
     for row, column, anchor in ((0, 0, 0), (1, 2, 3), (4, 5, 1)):
         place = (row * 6 + column) * 4 + anchor
         assert torch.equal(flat[:, place], values[:, 3 * anchor : 3 * anchor + 3, row, column])
@@ -1067,7 +1067,7 @@ def test_residual_branches_start_at_one() -> None:
 
 def test_unknown_model() -> None:
     with pytest.raises(InputError, match=r"--model yolo.*choose one of retinanet_r50_fpn"):
-        DetectorConfig.of_paper("yolo", (), ())
+        DetectorConfig.from_paper("yolo", (), ())
     with pytest.raises(InputError, match=r"yolo.*choose one of retinanet_r50_fpn.*mask_rcnn_swin_t_fpn"):
         build_detector("yolo", 3, "resnet18")
     with pytest.raises(InputError, match="num_classes or config"):
@@ -1123,7 +1123,7 @@ def test_matching_in_parts(rule: Matching, monkeypatch: pytest.MonkeyPatch) -> N
         at_once = match(rule, *arguments)
         for pairs in (1, 18 * 7):
             with monkeypatch.context() as patch:
-                patch.setattr(matching, "PAIRS_AT_ONCE", pairs)
+                patch.setattr(matching, "MAX_PAIRS", pairs)
                 in_parts = match(rule, *arguments)
             assert vars(at_once).keys() == vars(in_parts).keys()
             assert all(torch.equal(values, getattr(in_parts, name)) for name, values in vars(at_once).items())
@@ -1135,7 +1135,7 @@ def test_nms_of_some_images_at_a_time(batch: Batch, monkeypatch: pytest.MonkeyPa
     maps = detector.rpn(features)
     at_once = detector.rpn.proposals(features, *maps, batch)
     for boxes in (1, 2 * at_once.boxes.shape[1] * len(features)):
-        monkeypatch.setattr(rpn, "BOXES_AT_ONCE", boxes)
+        monkeypatch.setattr(rpn, "MAX_NMS_BOXES", boxes)
         assert all(
             map(torch.equal, vars(at_once).values(), vars(detector.rpn.proposals(features, *maps, batch)).values())
         )

@@ -215,7 +215,7 @@ def _initial_detector(settings: Settings, table: "AnnotationTable | Stream") -> 
         origin, history = f"{tensors} of {tensors} tensors loaded from {settings.init}", read_history(settings.init)
     else:
         assert settings.model is not None
-        config = DetectorConfig.of_paper(settings.model, table.class_names, table.category_ids)
+        config = DetectorConfig.from_paper(settings.model, table.class_names, table.category_ids)
         detector = build_detector(settings.model, config=_with_flags(config, settings))
         tensors, history = len(detector.state_dict()), []
         origin = f"random: 0 of {tensors} tensors loaded (seed {settings.seed})"
