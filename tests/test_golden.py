@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from golden import largest_error
-from timm.layers import DropPath
+from small_detectors import without_drop_path
 from torch import Tensor
 
 from direct_pt.batch import Batch, Detections
@@ -205,9 +205,7 @@ def trained(case: Case) -> Detector:
     detector = copy.deepcopy(case.detector).train()
     for layer in batchnorms(detector):
         layer.eval()
-    for layer in detector.modules():
-        if isinstance(layer, DropPath):
-            layer.drop_prob = 0.0
+    without_drop_path(detector)
     if isinstance(detector, TwoStage):
         detector.rpn.sampling = replace(detector.rpn.sampling, per_image=None)
         detector.roi_head.sampling = replace(detector.roi_head.sampling, per_image=None)
