@@ -21,7 +21,7 @@ from direct_pt.data.loader import evaluation_loader, read_batches
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
-from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
+from direct_pt.models.masks import MASK_THRESHOLD, encode_masks, paste_windows
 from direct_pt.transforms import Preset
 
 ENCODED_AT_ONCE = 64  # masks
@@ -200,7 +200,7 @@ def mask_run_lengths(probabilities: np.ndarray, boxes: np.ndarray, sizes: np.nda
     for first in range(0, len(boxes), ENCODED_AT_ONCE):
         some = slice(first, first + ENCODED_AT_ONCE)
         windows = paste_windows(probabilities[some], boxes[some], sizes[some])
-        found = [(corner, inside >= THRESHOLD) for corner, inside in windows]
+        found = [(corner, inside >= MASK_THRESHOLD) for corner, inside in windows]
         encoded += encode_masks([corner for corner, _ in found], [mask for _, mask in found], sizes[some])
     return encoded
 

@@ -72,7 +72,7 @@ def initial_detector(
         tensors = len(detector.state_dict())
         origin, history = f"{tensors} of {tensors} tensors loaded from {options.init}", read_history(options.init)
     else:
-        config = DetectorConfig.of_paper(options.model or "", tuple(classes.values()), tuple(classes))
+        config = DetectorConfig.from_paper(options.model or "", tuple(classes.values()), tuple(classes))
         detector = build_detector(config=options.applied_to(config, *sides), name=config.name)
         tensors, history = len(detector.state_dict()), []
         origin = f"random: 0 of {tensors} tensors loaded (seed {seed})"

@@ -3,9 +3,9 @@
   python scripts/import_mmdet.py CHECKPOINT.pth --model NAME --output-dir RUN [--categories FILE] [--backbone NAME]
   python scripts/import_mmdet.py RUN --export FILE.pth
 
-Takes the paper's files, the model zoo's of 'pytorch' style, and your own of these detectors. Every tensor finds its
-place, or the file is refused. Files are read as plain weights: code in them is not run. What they do not hold is the
-paper's after an import: size of test images, number of proposals; and ids of the classes, but for COCO's, count from 1.
+Takes the paper's files, the model zoo's of 'pytorch' style, and your own of these detectors. Every tensor is matched,
+or the file is refused. Files are read as plain weights: code in them is not run. What they do not contain is set to the
+paper's values: size of test images, number of proposals. Class ids, except for COCO's, count from 1.
 """
 
 import json
@@ -22,7 +22,7 @@ from direct_pt.errors import InputError, run_program
 from direct_pt.files import replace_file
 from direct_pt.flags import make_parser
 from direct_pt.models.detector import MODELS, PIXEL_MEAN, PIXEL_STD
-from direct_pt.models.mmdet_weights import NO_WEIGHTS, detector_from_mmdet, few, mmdet_state_dict
+from direct_pt.models.mmdet_weights import COMPUTED_BUFFERS, abbreviate, detector_from_mmdet, mmdet_state_dict
 
 COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -34,32 +34,35 @@ COCO = (
 )
 COCO_NAMES = tuple(COCO.split(","))
 COCO_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-# In the text of a training configuration: weights that want other images than ours, or stride in another convolution.
-OURS = "|".join(r",\s*".join(re.escape(f"{value:g}") + "0*" for value in row) for row in (PIXEL_MEAN, PIXEL_STD))
-UNLIKE_OURS = re.compile(
-    r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]|open-mmlab://[\w/]*caffe\w*|\w*to_rgb['"]?\s*[=:]\s*False"""
-    rf"""|\b(mean|std)['"]?\s*[=:]\s*[\[(](?!\s*({OURS})\b)[^\])]*[\])]"""
+# In the text of a training configuration: signs of weights for images of other normalisation or order of colours than
+# ours, or of a network that strides in another convolution.
+OUR_PIXEL_VALUES = "|".join(
+    r",\s*".join(re.escape(f"{value:g}") + "0*" for value in row) for row in (PIXEL_MEAN, PIXEL_STD)
 )
-CLEAN = (
+INCOMPATIBLE = re.compile(
+    r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]|open-mmlab://[\w/]*caffe\w*|\w*to_rgb['"]?\s*[=:]\s*False"""
+    rf"""|\b(mean|std)['"]?\s*[=:]\s*[\[(](?!\s*({OUR_PIXEL_VALUES})\b)[^\])]*[\])]"""
+)
+CLEANING_CODE = (
     "c = torch.load(FILE, map_location='cpu', weights_only=False); torch.save({'state_dict': c['state_dict'], 'meta': "
     "{k: c['meta'][k] for k in ('CLASSES', 'dataset_meta', 'config', 'cfg') if k in c['meta']}}, 'clean.pth')"
 )
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """A file's state dict, its "meta", and the keys beside them. Raises InputError."""
+    """A file's state dict, its "meta", and the other keys. Raises InputError."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; to write a RUN as a checkpoint, give --export FILE.pth")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd pickles; what is wrong comes as an exception
+        with warnings.catch_warnings(action="ignore"):  # about odd pickles; damage raises an exception
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many ways
+    except Exception as error:  # damage raises all kinds
         if kind := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"{path}: holds an object of type {kind[1]}, and code in a file is not run to make it; if you trust "
-                f"where it comes from, make a clean one with what wrote it: {CLEAN}"
+                f"where it comes from, make a clean one with what wrote it: {CLEANING_CODE}"
             ) from error
         reason = f"{type(error).__name__} {str(error).split('. ')[0]}".strip()
         raise InputError(
@@ -67,8 +70,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        found = few([str(key) for key in content]) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(f"{path}: holds no state dict, alone or under 'state_dict', but {found or 'nothing'}")
+        keys = abbreviate([str(key) for key in content]) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise InputError(f"{path}: holds no state dict, alone or under 'state_dict', but {keys or 'nothing'}")
     prefix = "module." if all(str(name).startswith("module.") for name in state) else ""  # of DataParallel
     state_dict = {str(name).removeprefix(prefix): value for name, value in state.items()}
     if state is content:
@@ -78,49 +81,49 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list
     return state_dict, meta if isinstance(meta, dict) else {}, others
 
 
-def classes_of(meta: dict[str, Any], path: Path) -> tuple[str, ...] | None:
-    """The class names in "meta" of 2.x or 3.x, if there are any. Raises InputError."""
-    newer = meta.get("dataset_meta")
-    found = {**meta, **newer} if isinstance(newer, dict) else meta
-    names = found.get("classes") or found.get("CLASSES")
+def read_class_names(meta: dict[str, Any], path: Path) -> tuple[str, ...] | None:
+    """The class names in "meta" of 2.x or 3.x, or None. Raises InputError."""
+    dataset_meta = meta.get("dataset_meta")  # of 3.x
+    merged = {**meta, **dataset_meta} if isinstance(dataset_meta, dict) else meta
+    names = merged.get("classes") or merged.get("CLASSES")
     if not names:
         return None
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: the class names in its meta are no strings; save them as a list of strings")
-    spelt = tuple(name.replace("_", " ") for name in names)  # as in old versions
-    return COCO_NAMES if spelt == COCO_NAMES else tuple(names)
+    spaced = tuple(name.replace("_", " ") for name in names)  # old versions write traffic_light
+    return COCO_NAMES if spaced == COCO_NAMES else tuple(names)
 
 
 def read_categories(path: Path, names: tuple[str, ...] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The names and ids of the classes in a COCO file, in its order: so MMDetection numbers them. Raises InputError.
+    """The names and ids of the classes in a COCO file, in its order, which is MMDetection's. Raises InputError.
 
     Args:
         path: of the file.
-        names: the checkpoint's, if it has any.
+        names: those in the checkpoint, or None.
     """
     try:
         pairs = [(str(record["name"]), record["id"]) for record in json.loads(path.read_bytes())["categories"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"--categories {path}: cannot be read as a COCO file with 'categories' ({error!r})") from error
-    listed, ids = tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
-    whole = all(type(number) is int for number in ids)
-    if not whole or len(set(listed)) < len(pairs) or len(set(ids)) < len(pairs):
+    file_names, ids = tuple(name for name, _ in pairs), tuple(category_id for _, category_id in pairs)
+    are_integers = all(type(category_id) is int for category_id in ids)
+    if not are_integers or len(set(file_names)) < len(pairs) or len(set(ids)) < len(pairs):
         raise InputError(f"--categories {path}: names and ids must be unique, and ids whole numbers")
-    if names is not None and sorted(names) != sorted(listed):
-        differing = sorted(set(names) ^ set(listed))
+    if names is not None and sorted(names) != sorted(file_names):
+        differing = sorted(set(names) ^ set(file_names))
         raise InputError(
-            f"--categories {path}: its {len(listed)} classes are not the {len(names)} of the checkpoint, they differ "
-            f"in {few(differing)}; give the file that it was trained on"
+            f"--categories {path}: its {len(file_names)} classes are not the {len(names)} of the checkpoint, they "
+            f"differ in {abbreviate(differing)}; give the file that it was trained on"
         )
-    if names is not None and names != listed:
-        # MMDetection takes the order of the file that it trains on, whatever the order of the configured names.
+    if names is not None and names != file_names:
+        # MMDetection numbers classes in the order of its training file, whatever the order of the configured names.
         raise InputError(
             f"--categories {path}: has the checkpoint's classes in another order, so which is which is uncertain; if "
             "the detector was trained on this very file, its order counts: take the names out of the checkpoint's "
             "meta; if not, bring the file's 'categories' into the checkpoint's order"
         )
-    return listed, ids
+    return file_names, ids
 
 
 def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None, categories: Path | None) -> None:
@@ -130,13 +133,13 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     if any((output / name).exists() for name in (CONFIG, WEIGHTS, "model")):
         raise InputError(f"--output-dir {output}: holds a run already; choose another folder")
     state, meta, ignored = read_checkpoint(path)
-    if found := UNLIKE_OURS.search(f"{meta.get('config')} {meta.get('cfg')}"):
+    if setting := INCOMPATIBLE.search(f"{meta.get('config')} {meta.get('cfg')}"):
         raise InputError(
-            f"{path}: was trained with {' '.join(found[0].split())}: such weights expect images in another order of "
+            f"{path}: was trained with {' '.join(setting[0].split())}: such weights expect images in another order of "
             "colours (BGR) or normalised otherwise, those of 'caffe' style also stride in another convolution; give a "
             f"file of 'pytorch' style, of RGB images with mean {PIXEL_MEAN} and deviation {PIXEL_STD}"
         )
-    names, ids = classes_of(meta, path), None
+    names, ids = read_class_names(meta, path), None
     if categories is not None:
         names, ids = read_categories(categories, names)
     elif names == COCO_NAMES:
@@ -145,19 +148,19 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     config = detector.config
     save_model(output / "model", detector, [{"stage": "import", "file": path.name, "model": model}])
 
-    computed = [name for name in state if name.endswith(NO_WEIGHTS)]
-    taken, total = len(state) - len(computed), len(detector.state_dict())
-    head = "" if model.startswith("retinanet") else f", box head {config.box_head}"
-    print(f"{taken} of {taken} tensors taken over: {model}, {config.backbone}{head}, {config.channels} channels")
-    if taken < total:
-        print(f"not in the file, so 0: {total - taken} num_batches_tracked")
+    computed = [name for name in state if name.endswith(COMPUTED_BUFFERS)]
+    loaded, total = len(state) - len(computed), len(detector.state_dict())
+    box_head = "" if model.startswith("retinanet") else f", box head {config.box_head}"
+    print(f"{loaded} of {loaded} tensors imported: {model}, {config.backbone}{box_head}, {config.channels} channels")
+    if loaded < total:
+        print(f"not in the file, so 0: {total - loaded} num_batches_tracked")
     if computed:
         kinds = sorted({name.rpartition(".")[2] for name in computed})
         print(f"left out: {len(computed)} buffers that are computed here ({', '.join(kinds)})")
     if ignored:
         print(f"ignored: {', '.join(ignored)}")
     ends = f"{config.category_ids[0]} to {config.category_ids[-1]}"
-    print(f"{len(config.class_names)} classes, ids {ends}: {few(config.class_names)}")
+    print(f"{len(config.class_names)} classes, ids {ends}: {abbreviate(config.class_names)}")
     if list(config.category_ids) != sorted(config.category_ids):
         print("their ids do not ascend: predict.py takes the model, evaluate.py and finetune.py need ids that do")
     print(f"written: {output / 'model'}")
@@ -177,7 +180,7 @@ def export_checkpoint(run: str, path: Path) -> None:
         replace_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(state)} tensors, {len(classes)} classes: {few(classes)}\nwritten: {path}")
+    print(f"{len(state)} tensors, {len(classes)} classes: {abbreviate(classes)}\nwritten: {path}")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Detector: random weights, and all of them train: anything frozen would cost most of the AP.
     set_seed(options.seed)
-    config = DetectorConfig.of_paper(flags.detector.model or "", train.class_names, train.category_ids)
+    config = DetectorConfig.from_paper(flags.detector.model or "", train.class_names, train.category_ids)
     config = flags.detector.applied_to(config, size, size)
     detector = build_detector(config.name, config=config).train()
     assert all(parameter.requires_grad for parameter in detector.parameters())

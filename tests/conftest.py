@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_detectors
 import small_runs
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from direct_pt.batch import Batch, collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.formats.coco import CocoSplit
+from direct_pt.data.formats.coco import CocoSplit, find_coco
+from direct_pt.data.loader import TrainingImages
 from direct_pt.data.sources import load_split
 from direct_pt.distributed.launch import make_accelerator
+from direct_pt.transforms import PretrainPreset
 
 LONGEST = (
     "test_launch", "test_deepspeed", "test_training", "test_resume", "test_faults", "test_spread", "test_benchmark",
@@ -59,6 +63,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pre-trained run on it, which tests must leave as it is."""
     return small_runs.pretrained_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def training_images(demo: Path) -> TrainingImages:
+    """The small set's training images, with masks, of the size that `small_detectors` take."""
+    table, preset = load_split(find_coco(demo)["train"]), PretrainPreset(small_detectors.SIDE)
+    return TrainingImages(table, preset, seed=0, with_masks=True)
+
+
+@pytest.fixture
+def batch(training_images: TrainingImages) -> Batch:
+    """Four real images, with unequal numbers of objects."""
+    batch = collate([training_images[0, image] for image in range(4)])
+    assert len(set(batch.valid.sum(dim=1).tolist())) > 1
+    return batch
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def change(data: Path, split: str = "train", **values: Any) -> None:
 @pytest.fixture
 def mask_model(tmp_path: Path) -> Path:
     """A mask detector of the demo's classes, untrained."""
-    config = DetectorConfig.of_paper("mask_rcnn_r50_fpn", tuple(map(str, range(10))), tuple(range(10, 101, 10)))
+    config = DetectorConfig.from_paper("mask_rcnn_r50_fpn", tuple(map(str, range(10))), tuple(range(10, 101, 10)))
     config = replace(config, backbone="resnet18", channels=32, short_side=runs.SIZE, long_side=runs.SIZE)
     save_model(tmp_path / "mask_model", build_detector(config.name, config=config), [])
     return tmp_path / "mask_model"

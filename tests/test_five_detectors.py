@@ -190,7 +190,7 @@ def test_losses_and_frozen_parts(case: Case, stage_one: Path, stage_two: Path) -
 @pytest.mark.parametrize("name", WITH_LAYERNORM)
 def test_drop_path(name: str) -> None:
     """In training, from nothing in the first block to 0.2 in the last; not when the detector is used."""
-    config = DetectorConfig.of_paper(CASES[name].model, ("a", "b"), (1, 2))
+    config = DetectorConfig.from_paper(CASES[name].model, ("a", "b"), (1, 2))
     config = replace(config, backbone=CASES[name].backbone, channels=32, proposals=64, short_side=64, long_side=64)
     detector = build_detector(config.name, config=config)
     detector.freeze_for_finetuning()
@@ -359,7 +359,7 @@ NORMED = {  # convolutions of pyramid and heads: laterals, outputs, box or class
 @pytest.mark.parametrize("model", MODELS)
 def test_groupnorm_everywhere(model: str) -> None:
     """In place of BatchNorm, and after every convolution of pyramid and heads that is no predictor."""
-    config = DetectorConfig.of_paper(model, ("a", "b"), (1, 2))
+    config = DetectorConfig.from_paper(model, ("a", "b"), (1, 2))
     backbone = config.backbone if "swin" in model else "resnet18"
     detector = build_detector(model, config=replace(config, backbone=backbone, norm="group", channels=64))
     assert not batchnorms(detector) and all(parameter.requires_grad for parameter in detector.parameters())

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from golden import largest_error
-from timm.layers import DropPath
+from small_detectors import without_drop_path
 from torch import Tensor
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.models import retinanet, roi_heads, rpn
-from direct_pt.models.anchors import Anchors, inside
+from direct_pt.models.anchors import Anchors, inside_images
 from direct_pt.models.boxes import best_detections, clip, decode, encode, grouped_nms, overlaps
 from direct_pt.models.detector import STRIDES, Detector, RetinaNet, TwoStage
 from direct_pt.models.layers import batchnorms
@@ -189,7 +189,7 @@ def evaluate(case: Case, image: int) -> Evaluation:
     fpn = detector.fpn(backbone)
     if isinstance(detector, RetinaNet):
         logits, deltas = detector.head(fpn)
-        return Evaluation(batch, backbone, fpn, logits, deltas, None, [], detector.find(fpn, batch))
+        return Evaluation(batch, backbone, fpn, logits, deltas, None, [], detector.detections(fpn, batch))
     assert isinstance(detector, TwoStage)
     logits, deltas = detector.rpn(fpn)
     proposals = detector.rpn.proposals(fpn, logits, deltas, batch)
@@ -205,9 +205,7 @@ def trained(case: Case) -> Detector:
     detector = copy.deepcopy(case.detector).train()
     for layer in batchnorms(detector):
         layer.eval()
-    for layer in detector.modules():
-        if isinstance(layer, DropPath):
-            layer.drop_prob = 0.0
+    without_drop_path(detector)
     if isinstance(detector, TwoStage):
         detector.rpn.sampling = replace(detector.rpn.sampling, per_image=None)
         detector.roi_head.sampling = replace(detector.roi_head.sampling, per_image=None)
@@ -484,10 +482,10 @@ def test_anchors(case: Case, ops: Arrays) -> None:
     counts = [len(level) for level in levels]
     assert counts == ops[f"anchor_{kind}_counts"].tolist()
 
-    usable = anchors.on_padded_images(features, torch.tensor([[224, 288]]))  # in a batch padded to 224 x 352
+    usable = anchors.inside_padding(features, torch.tensor([[224, 288]]))  # in a batch padded to 224 x 352
     assert [int(level.sum()) for level in usable[0].split(counts)] == ops[f"anchor_{kind}_valid_counts"].tolist()
     assert int(usable.sum()) == ops[f"anchor_{kind}_inside_count_border-1"].item()
-    usable &= inside(torch.cat(levels), torch.tensor([[200, 264]]))  # the image itself
+    usable &= inside_images(torch.cat(levels), torch.tensor([[200, 264]]))  # the image itself
     assert int(usable.sum()) == ops[f"anchor_{kind}_inside_count_border0"].item()
 
 

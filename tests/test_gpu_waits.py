@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from direct_pt.models.detector import MODELS, DetectorConfig, build_detector
-from direct_pt.models.layers import as_on_gpu
+from direct_pt.models.layers import force_gpu_path
 from direct_pt.training.micro_batch import training_batch
 
 MOST = 8
@@ -60,7 +60,7 @@ def test_few_waits_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     waits = Waits()
     for move in MOVING:
         monkeypatch.setattr(Tensor, move, counted(waits, move))
-    with as_on_gpu(), waits:
+    with force_gpu_path(), waits:
         torch.stack(list(detector(batch).values())).sum().backward()
     monkeypatch.undo()
     assert sum(waits.count.values()) <= MOST, waits.count

@@ -219,7 +219,7 @@ def test_whole_state_dicts(name: str) -> None:
         else:
             theirs[key] = torch.rand(shape, generator=generator)
     detector = detector_from_mmdet(theirs, KEYS[name])
-    expected = DetectorConfig.of_paper(KEYS[name], tuple(f"class {i}" for i in range(80)), tuple(range(1, 81)))
+    expected = DetectorConfig.from_paper(KEYS[name], tuple(f"class {i}" for i in range(80)), tuple(range(1, 81)))
     assert detector.config == expected
     assert_equal(mmdet_state_dict(detector), theirs)
 
@@ -323,7 +323,7 @@ def test_buffers_of_swin(
     take(tmp_path / "theirs.pth", run, "--model", "mask_rcnn_swin_t_fpn")
     printed = capsys.readouterr().out
     weights = len(swin) - 12
-    assert f"{weights} of {weights} tensors taken over: mask_rcnn_swin_t_fpn, swin_tiny_patch4_window7_224" in printed
+    assert f"{weights} of {weights} tensors imported: mask_rcnn_swin_t_fpn, swin_tiny_patch4_window7_224" in printed
     assert "left out: 13 buffers that are computed here (attn_mask, relative_position_index)" in printed
 
 
@@ -342,7 +342,7 @@ def test_what_is_printed_and_kept(write: Callable[..., Path], run: Path, capsys:
     config = take(path, run)
     total = len(torch.load(path)["state_dict"])
     assert capsys.readouterr().out.splitlines() == [
-        f"{total} of {total} tensors taken over: retinanet_r50_fpn, resnet18, 32 channels",
+        f"{total} of {total} tensors imported: retinanet_r50_fpn, resnet18, 32 channels",
         "ignored: optimizer, message_hub",
         "3 classes, ids 1 to 3: cat, dog, traffic light",
         f"written: {run / 'model'}",
@@ -389,7 +389,7 @@ def test_class_names(write: Callable[..., Path], tmp_path: Path) -> None:
         ({"dataset_meta": {"classes": ()}}, None),
         ({}, None),
     ):
-        assert script.classes_of(meta, path) == expected
+        assert script.read_class_names(meta, path) == expected
     newer = {"dataset_meta": {"classes": NAMES}, "cfg": PYTORCH_STYLE}
     for number, meta in enumerate(({"CLASSES": NAMES, "config": PYTORCH_STYLE}, newer)):
         config = take(write(meta=meta), tmp_path / str(number))

@@ -439,10 +439,10 @@ def assert_targets(found: PackedMasks, rows: Tensor, boxes: Tensor, cells: int =
     return targets
 
 
-@pytest.mark.parametrize("canvas_pixels", [masks.CANVAS_PIXELS, 3 * 64**2, 1])
+@pytest.mark.parametrize("canvas_pixels", [masks.MAX_CANVAS_PIXELS, 3 * 64**2, 1])
 def test_targets_are_roi_align_of_dense_masks(canvas_pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several images and sizes of objects, in one canvas and in parts of few."""
-    monkeypatch.setattr(masks, "CANVAS_PIXELS", canvas_pixels)
+    monkeypatch.setattr(masks, "MAX_CANVAS_PIXELS", canvas_pixels)
     found = PackedMasks.concatenate([packed(70, 90, 13, 0), packed(50, 120, 0, 1), packed(50, 120, 9, 2)])
     assert {int(found.windows[row, side] == 0) for row in range(5) for side in range(2)} == {0, 1}
     rng = np.random.default_rng(0)

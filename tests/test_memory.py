@@ -27,7 +27,7 @@ from benchmarks.memory_account import (
 from direct_pt.errors import InputError
 from direct_pt.models.boxes import grouped_nms
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
-from direct_pt.models.layers import as_on_gpu
+from direct_pt.models.layers import force_gpu_path
 from direct_pt.models.roi_align import pyramid_roi_align
 from direct_pt.recipes import PRETRAIN, make_optimizer
 from direct_pt.training.micro_batch import training_batch
@@ -197,7 +197,7 @@ def test_both_ways_agree() -> None:
     with MemoryAccount() as account:
         pooled, kept = both()
         assert account.nms_boxes == 0  # each image's in a thread of its own
-        with as_on_gpu():
+        with force_gpu_path():
             pooled_there, kept_there = both()
         assert account.nms_boxes == 200
     torch.testing.assert_close(pooled_there, pooled, atol=1e-5, rtol=1e-4)
@@ -209,7 +209,7 @@ def test_both_ways_agree() -> None:
 
 def small_detector(name: str = "faster_rcnn_r50_fpn", backbone: str = "resnet18") -> Detector:
     torch.manual_seed(0)
-    config = DetectorConfig.of_paper(name, ("a", "b", "c"), (1, 2, 3))
+    config = DetectorConfig.from_paper(name, ("a", "b", "c"), (1, 2, 3))
     config = replace(config, backbone=backbone, channels=32, proposals=100, rois_per_image=64)
     return build_detector(name, config=config).train()
 

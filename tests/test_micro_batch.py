@@ -31,7 +31,7 @@ def table(coco_folder: MakeCocoFolder) -> AnnotationTable:
 def fitting(table: AnnotationTable, preset: Preset, sizes: list[int], frozen: bool = False) -> int:
     """On the CPU, in float32."""
     recipe = PRETRAIN.recipe("faster_rcnn_r50_fpn", has_layernorm=False)
-    config = replace(DetectorConfig.of_paper("faster_rcnn_r50_fpn", ("a", "b"), (1, 2)), backbone="resnet18")
+    config = replace(DetectorConfig.from_paper("faster_rcnn_r50_fpn", ("a", "b"), (1, 2)), backbone="resnet18")
     trial = Trial(config, frozen, False, recipe, 0, torch.device("cpu"), "no")
     return fitting_micro_batch_size(trial, table, preset, sizes)
 

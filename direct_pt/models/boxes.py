@@ -1,4 +1,4 @@
-"""Box arithmetic on whole batches: coder, overlaps, non-maximum suppression. All in float32 or better.
+"""Box arithmetic on whole batches: box coder, overlaps, non-maximum suppression (NMS). All in float32 or better.
 
 Boxes are (x1, y1, x2, y2) in pixels. Semantics follow MMDetection's DeltaXYWHBBoxCoder and bbox_overlaps.
 """
@@ -21,18 +21,18 @@ def encode(references: Tensor, targets: Tensor, stds: tuple[float, float, float,
 
     Both must have positive width and height.
     """
-    x, y, w, h = _centres(references)
-    tx, ty, tw, th = _centres(targets)
-    deltas = (tx - x) / w, (ty - y) / h, torch.log(tw / w), torch.log(th / h)
+    x, y, w, h = _centers_and_sides(references)
+    target_x, target_y, target_w, target_h = _centers_and_sides(targets)
+    deltas = (target_x - x) / w, (target_y - y) / h, torch.log(target_w / w), torch.log(target_h / h)
     return torch.stack([delta / std for delta, std in zip(deltas, stds, strict=True)], dim=-1)
 
 
 def decode(references: Tensor, deltas: Tensor, stds: tuple[float, float, float, float], sizes: Tensor) -> Tensor:
     """Boxes [B, ..., 4] from `references` and `deltas` of that shape, clipped to the images' `sizes` [B, 2] (h, w).
 
-    A box whose deltas are not numbers, from weights that have diverged, is empty: it must not be an index of anything.
+    NaN coordinates, from weights that have diverged, become 0: such a box is empty, and safe to compute with.
     """
-    x, y, w, h = _centres(references)
+    x, y, w, h = _centers_and_sides(references)
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.float().unbind(-1), stds, strict=True))
     half_w = 0.5 * w * dw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     half_h = 0.5 * h * dh.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -41,22 +41,27 @@ def decode(references: Tensor, deltas: Tensor, stds: tuple[float, float, float, 
     return clip(boxes.nan_to_num(nan=0.0), sizes)
 
 
+def _centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.float().unbind(-1)
+    return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1
+
+
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes [B, ..., 4] cut to the images' `sizes` [B, 2] (h, w)."""
+    """Boxes [B, ..., 4] clipped to the images' `sizes` [B, 2] (h, w)."""
     limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]]
     limits = limits.view(len(boxes), *[1] * (boxes.dim() - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def unit_unless(keep: Tensor, boxes: Tensor) -> Tensor:
-    """`boxes` [..., 4], but (0, 0, 1, 1) where `keep` [...] does not hold."""
+def unit_boxes_where_invalid(boxes: Tensor, valid: Tensor) -> Tensor:
+    """`boxes` [..., 4] where `valid` [...] holds, elsewhere (0, 0, 1, 1), which can be encoded and pooled."""
     low, high = boxes.split(2, dim=-1)
-    return torch.cat([torch.where(keep[..., None], low, 0.0), torch.where(keep[..., None], high, 1.0)], dim=-1)
+    return torch.cat([torch.where(valid[..., None], low, 0.0), torch.where(valid[..., None], high, 1.0)], dim=-1)
 
 
-def group_sizes(groups: Tensor, count: int) -> list[int]:
-    """How many of `groups` [M] are 0, 1, ... up to `count` - 1. Waits for the device once; bincount would twice."""
-    return (groups[:, None] == torch.arange(count, device=groups.device)).sum(dim=0).tolist()
+def gather_boxes(boxes: Tensor, rows: Tensor) -> Tensor:
+    """[B, S, 4]: the boxes (or deltas) at `rows` [B, S] of each image's `boxes` [B, N, 4]."""
+    return boxes.gather(1, rows[..., None].expand(-1, -1, 4))
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairwise IoU and intersection over `second`'s own area.
+    """Pairwise IoU, and intersection over the area of `second`.
 
     Args:
         first: [B, G, 4].
@@ -82,6 +87,11 @@ def overlaps(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return intersection / union.clamp(min=1e-6), intersection / second_area.clamp(min=1e-6)
 
 
+def group_sizes(groups: Tensor, count: int) -> list[int]:
+    """How many of `groups` [M] are 0, 1, ..., `count` - 1. Waits for the GPU once; bincount would twice."""
+    return (groups[:, None] == torch.arange(count, device=groups.device)).sum(dim=0).tolist()
+
+
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
     """Greedy NMS inside each group, for all groups at once.
 
@@ -89,16 +99,16 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
         boxes: [M, 4].
         scores: [M].
         groups: [M] int64 from 0; boxes of different groups never suppress each other.
-        threshold: a box goes where its IoU with a better one is strictly above this.
+        threshold: a box is suppressed if its IoU with a kept, better one is strictly above this.
 
     Returns:
         The kept rows [K], best score first.
     """
     if takes_gpu_path(boxes):
-        # One kernel for all: groups are moved apart, in float64 so that far-off coordinates keep their digits.
+        # One kernel for all: groups are moved apart, in float64 so that large coordinates keep their digits.
         shift = groups.double() * (boxes.max() - boxes.min() + 1).double() if len(boxes) else groups.double()
         return torchvision.ops.nms(boxes.double() + shift[:, None], scores.double(), threshold)
-    # The CPU kernel compares every kept box with all that follow and uses one thread: each group is a call of its own.
+    # The CPU kernel compares every kept box with all that follow, in one thread: so one call a group, in parallel.
     order = torch.argsort(groups, stable=True)
     if not len(order):
         return order
@@ -112,17 +122,11 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
 def best_detections(
     candidates: Detections, num_images: int, num_classes: int, nms_threshold: float, max_detections: int
 ) -> Detections:
-    """Class-wise NMS, then the best `max_detections` of each image, ordered by image and falling score."""
+    """Class-wise NMS, then the best `max_detections` of each image, sorted by image and falling score."""
     groups = candidates.image * num_classes + candidates.labels
     kept = grouped_nms(candidates.boxes, candidates.scores, groups, nms_threshold)
     kept = kept[torch.argsort(candidates.image[kept], stable=True)]
     image = candidates.image[kept]
-    first = torch.searchsorted(image, torch.arange(num_images, device=image.device))
+    first = torch.searchsorted(image, torch.arange(num_images, device=image.device))  # row of each image's best
     rank = torch.arange(len(image), device=image.device) - first[image]
-    kept = kept[rank < max_detections]
-    return candidates.keep(kept)
-
-
-def _centres(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x1, y1, x2, y2 = boxes.float().unbind(-1)
-    return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1
+    return candidates.keep(kept[rank < max_detections])

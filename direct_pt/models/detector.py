@@ -1,4 +1,4 @@
-"""The detectors, by name: what each is made of stands in `build_detector`."""
+"""The five detectors: what they have in common, and what each is built from (`build_detector`)."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
 from direct_pt.transforms import TestPreset
 
-# The paper's five, and the backbone of each.
+# The paper's five detectors, and the backbone of each.
 MODELS = {
     "retinanet_r50_fpn": "resnet50",
     "faster_rcnn_r50_fpn": "resnet50",
@@ -38,19 +38,19 @@ RATIOS = (0.5, 1.0, 2.0)  # of anchors
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that a detector is built from, and what its class indices mean. Saved beside its weights.
+    """Everything that a detector is built from, and the meaning of its class indices. Saved beside its weights.
 
     Attributes:
         name: one of `MODELS`.
         class_names: in the order of the class indices.
         category_ids: the data set's own id of each class; predictions carry these.
         backbone: a timm name.
-        norm: "batch" for the backbone's own, or "group" where batches are too small for BatchNorm: then also after the
-            convolutions of pyramid and heads.
+        norm: "batch" for the backbone's own, or "group" where batches are too small for BatchNorm: GroupNorm instead,
+            and also after the convolutions of pyramid and heads.
         box_head: one of `BOX_HEADS`.
         channels: of the pyramid and the heads.
-        proposals: an image, that leave the RPN; in training twice as many a level enter its NMS, in testing as many.
-        rois_per_image: sampled for the second stage's loss.
+        proposals: how many an image leave the RPN. In training twice as many a level enter its NMS, in testing as many.
+        rois_per_image: how many RoIs are sampled for the second stage's loss.
         short_side: test images are resized to fit into (long_side, short_side), in pixels.
         long_side: see above.
     """
@@ -68,8 +68,8 @@ class DetectorConfig:
     long_side: int = 1333
 
     @classmethod
-    def of_paper(cls, name: str, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> "DetectorConfig":
-        """The paper's own. Raises InputError where there is none of that name."""
+    def from_paper(cls, name: str, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> "DetectorConfig":
+        """The paper's configuration of detector `name`. Raises InputError for an unknown name."""
         if name not in MODELS:
             raise InputError(f"--model {name}: no such detector; choose one of {', '.join(MODELS)}")
         box_head = "2fc" if name == "cascade_rcnn_r50_fpn" else "4conv1fc"
@@ -87,12 +87,13 @@ class DetectorConfig:
 
 
 class Detector(nn.Module, ABC):
-    """Images to losses (`forward`) or detections (`detect`, `predict`). Of its two kinds, `TwoStage` and `RetinaNet`,
-    each adds what follows the pyramid.
+    """Images to losses (`forward`) or to detections (`detect`, `predict`).
+
+    Both kinds of detector, `TwoStage` and `RetinaNet`, share backbone and pyramid; each adds its heads.
 
     Attributes:
         config: what it was built from.
-        has_masks: whether it learns and finds masks.
+        has_masks: whether it learns and predicts masks.
     """
 
     has_masks = False
@@ -114,19 +115,19 @@ class Detector(nn.Module, ABC):
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> Detections:
-        """What the detector finds, in the original images' frames. Call it in eval mode."""
-        return self.find(self.features(batch), batch)
+        """The detections of a batch, in the original images' frames. Call it in eval mode."""
+        return self.detections(self.features(batch), batch)
 
     @abstractmethod
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """The losses out of a batch's pyramid."""
+        """The losses, from a batch's pyramid `features`."""
 
     @abstractmethod
-    def find(self, features: list[Tensor], batch: Batch) -> Detections:
-        """The detections out of a batch's pyramid."""
+    def detections(self, features: list[Tensor], batch: Batch) -> Detections:
+        """The detections, from a batch's pyramid `features`."""
 
     def loss_weight(self, batch: Batch) -> Tensor | None:
-        """How much a micro-batch's losses weigh among those of a step, or None where all weigh the same."""
+        """The weight of a micro-batch's losses among those of a step, or None where all weigh the same."""
         return None
 
     def features(self, batch: Batch) -> list[Tensor]:
@@ -134,7 +135,7 @@ class Detector(nn.Module, ABC):
         return self.fpn(self.backbone(self.normalize(batch)))
 
     def normalize(self, batch: Batch) -> Tensor:
-        """Pixels less the mean over the deviation, and zero in the padding. Floating-point images come back as is."""
+        """(pixels - mean) / deviation, and zero in the padding. Floating-point images are returned unchanged."""
         if batch.images.is_floating_point():
             return batch.images
         images = (batch.images - self.pixel_mean) / self.pixel_std
@@ -176,9 +177,9 @@ class Detector(nn.Module, ABC):
         return results
 
     def freeze_for_finetuning(self) -> None:
-        """The recipe's stage 2: BatchNorm everywhere with fixed statistics and affine, stem and first stage fixed.
+        """Freeze what the recipe's stage 2 does not train: every BatchNorm with its statistics, stem and first stage.
 
-        Networks that normalise otherwise, as Swin does, train whole.
+        Networks without BatchNorm, such as Swin, train whole.
         """
         self.batchnorm_frozen = True
         for layer in batchnorms(self):
@@ -197,7 +198,7 @@ class Detector(nn.Module, ABC):
 
 
 class TwoStage(Detector):
-    """Faster, Cascade and Mask R-CNN: proposals, then RoIs."""
+    """Faster, Cascade and Mask R-CNN: the RPN proposes boxes, the RoI head classifies and refines them."""
 
     def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN, rpn: RPN, roi_head: RoIHead) -> None:
         super().__init__(config, backbone, fpn)
@@ -206,7 +207,7 @@ class TwoStage(Detector):
         self.has_masks = roi_head.mask_head is not None
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Of the RPN and the RoI head."""
+        """The losses of the RPN and the RoI head."""
         logits, deltas = self.rpn(features)
         proposals = self.rpn.proposals(features, logits, deltas, batch)
         return {
@@ -214,29 +215,30 @@ class TwoStage(Detector):
             **self.roi_head.losses(features, proposals, batch),
         }
 
-    def find(self, features: list[Tensor], batch: Batch) -> Detections:
-        """The RoI head's detections in the RPN's proposals."""
+    def detections(self, features: list[Tensor], batch: Batch) -> Detections:
+        """The RoI head's detections, from the RPN's proposals."""
         logits, deltas = self.rpn(features)
-        return self.roi_head.detect(features, self.rpn.proposals(features, logits, deltas, batch), batch)
+        proposals = self.rpn.proposals(features, logits, deltas, batch)
+        return self.roi_head.detect(features, proposals, batch)
 
 
 class RetinaNet(Detector):
-    """One stage: anchors to detections."""
+    """One stage: the head classifies and refines every anchor."""
 
     def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN, head: RetinaHead) -> None:
         super().__init__(config, backbone, fpn)
         self.head = head
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Of the head."""
+        """The head's losses."""
         return self.head.losses(features, batch)
 
-    def find(self, features: list[Tensor], batch: Batch) -> Detections:
-        """Of the head."""
+    def detections(self, features: list[Tensor], batch: Batch) -> Detections:
+        """The head's detections."""
         return self.head.detect(features, batch)
 
     def loss_weight(self, batch: Batch) -> Tensor:
-        """The number of positive anchors, which the losses are divided by."""
+        """The number of positive anchors, by which the losses are divided."""
         return self.head.loss_weight(batch)
 
 
@@ -247,28 +249,28 @@ def build_detector(
 
     Args:
         name: one of `MODELS`.
-        num_classes: without a background class; or give `config`.
-        backbone: a timm name in place of the paper's.
-        config: everything at once; the other arguments are not needed then.
+        num_classes: without a background class; not needed with `config`.
+        backbone: a timm name in place of the paper's; not needed with `config`.
+        config: of the detector, in place of the paper's.
 
     Raises:
-        InputError: the name, or the backbone's, is unknown.
+        InputError: `name` or the backbone's name is unknown.
     """
     if config is None:
         if num_classes is None:
             raise InputError("build_detector needs num_classes or config")
         names = tuple(f"class {index}" for index in range(num_classes))
-        config = DetectorConfig.of_paper(name, names, tuple(range(1, num_classes + 1)))
+        config = DetectorConfig.from_paper(name, names, tuple(range(1, num_classes + 1)))
         config = replace(config, backbone=backbone or config.backbone)
-    body, channels, num_classes = Backbone(config.backbone), config.channels, len(config.class_names)
+    network, channels, num_classes = Backbone(config.backbone), config.channels, len(config.class_names)
 
     detector: Detector
-    match name:
+    match name:  # the order in which parts are built decides which random weights a seed gives them
         case "retinanet_r50_fpn":
             detector = RetinaNet(
                 config,
-                body,
-                FPN(body.channels[1:], channels, convolved_levels=2),
+                network,
+                FPN(network.channels[1:], channels, convolved_levels=2),
                 RetinaHead(
                     channels,
                     num_classes,
@@ -279,8 +281,8 @@ def build_detector(
         case "cascade_rcnn_r50_fpn":
             detector = TwoStage(
                 config,
-                body,
-                FPN(body.channels, channels),
+                network,
+                FPN(network.channels, channels),
                 _rpn(config, train_proposals=2 * config.proposals, beta=1 / 9, inside_only=True),
                 _roi_head(
                     config,
@@ -295,11 +297,11 @@ def build_detector(
             )
         case "faster_rcnn_r50_fpn":
             roi_head = _roi_head(config, [Refinement(Matching(0.5, 0.5))])
-            detector = TwoStage(config, body, FPN(body.channels, channels), _rpn(config), roi_head)
+            detector = TwoStage(config, network, FPN(network.channels, channels), _rpn(config), roi_head)
         case "mask_rcnn_r50_fpn" | "mask_rcnn_swin_t_fpn":
             refinement = Refinement(Matching(0.5, 0.5, low_quality=0.5))
             roi_head = _roi_head(config, [refinement], mask_head=MaskHead(channels, num_classes))
-            detector = TwoStage(config, body, FPN(body.channels, channels), _rpn(config), roi_head)
+            detector = TwoStage(config, network, FPN(network.channels, channels), _rpn(config), roi_head)
         case _:
             raise InputError(f"{name}: no such detector; choose one of {', '.join(MODELS)}")
     if config.norm == "group":
@@ -310,6 +312,7 @@ def build_detector(
 def _rpn(
     config: DetectorConfig, train_proposals: int | None = None, beta: float = 0.0, inside_only: bool = False
 ) -> RPN:
+    """The paper's RPN. `train_proposals` an image leave it in training, as many as in testing if None."""
     return RPN(
         config.channels,
         Anchors(STRIDES[:5], scales=(8.0,), ratios=RATIOS),
@@ -329,6 +332,7 @@ def _roi_head(
     beta: float = 0.0,
     mask_head: MaskHead | None = None,
 ) -> RoIHead:
+    """A second stage with a box head for each of `refinements`."""
     convs, fcs = BOX_HEADS[config.box_head]
     num_classes = len(config.class_names)
     return RoIHead(

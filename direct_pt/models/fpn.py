@@ -19,25 +19,25 @@ class FPN(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         for level in range(convolved_levels):
-            source = channels if level else in_channels[-1]
-            self.output.append(nn.Conv2d(source, channels, 3, stride=2, padding=1))
+            source_channels = channels if level else in_channels[-1]
+            self.output.append(nn.Conv2d(source_channels, channels, 3, stride=2, padding=1))
         for conv in [*self.lateral, *self.output]:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """Maps of `channels` channels, each of half the size of the one before it."""
+        """Maps [B, channels, h, w], each of half the size of the one before it."""
         features = features[-len(self.lateral) :]
         merged = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
-        for level in range(len(merged) - 1, 0, -1):
+        for level in range(len(merged) - 1, 0, -1):  # top-down
             finer = merged[level - 1]
             merged[level - 1] = finer + F.interpolate(merged[level], size=finer.shape[-2:], mode="nearest")
         outputs = [output(feature) for output, feature in zip(self.output, merged, strict=False)]
-        convolved = self.output[len(merged) :]
-        if not convolved:
+        convolutions = self.output[len(merged) :]
+        if not convolutions:
             return [*outputs, F.max_pool2d(outputs[-1], kernel_size=1, stride=2)]
         coarse = features[-1]
-        for conv in convolved:
+        for conv in convolutions:
             coarse = conv(coarse)
             outputs.append(coarse)
         return outputs

@@ -1,4 +1,5 @@
-"""What is done to layers from outside: normalisation, gradient checkpointing, the kernels of CPU and GPU."""
+"""Changes to layers that the networks need not know of, in three sections: BatchNorm and GroupNorm, gradient
+checkpointing, and the choice between the code paths of CPU and GPU."""
 
 import math
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = 32  # of a GroupNorm; fewer where the channels do not divide into so many
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+MAX_GROUPS = 32  # of a GroupNorm; fewer where the channels are not divisible by so many
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of a BatchNorm
+
+
+# BatchNorm and GroupNorm
 
 
 def batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
@@ -21,15 +25,14 @@ def batchnorms(module: nn.Module) -> list[nn.BatchNorm2d]:
 
 @torch.no_grad()
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The running means and variances of the BatchNorm layers that train."""
+    """The running means and variances of the BatchNorm layers in training mode."""
     training = [layer for layer in batchnorms(module) if layer.training and layer.track_running_stats]
     return [stat for layer in training for stat in (layer.running_mean, layer.running_var) if stat is not None]
 
 
 def use_groupnorm(detector: nn.Module) -> None:
-    """GroupNorm in place of every BatchNorm, and after the convolutions of pyramid and heads that have no norm.
-
-    The latter are those that stand in lists (`nn.ModuleList`); predictors do not. So MMDetection trains from scratch.
+    """Replace every BatchNorm by GroupNorm, and add one after each convolution of the pyramid and the heads that stands
+    in a list (`nn.ModuleList`), as MMDetection does for training from scratch. Predictors stand in none.
     """
     parts = [(part, module) for part, child in detector.named_children() for module in child.modules()]
     for part, module in parts:
@@ -44,94 +47,96 @@ def use_groupnorm(detector: nn.Module) -> None:
 
 
 def _groupnorm(channels: int) -> nn.GroupNorm:
-    groups = math.gcd(GROUPS, max(1, channels // 2), channels)  # one value alone has no deviation
-    return nn.GroupNorm(groups, channels)
+    # At least two channels a group: a single value has no variance.
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, max(1, channels // 2), channels), channels)
 
 
-class Recomputed:
-    """Mixed into a block's class: in training its activations are made anew when the backward pass needs them.
-
-    Gradients stay what they were: random numbers (drop path) are drawn again alike, and BatchNorm's statistics learn
-    from the first pass alone.
-    """
-
-    training: bool
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What the block's class computes."""
-        compute = super().forward  # type: ignore[misc]
-        if not (self.training and is_grad_enabled()):
-            return compute(*inputs, **options)
-        inputs = tuple(list(one) if isinstance(one, list) else one for one in inputs)  # DenseNet's list grows on
-        return checkpoint(
-            compute, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(self)), **options
-        )
+# Gradient checkpointing
 
 
 def recompute_blocks(network: nn.Module) -> int:
-    """Make every repeated block of `network` `Recomputed`, in place; names stay. Returns how many there are."""
+    """Have every repeated block of `network` recompute its activations in the backward pass, in place. Returns how
+    many blocks there are; their parameters keep their names."""
     blocks = repeated_blocks(network)
-    kinds = {kind: type(f"Recomputed{kind.__name__}", (Recomputed, kind), {}) for kind in set(map(type, blocks))}
+    classes = {kind: type(f"Recomputed{kind.__name__}", (Recomputed, kind), {}) for kind in set(map(type, blocks))}
     for block in blocks:
-        block.__class__ = kinds[type(block)]
+        block.__class__ = classes[type(block)]
     return len(blocks)
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The modules that the stages are lists of: a ResNet's bottlenecks, the blocks of Swin and ConvNeXt.
 
-    Stages are lists, or modules of members that are all alike. What stands in lists inside a block is part of it.
+    Stages are lists, or modules of children that are all of one type. Lists inside a block are part of it.
     """
-    members = list(network.children())
+    children = list(network.children())
     is_stage = isinstance(network, nn.Sequential | nn.ModuleList) or (
-        len(members) > 1 and len({type(member) for member in members}) == 1
+        len(children) > 1 and len({type(child) for child in children}) == 1
     )
-    found = []
-    for member in members:
-        inner = repeated_blocks(member)
-        found += inner or ([member] if is_stage and _is_block(member) else [])
-    return found
+    blocks = []
+    for child in children:
+        # More than one layer with its norm and activation, and something that computes.
+        num_layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in child.modules())
+        is_block = is_stage and num_layers > 1 and not isinstance(child, nn.ModuleList)
+        blocks += repeated_blocks(child) or ([child] if is_block else [])
+    return blocks
 
 
-def _is_block(module: nn.Module) -> bool:
-    """Something that computes, and more than one layer with its norm and activation."""
-    layers = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in module.modules())
-    return layers > 1 and not isinstance(module, nn.ModuleList)
+class Recomputed:
+    """Mixed into a block's class: in training, its activations are recomputed when the backward pass needs them.
+
+    Gradients stay the same: the second forward pass draws the same random numbers (drop path), and does not update
+    BatchNorm's statistics.
+    """
+
+    training: bool
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What the block's own class computes."""
+        compute = super().forward  # type: ignore[misc]
+        if not (self.training and is_grad_enabled()):
+            return compute(*inputs, **options)
+        inputs = tuple(list(one) if isinstance(one, list) else one for one in inputs)  # DenseNet's list grows later
+        return checkpoint(
+            compute, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _keep_statistics(self)), **options
+        )
 
 
 @contextmanager
-def _statistics_kept(block: Any) -> Iterator[None]:
+def _keep_statistics(block: Any) -> Iterator[None]:
     """Inside it, `block`'s BatchNorm layers update copies of their running statistics."""
     layers = [layer for layer in block.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    kept = [
+    saved = [
         (layer, name, statistic)
         for layer in layers
         if layer.training
         for name in STATISTICS
         if (statistic := getattr(layer, name)) is not None
     ]
-    for layer, name, statistic in kept:
+    for layer, name, statistic in saved:
         setattr(layer, name, statistic.clone())
     try:
         yield
     finally:
-        for layer, name, statistic in kept:
+        for layer, name, statistic in saved:
             setattr(layer, name, statistic)
 
 
-_gpu_everywhere = ContextVar("_gpu_everywhere", default=False)
+# Code paths of CPU and GPU
+
+_gpu_path_forced = ContextVar("_gpu_path_forced", default=False)
 
 
 def takes_gpu_path(tensor: Tensor) -> bool:
-    """Which way to compute where a GPU and a CPU have one each."""
-    return tensor.is_cuda or _gpu_everywhere.get()
+    """Whether to compute with the GPU's code, where CPU and GPU have different ones."""
+    return tensor.is_cuda or _gpu_path_forced.get()
 
 
 @contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """Inside it a CPU takes the GPU's ways too: slower there, but they need the GPU's memory."""
-    token = _gpu_everywhere.set(True)
+def force_gpu_path() -> Iterator[None]:
+    """Inside it a CPU takes the GPU's code path too: slower, but it needs the memory, and waits, that a GPU would."""
+    token = _gpu_path_forced.set(True)
     try:
         yield
     finally:
-        _gpu_everywhere.reset(token)
+        _gpu_path_forced.reset(token)

@@ -1,5 +1,7 @@
-"""Masks: the head, the targets that it learns, and its probabilities pasted into images. Semantics follow MMDetection's
-FCNMaskHead and BitmapMasks."""
+"""Masks: the head, the targets that it learns, and its probabilities pasted into images.
+
+Semantics follow MMDetection's FCNMaskHead and BitmapMasks.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,9 +16,9 @@ from torchvision.ops import roi_align
 from direct_pt.batch import PackedMasks
 from direct_pt.models.boxes import group_sizes
 
-CANVAS_PIXELS = 2**22  # of the masks that are unpacked at once
-LARGEST_EXPONENT = 16  # of 2: no canvas has a longer side
-THRESHOLD = 0.5
+MAX_CANVAS_PIXELS = 2**22  # of the masks that are unpacked at once
+MAX_SIDE_EXPONENT = 16  # a canvas has a side of at most 2**16 pixels
+MASK_THRESHOLD = 0.5
 
 
 class MaskHead(nn.Module):
@@ -49,10 +51,18 @@ class MaskHead(nn.Module):
 
 @torch.no_grad()
 def mask_targets(masks: PackedMasks, rows: Tensor, boxes: Tensor, cells: int) -> Tensor:
-    """What the mask head is to say inside each box: RoIAlign of the object's mask, then a threshold.
+    """The mask head's targets: in each box, RoIAlign of the object's mask, then a threshold.
 
-    Masks are unpacked a few at a time, each inside its own window only, so that memory does not follow the number of
-    objects times the image size.
+    RoIAlign reads images, but masks are packed, each kept inside its own window only. Full-size images of all masks
+    would need memory for the number of objects times the image size, so masks are unpacked on small square canvases.
+    A canvas's side is the smallest power of 2 that holds the window and a margin of one pixel on every side: few sizes,
+    so that many masks share one stack of canvases [n, 1, side, side], and one call of RoIAlign. Sorted by side:
+
+        objects   a  b  c  d  e | f  g | h  i | j
+        sides    16 16 16 16 16 |32 32 |32 32 |128
+        stacks   (0, 5, 16)      (5, 7, 32), (7, 9, 32), (9, 10, 128)
+
+    A stack has at most `MAX_CANVAS_PIXELS`; therefore the 32s above fill two.
 
     Args:
         masks: of a batch.
@@ -63,51 +73,51 @@ def mask_targets(masks: PackedMasks, rows: Tensor, boxes: Tensor, cells: int) ->
     Returns:
         [R, cells, cells] float32, 0 or 1.
     """
-    # Canvases are square, their side a power of 2 that holds the window and a margin of one pixel.
     extents = (masks.windows[:, 2:] - masks.windows[:, :2]).amax(dim=1) + 2
     exponents = torch.log2(extents.double()).ceil().long()
     order = torch.argsort(exponents)
-    position = torch.argsort(order)[rows]  # of each box's object in that order
-    parts, start = [], 0
-    for exponent, count in enumerate(group_sizes(exponents, LARGEST_EXPONENT + 1)):
-        room, end = max(1, CANVAS_PIXELS >> (2 * exponent)), start + count
-        parts += [(first, min(first + room, end), 2**exponent) for first in range(start, end, room)]
-        start = end
-    stops = torch.tensor([stop for _, stop, _ in parts]).to(position.device, non_blocking=True)
-    part = torch.bucketize(position, stops, right=True)
-    members = torch.argsort(part).split(group_sizes(part, len(parts)))
+    position = torch.argsort(order)[rows]  # of each box's object among the sorted ones
+    stacks, first = [], 0  # (start, stop, side): the sorted objects from `start` to `stop`
+    for exponent, count in enumerate(group_sizes(exponents, MAX_SIDE_EXPONENT + 1)):
+        end, stack_size = first + count, max(1, MAX_CANVAS_PIXELS >> (2 * exponent))
+        stacks += [(start, min(start + stack_size, end), 2**exponent) for start in range(first, end, stack_size)]
+        first = end
+    stops = torch.tensor([stop for _, stop, _ in stacks]).to(position.device, non_blocking=True)
+    stack_of_box = torch.bucketize(position, stops, right=True)
+    boxes_by_stack = torch.argsort(stack_of_box).split(group_sizes(stack_of_box, len(stacks)))
 
     targets = boxes.new_zeros(len(boxes), cells, cells)
-    for (start, stop, side), on_part in zip(parts, members, strict=True):
-        if len(on_part):
-            mask = rows[on_part]
+    for (start, stop, side), box_rows in zip(stacks, boxes_by_stack, strict=True):
+        if len(box_rows):
+            mask_rows = rows[box_rows]
             canvases = _unpack(masks, order[start:stop], side)
-            origins = (masks.windows[mask, :2] - 1).repeat(1, 2)
-            corners = boxes[on_part] * masks.zooms[mask, None] - origins
-            rois = torch.cat([(position[on_part] - start)[:, None].to(corners.dtype), corners], dim=1)
-            targets[on_part] = roi_align(canvases, rois, cells, 1.0, sampling_ratio=0, aligned=True)[:, 0]
-    return (targets >= THRESHOLD).float()
+            origins = (masks.windows[mask_rows, :2] - 1).repeat(1, 2)  # of the canvas, in the mask's frame
+            corners = boxes[box_rows] * masks.zooms[mask_rows, None] - origins
+            rois = torch.cat([(position[box_rows] - start)[:, None].to(corners.dtype), corners], dim=1)
+            targets[box_rows] = roi_align(canvases, rois, cells, 1.0, sampling_ratio=0, aligned=True)[:, 0]
+    return (targets >= MASK_THRESHOLD).float()
 
 
-def _unpack(masks: PackedMasks, objects: Tensor, side: int) -> Tensor:
-    """[n, 1, side, side] float32: each mask from one pixel above and left of its window on, and what lies around it.
+def _unpack(masks: PackedMasks, rows: Tensor, side: int) -> Tensor:
+    """Canvases [n, 1, side, side] float32 of the masks `rows` [n], each with its window from pixel (1, 1) on.
 
-    Around it there is nothing, but for the image's border pixels, which go on beyond the border as in RoIAlign.
+    A canvas is zero around the window, except beyond the image's border: there the border's pixels are repeated, as
+    RoIAlign does with those of a whole image.
     """
-    x1, y1, x2, y2 = masks.windows[objects, :, None].unbind(dim=1)
-    limits = masks.frames[objects] - 1
-    steps = torch.arange(-1, side - 1, device=objects.device)
-    y = (y1 + steps).clamp(min=0).minimum(limits[:, :1])
+    x1, y1, x2, y2 = masks.windows[rows, :, None].unbind(dim=1)
+    limits = masks.frames[rows] - 1
+    steps = torch.arange(-1, side - 1, device=rows.device)
+    y = (y1 + steps).clamp(min=0).minimum(limits[:, :1])  # [n, side], each canvas row's place in the mask's frame
     x = (x1 + steps).clamp(min=0).minimum(limits[:, 1:])
-    rows = masks.offsets[objects, None] + (y - y1) * (x2 - x1)
+    row_offsets = masks.offsets[rows, None] + (y - y1) * (x2 - x1)
     inside = ((y >= y1) & (y < y2))[:, :, None] & ((x >= x1) & (x < x2))[:, None, :]
-    places = torch.where(inside, rows[:, :, None] + (x - x1)[:, None, :], 0)
+    bit_indices = torch.where(inside, row_offsets[:, :, None] + (x - x1)[:, None, :], 0)
     bits = masks.bits if len(masks.bits) else masks.bits.new_zeros(1)
-    return (bits[places] * inside).float()[:, None]
+    return (bits[bit_indices] * inside).float()[:, None]
 
 
 def paste_mask(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
-    """A mask of a box in the image: bilinear between the cells' centres, at every pixel's centre.
+    """A mask of a box in the image: at every pixel's centre, bilinear between the cells' centres.
 
     Args:
         probabilities: [m, m].
@@ -115,7 +125,7 @@ def paste_mask(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]
         size: (height, width) of the image.
 
     Returns:
-        (top, left) of the pixels that the box touches, and [h, w] float32 probabilities there; all others are under
+        (top, left) of the pixels that the box touches, and [h, w] float32 probabilities there; elsewhere they are under
         one half.
     """
     return next(paste_windows(probabilities[None], box[None], np.array([size])))
@@ -128,14 +138,13 @@ def paste_windows(
     limits, cells = sizes[:, [1, 0]], probabilities.shape[-1]
     first = np.clip(np.floor(boxes[:, :2]), 0, limits).astype(np.int64)
     last = np.clip(np.ceil(boxes[:, 2:]), first, np.maximum(first, limits)).astype(np.int64)
-    exact = boxes.astype(np.float64)
-    columns, rows = (
-        _interpolation(first[:, side], last[:, side], exact[:, side], exact[:, side + 2], cells) for side in (0, 1)
-    )
-    for (left, top), maps, across, down in zip(
-        first.tolist(), probabilities.astype(np.float32, copy=False), columns, rows, strict=True
+    x1, y1, x2, y2 = boxes.astype(np.float64).T
+    column_weights = _interpolation(first[:, 0], last[:, 0], x1, x2, cells)
+    row_weights = _interpolation(first[:, 1], last[:, 1], y1, y2, cells)
+    for (left, top), mask, across, down in zip(
+        first.tolist(), probabilities.astype(np.float32, copy=False), column_weights, row_weights, strict=True
     ):
-        yield (top, left), (across @ (down @ maps).T).T  # columns lie together in memory, as run lengths need them
+        yield (top, left), (across @ (down @ mask).T).T  # columns are contiguous, as run lengths need them
 
 
 def paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -143,69 +152,78 @@ def paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, i
     masks = np.zeros((len(boxes), *size), bool)
     windows = paste_windows(probabilities, boxes, np.tile(size, (len(boxes), 1)))
     for mask, ((top, left), inside) in zip(masks, windows, strict=True):
-        mask[top : top + inside.shape[0], left : left + inside.shape[1]] = inside >= THRESHOLD
+        mask[top : top + inside.shape[0], left : left + inside.shape[1]] = inside >= MASK_THRESHOLD
     return masks
 
 
 def _interpolation(
     first: np.ndarray, last: np.ndarray, low: np.ndarray, high: np.ndarray, cells: int
 ) -> list[np.ndarray]:
-    """For each of D boxes [last - first, cells] weights of cells from `low` to `high`, at pixels `first` to `last`."""
+    """Along one axis, the weights [last - first, cells] of each of D boxes' cells at its pixels.
+
+    Args:
+        first: [D] the first pixel.
+        last: [D] the pixel after the last.
+        low: [D] where the box begins, in pixels.
+        high: [D] where it ends.
+        cells: that it is divided into.
+    """
     counts = last - first
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts)  # the pixels of all boxes lie in one array, one box after another
     box = np.repeat(np.arange(len(first)), counts)
     pixels = np.arange(len(box)) - (ends - counts - first)[box]
-    centres = (pixels + 0.5 - low[box]) / np.maximum(high - low, 1e-6)[box] * cells - 0.5
-    below = np.floor(centres)
-    # A pixel lies between two cells. Two more on each side take what lies beyond.
-    place = np.clip(below, -2, cells).astype(np.int64) + 2
+    places = (pixels + 0.5 - low[box]) / np.maximum(high - low, 1e-6)[box] * cells - 0.5  # 0 is the first cell's centre
+    below = np.floor(places)
+    # A pixel lies between two cells. Two more on each side take the weights of pixels beyond the box, then are dropped.
+    column = np.clip(below, -2, cells).astype(np.int64) + 2
     weights = np.zeros((len(box), cells + 4), np.float32)
-    weights[np.arange(len(box)), place] = 1 - (centres - below)
-    weights[np.arange(len(box)), place + 1] = 1 - (below + 1 - centres)
-    stretches = zip((ends - counts).tolist(), ends.tolist(), strict=True)
-    return [weights[begin:end, 2:-2] for begin, end in stretches]
+    weights[np.arange(len(box)), column] = 1 - (places - below)
+    weights[np.arange(len(box)), column + 1] = 1 - (below + 1 - places)
+    return [weights[end - count : end, 2:-2] for count, end in zip(counts.tolist(), ends.tolist(), strict=True)]
 
 
 def encode_masks(
     corners: Sequence[tuple[int, int]], masks: Sequence[np.ndarray], sizes: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Masks as COCO's compressed run lengths. The time that it takes follows the masks' sizes, not the images'.
+    """Masks as COCO's compressed run lengths. The time it takes depends on the masks' sizes, not on the images'.
+
+    A mask's run lengths are the distances between its changes: the places, counted down the image's columns, where 0
+    follows 1 or 1 follows 0. They are found in all masks at once.
 
     Args:
         corners: D (top, left), where each mask's first pixel lies in its image.
         masks: D of [h, w] bool.
         sizes: [D, 2] (height, width) of the images.
     """
+    # All masks in one array, column by column, with a zero above and below each column.
     shapes = np.array([mask.shape for mask in masks], np.int64).reshape(-1, 2)
     heights = shapes[:, 0] + 2
     ends = np.cumsum(heights * shapes[:, 1])
     flat = np.zeros(ends[-1] if len(ends) else 0, bool)
     for mask, height, end in zip(masks, heights.tolist(), ends.tolist(), strict=True):
-        # Columns first, as in COCO, and nothing above and below each.
         flat[end - height * mask.shape[1] : end].reshape(-1, height)[:, 1:-1] = mask.T
     places = np.flatnonzero(flat[1:] != flat[:-1])
-    owner = np.searchsorted(ends, places, side="right")
+    owner = np.searchsorted(ends, places, side="right")  # the mask of each change
     column, row = np.divmod(places - (ends - heights * shapes[:, 1])[owner], heights[owner])
     tops, lefts = np.array(corners, np.int64).reshape(-1, 2).T
-    changes = (lefts[owner] + column) * sizes[owner, 0] + tops[owner] + row
-    # A run that reaches the bottom and goes on at the next top is one.
+    changes = (lefts[owner] + column) * sizes[owner, 0] + tops[owner] + row  # counted in the whole image
+    # A run that ends at the image's bottom joins the next one, if that begins at the top of the next column.
     joined = (changes[1:-1:2] == changes[2::2]) & (owner[1:-1:2] == owner[2::2])
     kept = np.ones(len(changes), bool)
     kept[1:-1] = np.repeat(~joined, 2)
     changes, owner = changes[kept], owner[kept]
 
-    # Each mask's changes between the first pixel and the end.
+    # Between an edge at 0 and one at the image's end, each mask's changes: the runs are the differences.
     last = np.cumsum(np.bincount(owner, minlength=len(masks)) + 2) - 1
     edges = np.zeros(len(changes) + 2 * len(masks), np.int64)
     edges[np.arange(len(changes)) + 2 * owner + 1] = changes
     edges[last] = sizes[:, 0] * sizes[:, 1]
-    counts, encoded, start = np.diff(edges).tolist(), [], 0
+    lengths, encoded, start = np.diff(edges).tolist(), [], 0
     for size, stop in zip(sizes.tolist(), last.tolist(), strict=True):
-        if stop - start > 1 and not counts[stop - 1]:  # COCO leaves an empty run at the end out
-            mine = counts[start : stop - 1]
-        else:
-            mine = counts[start:stop]
-        found = coco_mask.frPyObjects({"size": size, "counts": mine}, *size)
-        encoded.append({"size": size, "counts": found["counts"].decode()})
+        counts = lengths[start:stop]
+        if len(counts) > 1 and not counts[-1]:  # COCO omits an empty last run
+            counts.pop()
+        run_lengths = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+        encoded.append({"size": size, "counts": run_lengths["counts"].decode()})
         start = stop + 1
     return encoded

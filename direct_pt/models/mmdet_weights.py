@@ -1,4 +1,4 @@
-"""MMDetection's state dicts and our detectors. Values are the same in both but for one order of channels in Swin."""
+"""State dicts of MMDetection and of our detectors: only names differ, and one order of channels in Swin."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 from direct_pt.errors import InputError
 from direct_pt.models.detector import BOX_HEADS, RATIOS, Detector, DetectorConfig, build_detector
 
-# (MMDetection's, ours), the first that fits counts. A line stands for every name that begins so; `#` is an index.
+# (MMDetection's, ours): beginnings of names, `#` is an index. The first that matches counts.
 RENAMES = (
-    # Swin merges patches at the end of a stage there, at the beginning of the next one here.
+    # Swin merges patches at the end of a stage in MMDetection, at the beginning of the next one in timm.
     *((f"backbone.layers.{i}.downsample.", f"backbone.network.layers_{i + 1}.downsample.") for i in range(3)),
     ("backbone.layers.#.", "backbone.network.layers_#."),
     ("backbone.norm#.", "backbone.norms.#."),
@@ -36,7 +36,7 @@ BOX_HEAD = (
     ("fc_cls.", "class_logits."),
     ("fc_reg.", "deltas."),
 )
-# Above are the names of Swin's authors, which the paper's files have; MMDetection's own Swin came later with these.
+# Above are the names of Swin's authors, which the paper's files have. MMDetection's own Swin came later, with these.
 LATER_SWIN = (
     *((f"backbone.stages.{i}.downsample.", f"backbone.network.layers_{i + 1}.downsample.") for i in range(3)),
     ("backbone.stages.#.blocks.#.attn.w_msa.", "backbone.network.layers_#.blocks.#.attn."),
@@ -45,23 +45,23 @@ LATER_SWIN = (
     ("backbone.stages.#.", "backbone.network.layers_#."),
     ("backbone.patch_embed.projection.", "backbone.network.patch_embed.proj."),
 )
-LATER_MERGE = "backbone.stages.#.downsample."  # where the order of channels differs
+LATER_MERGE = "backbone.stages.#.downsample."  # whose channels are in another order
 POSITION_TABLE, POSITION_INDEX = "relative_position_bias_table", "relative_position_index"
-NO_WEIGHTS = (POSITION_INDEX, "attn_mask")  # ends of names: computed here
-# timm's networks that compute what MMDetection's do, with weights of the same names.
+COMPUTED_BUFFERS = (POSITION_INDEX, "attn_mask")  # ends of names; these are not loaded
+# timm's networks that compute the same as MMDetection's, with weights of the same names.
 BACKBONES = re.compile(
     r"(resnet(18|34|50|101|152)|resnext(50_32x4d|101_(32|64)x4d)|swin_(tiny|small|base)_patch4_window7_224)(\..+)?"
 )
-SHOWN = 3  # names of a kind that a message lists
+MAX_NAMES_SHOWN = 3  # in messages
 
 
 def renames(model: str) -> list[tuple[str, str]]:
-    """The table of one of `detector.MODELS`: only Cascade R-CNN's box heads are numbered in MMDetection."""
-    cascade = model.startswith("cascade")
-    heads = ("roi_head.bbox_head.#.", "roi_head.box_heads.#.")
-    head = ("roi_head.bbox_head.", "roi_head.box_heads.0.")
-    theirs, ours = heads if cascade else head
-    return [*RENAMES, *((theirs + one, ours + other) for one, other in BOX_HEAD)]
+    """The table for one of `detector.MODELS`. MMDetection numbers the box heads of Cascade R-CNN only."""
+    if model.startswith("cascade"):
+        theirs, ours = "roi_head.bbox_head.#.", "roi_head.box_heads.#."
+    else:
+        theirs, ours = "roi_head.bbox_head.", "roi_head.box_heads.0."
+    return [*RENAMES, *((theirs + their_name, ours + our_name) for their_name, our_name in BOX_HEAD)]
 
 
 def to_mmdet(name: str, model: str) -> str:
@@ -82,16 +82,16 @@ def detector_from_mmdet(
     backbone: str | None = None,
     source: str = "the state dict",
 ) -> Detector:
-    """A detector with the weights of MMDetection's, all of them. Which box head, how many classes and how wide the
-    pyramid is, is found from names and shapes.
+    """A detector with all weights of MMDetection's. Box head, number of classes and channels are inferred from names
+    and shapes.
 
     Args:
         state: MMDetection's state dict, 2.x or 3.x.
         model: one of `detector.MODELS`.
-        class_names: in the order of the class indices; "class 0" and so on where left out.
-        category_ids: of the classes; from 1 where left out.
+        class_names: in the order of the class indices; by default "class 0" and so on.
+        category_ids: of the classes; by default from 1.
         backbone: a timm name in place of the paper's.
-        source: what messages call the state dict.
+        source: of the state dict, for messages.
 
     Returns:
         The detector, in training mode.
@@ -99,7 +99,7 @@ def detector_from_mmdet(
     Raises:
         InputError: the number of names contradicts the shapes, or a tensor is missing, left over or misshapen.
     """
-    config = _config(state, model, class_names, category_ids, backbone, source)
+    config = _infer_config(state, model, class_names, category_ids, backbone, source)
     detector = build_detector(model, config=config)
     weights, indices = detector.state_dict(), _position_indices(detector)
     wanted = {**weights, **indices}
@@ -116,28 +116,28 @@ def detector_from_mmdet(
             continue
         found[ours], expected = tensor, wanted[ours]
         if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
-            misshapen.append(f"{name}: expected {_kind(expected)}, found {_kind(tensor)}")
+            misshapen.append(f"{name}: expected {_shape_and_dtype(expected)}, found {_shape_and_dtype(tensor)}")
         elif ours in indices and not torch.equal(tensor.to(expected.dtype), expected):
             misshapen.append(f"{name}: another order of the positions in a window")
         elif _pattern(LATER_MERGE).match(name):
             found[ours] = merge_order(tensor)
     # Early versions of torch did not count batches.
-    absent = [name for name in weights if name not in found and not name.endswith("num_batches_tracked")]
-    missing = [to_mmdet(name, model) for name in absent]
+    required = [name for name in weights if not name.endswith("num_batches_tracked")]
+    missing = [to_mmdet(name, model) for name in required if name not in found]
     if missing or left_over or misshapen:
         kinds = ((missing, "missing"), (left_over, "left over"), (misshapen, "misshapen"))
-        wrong = "; ".join(f"{len(names)} {kind} ({few(names)})" for names, kind in kinds if names)
+        misfits = "; ".join(f"{len(names)} {kind} ({abbreviate(names)})" for names, kind in kinds if names)
         remedy = "give the --model and --backbone that it is of; other variants have no counterpart here"
         if any(name.startswith("ema_") for name in left_over):
             remedy = "names with ema_ are a second copy of the weights: save the state dict without them"
-        raise InputError(f"{source}: its tensors are not those of {model} with {config.backbone}: {wrong}; {remedy}")
+        raise InputError(f"{source}: its tensors are not those of {model} with {config.backbone}: {misfits}; {remedy}")
     detector.load_state_dict({**weights, **{name: found[name] for name in weights if name in found}})
     return detector
 
 
 def mmdet_state_dict(detector: Detector) -> dict[str, Tensor]:
-    """A detector's weights, no copies, as MMDetection's state dict: with the names of the paper's files, and with the
-    buffers that it expects. Raises InputError where MMDetection has no such detector."""
+    """A detector's weights (not copied) as MMDetection's state dict, with the names of the paper's files and with the
+    buffers that MMDetection expects. Raises InputError where MMDetection has no such detector."""
     config = detector.config
     _check_backbone(config.backbone)
     if config.norm != "batch":
@@ -154,13 +154,13 @@ def mmdet_state_dict(detector: Detector) -> dict[str, Tensor]:
 def merge_order(weight: Tensor) -> Tensor:
     """A weight [..., 4 C] of patch merging, from the order of MMDetection's later Swin to that of Swin's authors.
 
-    Both lay the 4 pixels of a 2x2 patch side by side. There a channel's pixels follow each other, as in `nn.Unfold`:
-    (C, row, column). Here a pixel's channels do, and the pixels column by column: (column, row, C).
+    Both concatenate the channels of the 4 pixels of a 2x2 patch. MMDetection orders them (C, row, column), as
+    `nn.Unfold` does; Swin's authors (column, row, C).
     """
     return weight.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
 
 
-def _config(
+def _infer_config(
     state: Mapping[str, Tensor],
     model: str,
     class_names: Sequence[str] | None,
@@ -168,19 +168,20 @@ def _config(
     backbone: str | None,
     source: str,
 ) -> DetectorConfig:
-    """What a state dict says of its detector. Where it does not, the paper's: the tensors will be found missing."""
-    config = DetectorConfig.of_paper(model, (), ())
+    """The configuration of the detector with this state dict. Where tensors are missing, the paper's: loading reports
+    them."""
+    config = DetectorConfig.from_paper(model, (), ())
     _check_backbone(backbone or config.backbone)
     if model.startswith("retinanet"):
-        anchors = 3 * len(RATIOS)  # three scales
-        num_classes = _rows(state, to_mmdet("head.logits.weight", model)) // anchors
+        anchors_per_cell = 3 * len(RATIOS)  # three scales
+        num_classes = _num_rows(state, to_mmdet("head.logits.weight", model)) // anchors_per_cell
     else:
-        num_classes = _rows(state, to_mmdet("roi_head.box_heads.0.class_logits.weight", model)) - 1
+        num_classes = _num_rows(state, to_mmdet("roi_head.box_heads.0.class_logits.weight", model)) - 1
     names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(max(1, num_classes)))
     if num_classes > 0 and len(names) != num_classes:
         raise InputError(
-            f"{source}: has weights for {num_classes} classes, but there are {len(names)} names: {few(names)}; give "
-            "the names of these classes, in its meta or, where it has none, with --categories"
+            f"{source}: has weights for {num_classes} classes, but there are {len(names)} names: {abbreviate(names)}; "
+            "give the names of these classes, in its meta or, where it has none, with --categories"
         )
     convs, fcs = (
         len({found[1] for name in state if (found := re.search(rf"\.{layers}\.(\d+)\.", name))})
@@ -192,12 +193,12 @@ def _config(
         category_ids=tuple(category_ids) if category_ids is not None else tuple(range(1, len(names) + 1)),
         backbone=backbone or config.backbone,
         box_head=next((head for head, layers in BOX_HEADS.items() if layers == (convs, fcs)), config.box_head),
-        channels=_rows(state, to_mmdet("fpn.lateral.0.weight", model)) or config.channels,
+        channels=_num_rows(state, to_mmdet("fpn.lateral.0.weight", model)) or config.channels,
     )
 
 
-def _rows(state: Mapping[str, Tensor], name: str) -> int:
-    """The first dimension of a tensor, 0 where it has none or is not there."""
+def _num_rows(state: Mapping[str, Tensor], name: str) -> int:
+    """The first dimension of a tensor, 0 where it has none or is missing."""
     return state[name].shape[0] if name in state and state[name].ndim else 0
 
 
@@ -208,16 +209,16 @@ def _check_backbone(name: str) -> None:
 
 
 def _position_indices(detector: Detector) -> dict[str, Tensor]:
-    """The row of its table for each pair of positions in a window, which MMDetection saves with the weights."""
+    """Swin's buffers with the table row for each pair of positions in a window. MMDetection saves them."""
     return {name: buffer for name, buffer in detector.named_buffers() if name.endswith(POSITION_INDEX)}
 
 
-def few(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """The first names of a list, for messages."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
 
 
-def _kind(tensor: Tensor) -> str:
+def _shape_and_dtype(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 

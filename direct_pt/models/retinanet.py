@@ -8,12 +8,11 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from direct_pt.batch import Batch, Detections
-from direct_pt.models.anchors import Anchors, per_anchor
-from direct_pt.models.boxes import best_detections, decode, encode
+from direct_pt.models.anchors import ANCHOR_STDS, Anchors, decode_best, flatten_levels
+from direct_pt.models.boxes import best_detections, encode, gather_boxes
 from direct_pt.models.matching import Matches, Matching, match
 
-STDS = (1.0, 1.0, 1.0, 1.0)
-PRIOR = 0.01  # the score that every class starts from
+PRIOR = 0.01  # every class's score before training: almost all anchors are background
 
 
 class RetinaHead(nn.Module):
@@ -26,7 +25,7 @@ class RetinaHead(nn.Module):
         matching: which anchors learn which object.
         score_threshold: detections score strictly more.
         before_nms: how many detections a level enter NMS.
-        nms_threshold: IoU above which the lesser detection of a class goes.
+        nms_threshold: IoU with a better detection of the same class, above which a detection is suppressed.
         max_detections: an image.
     """
 
@@ -59,69 +58,71 @@ class RetinaHead(nn.Module):
         nn.init.constant_(self.logits.get_parameter("bias"), -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Raw maps of each level: class logits [B, A num_classes, h, w] and deltas [B, 4 A, h, w]."""
+        """Maps of each level: class logits [B, A * num_classes, h, w] and deltas [B, 4 A, h, w]."""
         logits, deltas = [], []
         for feature in features:
-            for_class, for_box = feature, feature
+            class_hidden, box_hidden = feature, feature
             for class_conv, box_conv in zip(self.class_convs, self.box_convs, strict=True):
-                for_class, for_box = F.relu(class_conv(for_class)), F.relu(box_conv(for_box))
-            logits.append(self.logits(for_class))
-            deltas.append(self.deltas(for_box))
+                class_hidden, box_hidden = F.relu(class_conv(class_hidden)), F.relu(box_conv(box_hidden))
+            logits.append(self.logits(class_hidden))
+            deltas.append(self.deltas(box_hidden))
         return logits, deltas
 
     def losses(self, features: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Focal class loss of all anchors and L1 box loss of the positive ones, both over `positives`."""
+        """Focal class loss of all anchors and L1 box loss of the positive ones, both over `normalizer`."""
         logits, deltas = self(features)
         anchors = torch.cat(self.anchors(features))
         matches = self.match(features, batch)
         labels = batch.labels.gather(1, matches.target)
         classes = torch.arange(self.num_classes, device=labels.device)
-        target = (labels[..., None] == classes) & matches.positive[..., None]
-        logit = torch.cat([per_anchor(level, self.num_classes) for level in logits], dim=1).float()
-        delta = torch.cat([per_anchor(level, 4) for level in deltas], dim=1).float()
-        focal = sigmoid_focal_loss(logit, target.to(logit.dtype), alpha=0.25, gamma=2.0, reduction="none").sum(dim=-1)
-        objects = batch.boxes.gather(1, matches.target[..., None].expand(-1, -1, 4))
-        delta_target = encode(anchors[None], torch.where(matches.positive[..., None], objects, anchors), STDS)
-        normalizer = self.positives(matches)
+        class_targets = (labels[..., None] == classes) & matches.positive[..., None]  # [B, N, num_classes]
+        objects = gather_boxes(batch.boxes, matches.target)
+        objects = torch.where(matches.positive[..., None], objects, anchors)  # empty slots cannot be encoded
+        delta_targets = encode(anchors[None], objects, ANCHOR_STDS)
+
+        flat_logits, flat_deltas = flatten_levels(logits, self.num_classes).float(), flatten_levels(deltas, 4).float()
+        focal = sigmoid_focal_loss(
+            flat_logits, class_targets.to(flat_logits.dtype), alpha=0.25, gamma=2.0, reduction="none"
+        ).sum(dim=-1)
+        normalizer = self.normalizer(matches)
         return {
             "class": (focal * (matches.positive | matches.negative)).sum() / normalizer,
-            "box": ((delta - delta_target).abs() * matches.positive[..., None]).sum() / normalizer,
+            "box": ((flat_deltas - delta_targets).abs() * matches.positive[..., None]).sum() / normalizer,
         }
 
     @torch.no_grad()
     def match(self, features: list[Tensor], batch: Batch) -> Matches:
-        """Which anchor learns which object; only the features' sizes count."""
-        usable = self.anchors.on_padded_images(features, batch.padded_sizes)
+        """Which anchor learns which object. Of `features` only the sizes count."""
+        usable = self.anchors.inside_padding(features, batch.padded_sizes)
         anchors = torch.cat(self.anchors(features))
         return match(self.matching, anchors[None], usable, batch.boxes, batch.valid, batch.crowd)
 
-    def positives(self, matches: Matches) -> Tensor:
-        """How many anchors of a batch learn an object, at least one an image: what its losses are divided by."""
+    def normalizer(self, matches: Matches) -> Tensor:
+        """What a batch's losses are divided by: its number of positive anchors, at least one an image."""
         return matches.positive.sum(dim=1).clamp(min=1).sum()
 
     def loss_weight(self, batch: Batch) -> Tensor:
-        """What the losses of a batch will be divided by."""
+        """The normalizer that a batch's losses will have, known before the forward pass.
+
+        Training needs it of all micro-batches of a step in advance. Say one has 3 positive anchors, the next one 9:
+        their losses are sums over 3 and over 9, and the plain mean of the two would count each anchor of the first
+        three times as much. Weighted by 3 and 9 they make the loss of the large batch, one sum over 12.
+        """
+        # Matching needs no features, only the sizes of their levels: maps without any content, one channel each.
         height, width = batch.images.shape[-2:]
-        sizes = [(-(-height // stride), -(-width // stride)) for stride in self.anchors.strides]
-        return self.positives(self.match([batch.boxes.new_empty(1, 1, *size) for size in sizes], batch))
+        sizes = [(-(-height // stride), -(-width // stride)) for stride in self.anchors.strides]  # rounded up
+        return self.normalizer(self.match([batch.boxes.new_empty(1, 1, *size) for size in sizes], batch))
 
     @torch.no_grad()
     def detect(self, features: list[Tensor], batch: Batch) -> Detections:
         """Scored boxes in the original images' frames, at most `max_detections` an image."""
         logits, deltas = self(features)
-        boxes, scores, labels = [], [], []
-        for level, anchors in enumerate(self.anchors(features)):
-            score = per_anchor(logits[level], self.num_classes).float().sigmoid().flatten(1)
-            best, pairs = score.topk(min(self.before_nms, score.shape[1]), dim=1)
-            rows = pairs // self.num_classes
-            delta = per_anchor(deltas[level], 4).gather(1, rows[..., None].expand(-1, -1, 4))
-            boxes.append(decode(anchors[rows], delta, STDS, batch.sizes))
-            scores.append(best)
-            labels.append(pairs % self.num_classes)
-        box, score, label = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(labels, dim=1)
-        usable = (box[..., 2:] > box[..., :2]).all(dim=-1) & (score > self.score_threshold)
+        boxes, scores, labels, _ = decode_best(
+            self.anchors(features), logits, deltas, self.num_classes, self.before_nms, batch.sizes
+        )
+        usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & (scores > self.score_threshold)
         image, row = torch.nonzero(usable, as_tuple=True)
-        candidates = Detections(image, box[image, row], score[image, row], label[image, row])
+        candidates = Detections(image, boxes[image, row], scores[image, row], labels[image, row])
         found = best_detections(candidates, len(batch), self.num_classes, self.nms_threshold, self.max_detections)
         found.boxes = found.boxes / batch.scales.repeat(1, 2)[found.image]
         return found

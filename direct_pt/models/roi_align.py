@@ -1,4 +1,4 @@
-"""RoI features out of a pyramid."""
+"""RoI features out of a pyramid: RoIAlign, with torchvision's kernel on GPUs and one of our own on CPUs."""
 
 import torch
 import torchvision
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from direct_pt.models.boxes import area, group_sizes
 from direct_pt.models.layers import takes_gpu_path
 
-FINEST_SCALE = 56  # RoIs under twice this side, in pixels, are read from the finest level
+FINEST_SCALE = 56  # pixels: RoIs whose side is under twice this are read from the finest level
 
 
 def roi_levels(boxes: Tensor, num_levels: int) -> Tensor:
@@ -20,7 +20,7 @@ def roi_levels(boxes: Tensor, num_levels: int) -> Tensor:
 def pyramid_roi_align(
     features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
 ) -> Tensor:
-    """RoIAlign (aligned, adaptive sampling) of each box on the level that its size asks for, computed in float32.
+    """RoIAlign (aligned, adaptive sampling) of each box on the level that suits its size, computed in float32.
 
     Semantics follow MMDetection's SingleRoIExtractor.
 
@@ -29,17 +29,19 @@ def pyramid_roi_align(
         strides: pixels a cell, one a level.
         images: [R] int64, the position in the batch that each box lies in.
         boxes: [R, 4].
-        output_size: cells a side.
+        output_size: bins a side.
 
     Returns:
         [R, C, output_size, output_size] of the features' dtype.
     """
-    pool = roi_align if takes_gpu_path(boxes) else roi_align_by_rows
+    pool = roi_align_by_levels if takes_gpu_path(boxes) else roi_align_by_rows
     return pool(features, strides, images, boxes, output_size).to(features[0].dtype)
 
 
-def roi_align(features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int) -> Tensor:
-    """`pyramid_roi_align` by torchvision's kernel, level by level."""
+def roi_align_by_levels(
+    features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
+) -> Tensor:
+    """`pyramid_roi_align` with torchvision's kernel, one call a level."""
     levels = roi_levels(boxes, len(features))
     order = torch.argsort(levels, stable=True)
     counts = group_sizes(levels, len(features))
@@ -54,79 +56,103 @@ def roi_align(features: list[Tensor], strides: list[int], images: Tensor, boxes:
 def roi_align_by_rows(
     features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
 ) -> Tensor:
-    """The same, made for CPUs, where torchvision's goes channel by channel: each output is a weighted sum of a few
-    rows of one table [cells of all levels and images, C], forward and backward.
+    """`pyramid_roi_align` for CPUs.
 
-    Bilinear sampling and averaging are separable: a cell's weight is the product of one along y and one along x.
+    torchvision's kernel goes channel by channel and reads a few scattered numbers for each. Here a cell's channels lie
+    side by side, in one row of a table [cells of all levels and images, C], and each output bin is a weighted sum of a
+    few rows: `embedding_bag`, fast forward and backward.
+
+    Which rows, and with which weights? A bin is the mean of a grid of sample points, each interpolated between the four
+    cells around it. Here is one with 2 x 2 sample points (o), which lie between 3 x 3 cells (.):
+
+         .     .     .     0.2
+            o     o
+         .     .     .     0.5  weights along y
+            o     o
+         .     .     .     0.3
+        0.4   0.5   0.1         weights along x
+
+    Mean and interpolation are separable: the middle cell's weight is 0.5 * 0.5. So `_axis_weights` finds the weights
+    along each axis, and `_bin_rows` multiplies them for all pairs.
     """
     channels = features[0].shape[1]
     table = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]).float()
     with torch.no_grad():
-        rows, weights, starts = _summands(features, strides, images, boxes, output_size)
+        rows, weights, starts = _bin_rows(features, strides, images, boxes, output_size)
     pooled = F.embedding_bag(rows, table, starts, per_sample_weights=weights.to(table.dtype), mode="sum")
     return pooled.view(len(boxes), output_size, output_size, channels).permute(0, 3, 1, 2)
 
 
-def _summands(
+def _bin_rows(
     features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows of the table each of the `bins` x `bins` outputs of each box adds up: rows [T], their weights [T], and
-    where each output's begin [R bins bins]."""
+    """Which rows of the table each of the `bins` x `bins` output bins of each box adds up.
+
+    Returns:
+        Rows [T] of all bins, one bin after another, their weights [T], and where each bin's begin [R * bins * bins].
+    """
+    # The table is ordered (level, image, y, x).
     levels = roi_levels(boxes, len(features))
     shapes = torch.tensor([feature.shape[-2:] for feature in features])
-    cells = shapes.prod(dim=1)
+    cells = shapes.prod(dim=1)  # of one image
     level_starts = (cells * len(features[0])).cumsum(0) - cells * len(features[0])
     height, width = shapes[levels].unbind(dim=1)
     boxes = boxes / torch.tensor(strides)[levels, None]
-    y, down = _axis_weights(boxes[:, 1], boxes[:, 3], bins, height)
-    x, across = _axis_weights(boxes[:, 0], boxes[:, 2], bins, width)
-    y = y * width[:, None, None] + (level_starts[levels] + images * cells[levels])[:, None, None]
+    y, y_weights = _axis_weights(boxes[:, 1], boxes[:, 3], bins, height)
+    x, x_weights = _axis_weights(boxes[:, 0], boxes[:, 2], bins, width)
+    y = y * width[:, None, None] + (level_starts[levels] + images * cells[levels])[:, None, None]  # table rows of x = 0
 
-    # An output's summands are runs along x, one for each of its cells along y. Weights are nowhere zero but at the end.
-    heights, widths = ((weight != 0).any(dim=1).sum(dim=1).clamp(min=1) for weight in (down, across))
-    of_output = torch.arange(len(boxes) * bins * bins)
-    roi = of_output // (bins * bins)
-    row, column = of_output // bins, roi * bins + of_output % bins  # of [R bins, K]
-    runs = heights[roi]
-    output = of_output.repeat_interleave(runs)
-    nth = torch.arange(len(output)) - (runs.cumsum(0) - runs)[output]
-    place = row[output] * y.shape[-1] + nth
-    length = widths[roi[output]]
-    run = torch.arange(len(output)).repeat_interleave(length)
-    run_starts = length.cumsum(0) - length
-    step = (column[output] * x.shape[-1] - run_starts)[run] + torch.arange(len(run))
-    rows = y.flatten()[place][run] + x.flatten()[step]
-    weights = down.flatten()[place][run] * across.flatten()[step]
-    outputs = runs * widths[roi]
-    return rows, weights, outputs.cumsum(0) - outputs
+    # How many cells a box's largest bin touches along each axis: weights are zero only behind these.
+    num_y, num_x = ((weights != 0).any(dim=1).sum(dim=1).clamp(min=1) for weights in (y_weights, x_weights))
+
+    # Boxes differ in `num_y` and `num_x`, so lists of lists are flattened, in two steps. First each output bin is
+    # repeated once for each of its cells along y: a "run", as its cells along x are neighbours in the table.
+    bin_ids = torch.arange(len(boxes) * bins * bins)
+    box = bin_ids // (bins * bins)
+    y_bin, x_bin = bin_ids // bins, box * bins + bin_ids % bins  # first index of y and x, as [R * bins, K]
+    bin_runs = num_y[box]
+    run_bin = bin_ids.repeat_interleave(bin_runs)
+    run_in_bin = torch.arange(len(run_bin)) - (bin_runs.cumsum(0) - bin_runs)[run_bin]  # 0, 1, ... in each bin
+    y_index = y_bin[run_bin] * y.shape[-1] + run_in_bin
+    # Then each run is repeated once for each of its cells along x.
+    run_length = num_x[box[run_bin]]
+    run = torch.arange(len(run_bin)).repeat_interleave(run_length)
+    run_starts = run_length.cumsum(0) - run_length
+    x_index = (x_bin[run_bin] * x.shape[-1] - run_starts)[run] + torch.arange(len(run))
+    rows = y.flatten()[y_index][run] + x.flatten()[x_index]
+    weights = y_weights.flatten()[y_index][run] * x_weights.flatten()[x_index]
+    bin_rows = bin_runs * num_x[box]
+    return rows, weights, bin_rows.cumsum(0) - bin_rows
 
 
 def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Along one axis, which cells each bin of each box sums up, and with which weights.
+    """Along one axis, the cells that each bin of each box touches, and their weights.
 
     Args:
         low: [R] where the boxes begin, in cells.
         high: [R] where they end.
-        bins: that each is cut into.
-        length: [R] int64, of the axis.
+        bins: that each box is cut into.
+        length: [R] int64, cells of the axis.
 
     Returns:
-        Cells [R, bins, K] int64 and weights [R, bins, K].
+        Cells [R, bins, K] int64, neighbours, and weights [R, bins, K].
     """
-    size = ((high - low) / bins)[:, None, None]
-    number = size.ceil()  # of samples in a bin; a box without extent has none
-    sample = torch.arange(int(number.max().clamp(min=1)) if len(number) else 1)
-    start = low[:, None, None] - 0.5 + torch.arange(bins)[:, None] * size
-    place = start + (sample + 0.5) * size / number.clamp(min=1)
+    bin_size = ((high - low) / bins)[:, None, None]
+    num_samples = bin_size.ceil()  # in a bin, one for each cell it covers; a box without extent has none
+    sample = torch.arange(int(num_samples.max().clamp(min=1)) if len(num_samples) else 1)
+    bin_start = low[:, None, None] - 0.5 + torch.arange(bins)[:, None] * bin_size  # 0 is the first cell's centre
+    point = bin_start + (sample + 0.5) * bin_size / num_samples.clamp(min=1)
     last = length[:, None, None] - 1
-    counts = ((sample < number) & (place >= -1) & (place <= last + 1)) / number.clamp(min=1)
-    place = place.clamp(min=0).minimum(last)
-    first = place.floor()
-    share = (place - first) * counts
-    begin = first[:, :, :1]
-    offset = (first - begin).long()
-    weights = place.new_zeros(*place.shape[:2], len(sample) + 1)
-    weights.scatter_add_(2, offset, counts - share)
-    weights.scatter_add_(2, (offset + 1).clamp(max=len(sample)), share)
-    cells = begin.long() + torch.arange(len(sample) + 1)
+    # A point more than a cell outside the map counts as zero; a nearer one is moved to the border.
+    point_weight = ((sample < num_samples) & (point >= -1) & (point <= last + 1)) / num_samples.clamp(min=1)
+    point = point.clamp(min=0).minimum(last)
+    # Each point's weight is shared by the cell before it and the one behind it.
+    cell = point.floor()
+    behind = (point - cell) * point_weight
+    first_cell = cell[:, :, :1]
+    offset = (cell - first_cell).long()
+    weights = point.new_zeros(*point.shape[:2], len(sample) + 1)
+    weights.scatter_add_(2, offset, point_weight - behind)
+    weights.scatter_add_(2, (offset + 1).clamp(max=len(sample)), behind)
+    cells = first_cell.long() + torch.arange(len(sample) + 1)
     return cells.minimum(last), weights

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.batch import Batch
-from direct_pt.models.anchors import Anchors, inside, per_anchor
-from direct_pt.models.boxes import decode, encode, grouped_nms
+from direct_pt.models.anchors import ANCHOR_STDS, Anchors, decode_best, flatten_levels, inside_images
+from direct_pt.models.boxes import encode, gather_boxes, grouped_nms
 from direct_pt.models.matching import Matching, Sampling, match, sample
 
-STDS = (1.0, 1.0, 1.0, 1.0)
-BOXES_AT_ONCE = 2**16  # in NMS: a GPU takes a bit for each pair of them
+MAX_NMS_BOXES = 2**16  # in one call: a GPU's NMS takes a bit for each pair of boxes
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,16 @@ class Proposals:
 
 
 class RPN(nn.Module):
-    """One shared 3x3 convolution, objectness and box deltas for every anchor.
+    """One shared 3x3 convolution, then objectness and box deltas for every anchor.
 
     Args:
         channels: of the pyramid.
         anchors: of the pyramid's levels.
         matching: which anchors learn which object.
-        sampling: how many enter the loss.
+        sampling: how many anchors enter the loss.
         train_counts: of proposals in training.
         test_counts: of proposals in inference.
-        nms_threshold: IoU above which the lesser proposal of a level goes.
+        nms_threshold: IoU with a better proposal of the same level, above which a proposal is suppressed.
         beta: of the smooth L1 box loss, 0 for L1.
         inside_only: only anchors that lie inside the image learn.
     """
@@ -75,7 +74,7 @@ class RPN(nn.Module):
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.01)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Raw maps of each level: objectness logits [B, A, h, w] and deltas [B, 4 A, h, w]."""
+        """Maps of each level: objectness logits [B, A, h, w] and deltas [B, 4 A, h, w]."""
         hidden = [F.relu(self.conv(feature)) for feature in features]
         return [self.objectness(h) for h in hidden], [self.deltas(h) for h in hidden]
 
@@ -84,22 +83,22 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Objectness (binary cross-entropy) and box (smooth L1) loss, both over the number of sampled anchors."""
         anchors = torch.cat(self.anchors(features))
-        usable = self.anchors.on_padded_images(features, batch.padded_sizes)
+        usable = self.anchors.inside_padding(features, batch.padded_sizes)
         if self.inside_only:
-            usable = usable & inside(anchors, batch.sizes)
+            usable = usable & inside_images(anchors, batch.sizes)
         matches = match(self.matching, anchors[None], usable, batch.boxes, batch.valid, batch.crowd)
         rows, positive, sampled = sample(self.sampling, matches, batch.seeds, salt=0)
-        flat_logits = torch.cat([per_anchor(level, 1) for level in logits], dim=1).squeeze(-1)
-        flat_deltas = torch.cat([per_anchor(level, 4) for level in deltas], dim=1)
-        logit = flat_logits.gather(1, rows).float()
-        delta = flat_deltas.gather(1, rows[..., None].expand(-1, -1, 4)).float()
 
-        anchor = anchors[rows]
-        objects = batch.boxes.gather(1, matches.target.gather(1, rows)[..., None].expand(-1, -1, 4))
-        target = encode(anchor, torch.where(positive[..., None], objects, anchor), STDS)
+        sampled_logits = flatten_levels(logits, 1).squeeze(-1).gather(1, rows).float()
+        sampled_deltas = gather_boxes(flatten_levels(deltas, 4), rows).float()
+        sampled_anchors = anchors[rows]
+        objects = gather_boxes(batch.boxes, matches.target.gather(1, rows))
+        objects = torch.where(positive[..., None], objects, sampled_anchors)  # empty slots cannot be encoded
+        delta_targets = encode(sampled_anchors, objects, ANCHOR_STDS)
+
         weights = self.sampling.weights(sampled)
-        objectness = F.binary_cross_entropy_with_logits(logit, positive.float(), reduction="none")
-        distance = F.smooth_l1_loss(delta, target, reduction="none", beta=self.beta).sum(dim=-1)
+        objectness = F.binary_cross_entropy_with_logits(sampled_logits, positive.float(), reduction="none")
+        distance = F.smooth_l1_loss(sampled_deltas, delta_targets, reduction="none", beta=self.beta).sum(dim=-1)
         return {
             "rpn_objectness": (objectness * weights).sum(),
             "rpn_box": (distance * weights * positive).sum(),
@@ -109,26 +108,22 @@ class RPN(nn.Module):
     def proposals(self, features: list[Tensor], logits: list[Tensor], deltas: list[Tensor], batch: Batch) -> Proposals:
         """The best boxes of each image, after NMS within each level."""
         counts = self.train_counts if self.training else self.test_counts
-        boxes, scores, levels = [], [], []
-        for level, anchors in enumerate(self.anchors(features)):
-            score = per_anchor(logits[level], 1).squeeze(-1).float().sigmoid()
-            best, rows = score.topk(min(counts.before_nms, len(anchors)), dim=1)
-            delta = per_anchor(deltas[level], 4).gather(1, rows[..., None].expand(-1, -1, 4))
-            boxes.append(decode(anchors[rows], delta, STDS, batch.sizes))
-            scores.append(best)
-            levels.append(torch.full_like(rows, level))
-        box, score, level_of = torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
-        usable = (box[..., 2:] > box[..., :2]).all(dim=-1) & (score >= 0)  # not so where it is not a number
-        image = torch.arange(len(box), device=box.device)[:, None]
-        group = image * len(logits) + level_of
-        # Unusable boxes go into NMS as empty ones, which suppress nothing, so that shapes stay fixed.
-        real = torch.where(usable[..., None], box, 0.0)
+        anchors = self.anchors(features)
+        boxes, scores, _, levels = decode_best(anchors, logits, deltas, 1, counts.before_nms, batch.sizes)
+        usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1) & (scores >= 0)  # false for NaN scores too
+        images = torch.arange(len(boxes), device=boxes.device)[:, None]
+        groups = images * len(logits) + levels
+        # Unusable boxes enter NMS as empty ones, which suppress nothing: filtering would make the GPU wait.
+        nms_boxes = torch.where(usable[..., None], boxes, 0.0)
         survives = torch.zeros_like(usable)
-        together = max(1, BOXES_AT_ONCE // box.shape[1])  # images
-        for part in (slice(first, first + together) for first in range(0, len(box), together)):
-            boxes_of, scores_of, groups_of = (values[part].flatten(0, 1) for values in (real, score, group))
-            kept = grouped_nms(boxes_of, scores_of, groups_of, self.nms_threshold)
+        images_at_once = max(1, MAX_NMS_BOXES // boxes.shape[1])
+        for start in range(0, len(boxes), images_at_once):
+            part = slice(start, start + images_at_once)
+            part_boxes, part_scores, part_groups = (
+                values[part].flatten(0, 1) for values in (nms_boxes, scores, groups)
+            )
+            kept = grouped_nms(part_boxes, part_scores, part_groups, self.nms_threshold)
             survives[part].view(-1).index_fill_(0, kept, True)
         survives &= usable
-        score, rows = torch.where(survives, score, -1.0).topk(min(counts.after_nms, score.shape[1]), dim=1)
-        return Proposals(box.gather(1, rows[..., None].expand(-1, -1, 4)), score, score >= 0)
+        scores, rows = torch.where(survives, scores, -1.0).topk(min(counts.after_nms, scores.shape[1]), dim=1)
+        return Proposals(gather_boxes(boxes, rows), scores, scores >= 0)

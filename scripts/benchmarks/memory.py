@@ -145,7 +145,7 @@ def _size(stage: str, image_size: int, short_side: int, long_side: int) -> tuple
 
 def paper_config(name: str, classes: int) -> DetectorConfig:
     """The paper's, of so many classes."""
-    return DetectorConfig.of_paper(name, tuple(map(str, range(classes))), tuple(range(1, classes + 1)))
+    return DetectorConfig.from_paper(name, tuple(map(str, range(classes))), tuple(range(1, classes + 1)))
 
 
 def made(case: Case) -> tuple[Detector, torch.optim.Optimizer]:

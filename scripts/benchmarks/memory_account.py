@@ -2,8 +2,8 @@
 
 What is counted is what PyTorch's operators hand out: weights, gradients, optimizer state, activations and whatever else
 autograd saves, autocast's copies of weights. Where a GPU computes another way than a CPU, the step takes the GPU's:
-RoIAlign and NMS (`models.layers.as_on_gpu`), the optimizer's loops over all tensors at once, and autocast's float32
-norms, softmax and upsampling. bf16 stands for fp16, which is as large.
+RoIAlign and NMS (`models.layers.force_gpu_path`), the optimizer's loops over all tensors at once, and autocast's
+float32 norms, softmax and upsampling. bf16 stands for fp16, which is as large.
 
 Not counted is what a kernel takes for itself while it runs (cuDNN's workspace, a sort's buffer), but for NMS's table,
 and the allocator's gaps: `CONTEXT` and `FRAGMENTATION` leave room for them. Several processes hold their gradients
@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from direct_pt.batch import Batch
-from direct_pt.models.layers import as_on_gpu
-from direct_pt.models.rpn import BOXES_AT_ONCE
+from direct_pt.models.layers import force_gpu_path
+from direct_pt.models.rpn import MAX_NMS_BOXES
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 CONTEXT = 2**30  # bytes: the driver's context, kernels, and the workspaces of cuBLAS and cuDNN
@@ -199,7 +199,7 @@ def peak_of_losses(
     account.hold([*module.parameters(), *module.buffers()], "weights")
     account.hold([parameter.grad for parameter in trained], "gradients")
     account.hold(tree_leaves([list(state.values()) for state in optimizer.state.values()]), "optimizer")
-    with account, as_on_gpu(), cuda_autocast():
+    with account, force_gpu_path(), cuda_autocast():
         account.kind = "activations"
         with nullcontext() if precision == "no" else torch.autocast("cpu", torch.bfloat16):
             loss = torch.stack(list(losses().values())).sum()
@@ -231,7 +231,7 @@ def largest_micro_batch(available: int, peaks: dict[int, MemoryPeak]) -> int:
     images = 0
     while True:
         more = images + 1
-        in_nms = _line(at_nms, more) + nms_bytes(min(_line(boxes, more), BOXES_AT_ONCE))
+        in_nms = _line(at_nms, more) + nms_bytes(min(_line(boxes, more), MAX_NMS_BOXES))
         if card_bytes(max(_line(passes, more), _line(update, more), in_nms)) > available:
             return images
         images = more

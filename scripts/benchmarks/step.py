@@ -70,7 +70,7 @@ def detector(backbone: str, head: str, rois: int) -> nn.Module:
     """Ours."""
     torch.manual_seed(0)
     names = tuple(f"class {index}" for index in range(CLASSES))
-    config = DetectorConfig.of_paper("faster_rcnn_r50_fpn", names, tuple(range(1, CLASSES + 1)))
+    config = DetectorConfig.from_paper("faster_rcnn_r50_fpn", names, tuple(range(1, CLASSES + 1)))
     config = replace(config, backbone=backbone, box_head=head, rois_per_image=rois)
     return build_detector(config.name, config=config).to(memory_format=torch.channels_last).train()
 
