@@ -6,9 +6,10 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from timm.utils import ModelEmaV3
 
-from direct_pt.checkpoint import CONFIG, Tensors, TrainingState, load_training_state
+from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.distributed.processes import main_decides, share_tensors
 from direct_pt.models.detector import Detector
+from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.plan import Plan, read_plan
 from direct_pt.training.prepared import Sharded
 from direct_pt.training.progress import Progress

@@ -47,7 +47,7 @@ from benchmarks.evaluation import DETECTIONS, HEIGHT, PASTED, WIDTH, network_mas
 from benchmarks.memory import CLASSES, Case, made, paper_config
 from benchmarks.rows import Row, row, seconds
 from benchmarks.step import detector, made_up
-from direct_pt.checkpoint import Progress, TrainingState, load_training_state, save_model, save_training_state
+from direct_pt.checkpoint import save_model
 from direct_pt.coco_eval import Predictions, mask_run_lengths
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
@@ -58,9 +58,11 @@ from direct_pt.files import write_json, write_tensors
 from direct_pt.models.detector import MODELS, Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import PRETRAIN, STAGES, make_optimizer
+from direct_pt.training.checkpoints import TrainingState, load_training_state, save_training_state
 from direct_pt.training.loop import average_running_statistics
 from direct_pt.training.micro_batch import training_batch
 from direct_pt.training.prepared import STATE, Sharded
+from direct_pt.training.progress import Progress
 from direct_pt.training.settings import positive_integer
 
 PART = "scaling"
