@@ -167,7 +167,10 @@ NO_BF16 = {**SINGLE, "mixed_precision": "no"}
 # By name: the launcher's file, and what stands in the message.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16": ({**SINGLE, "distributed_type": "NO", "mixed_precision": "fp16"}, "fp16 needs a GPU, and there is none"),
-    "fsdp": ({**NO_BF16, "distributed_type": "FSDP"}, "FSDP is not served: use accelerate_configs/cpu_processes.yaml"),
+    "fsdp": (
+        {**NO_BF16, "distributed_type": "FSDP"},
+        "FSDP is not supported: use accelerate_configs/cpu_processes.yaml",
+    ),
     "gpus": (
         {**NO_BF16, "distributed_type": "MULTI_GPU", "num_processes": 2},
         "2 processes were started for GPUs (NCCL), and this machine has none: for processes on the CPU (gloo) set "
@@ -175,7 +178,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "multi_cpu": (
         {**NO_BF16, "distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True},
-        "accelerate's MULTI_CPU starts one: use accelerate_configs/cpu_processes.yaml",
+        "accelerate's MULTI_CPU starts only one: use accelerate_configs/cpu_processes.yaml",
     ),
     "deepspeed_fp16": ({**BF16, "mixed_precision": "fp16", "deepspeed_config": {"zero_stage": 2}}, "fp16 needs a GPU"),
     "deepspeed_accumulation": (
@@ -184,9 +187,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "deepspeed_clipping": (
         {**BF16, "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
-        "gradient_clipping 1.0: give the scripts --clip-grad-norm",
+        "gradient_clipping 1.0: use the scripts' --clip-grad-norm",
     ),
-    "deepspeed_file": ({**BF16, "deepspeed_config": {"deepspeed_config_file": "FILE"}}, "config_file is not read"),
+    "deepspeed_file": ({**BF16, "deepspeed_config": {"deepspeed_config_file": "FILE"}}, "config_file is not supported"),
 }
 
 
@@ -257,7 +260,7 @@ def test_more_processes_than_gpus(demo: Path, tmp_path: Path) -> None:
 def test_main_process_alone(refused: dict[str, Outcome]) -> None:
     assert refused["alone0"].status == 2
     assert refused["alone0"].errors.splitlines()[-1] == (
-        f"error: of 2 processes number 1 did not come to 127.0.0.1 port {PORTS[0]} over interface lo in 3 s: start the "
+        f"error: of 2 processes, number 1 did not reach 127.0.0.1 port {PORTS[0]} over interface lo in 3 s: start the "
         "same command there, and check the address, the port and the firewalls between"
     )
     assert "Traceback" not in refused["alone0"].errors

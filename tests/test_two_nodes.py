@@ -153,12 +153,12 @@ def test_machines_that_wait_in_vain(hosts: Hosts, config: Path, demo: Path, tmp_
         return f"{ADDRESSES[0]} port {port} over interface {hosts.interfaces[host]} in 5 s"
 
     for (status, _, errors), expected, message in (
-        (main_launcher, 1, f"error: not all of 2 machines came to {where(0, PORT)} ("),
+        (main_launcher, 1, f"error: not all of 2 machines reached {where(0, PORT)} ("),
         (other_launcher, 1, f"error: machine 1 of 2 did not reach the main machine at {where(1, PORT + 1)}: start the"),
         (
             main_script,
             2,
-            f"error: of 2 processes number 1 did not come to {where(0, PORT + 2)}: start the same command",
+            f"error: of 2 processes, number 1 did not reach {where(0, PORT + 2)}: start the same command",
         ),
     ):
         assert status == expected and errors.splitlines()[-1].startswith(message)

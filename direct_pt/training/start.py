@@ -17,7 +17,7 @@ from direct_pt.data.image_cache import open_image_cache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, join_processes, make_accelerator, resolve_precision
-from direct_pt.distributed.processes import main_decides, one_a_machine_first
+from direct_pt.distributed.processes import local_main_process_first, main_decides
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
 from direct_pt.models.backbone import Backbone
@@ -115,7 +115,7 @@ def _data(settings: Settings, processes: PartialState) -> "tuple[AnnotationTable
         assert settings.data is not None
         stream = open_stream(settings.data, settings.bbox_format, settings.decoding, settings.shuffle_buffer)
         return stream, load_tables(settings, ["val"]).get("val")
-    tables = one_a_machine_first(lambda: _checked_tables(settings), processes)
+    tables = local_main_process_first(lambda: _checked_tables(settings), processes)
     table = tables["train"]
     if not table.targets_per_image().any():
         counts = f"{len(table)} images, {len(table.boxes)} objects"
