@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.evaluation import DETECTIONS, HEIGHT, PASTED, WIDTH, network_masks
-from benchmarks.memory import CLASSES, Case, made, paper_config
+from benchmarks.memory import CLASSES, Case, make_training, paper_config
 from benchmarks.rows import Row, row, seconds
 from benchmarks.synthetic import COCO_IMAGES, write_coco_annotations
 from direct_pt.checkpoint import save_model
@@ -71,7 +71,7 @@ def measure_detector(name: str, written: Path | None, repeats: int) -> list[Row]
     rows: list[Row] = []
     last: list[Row] = []
     for stage in STAGES:
-        model, optimizer = made(Case(config, stage, (64, 64), 0, "no", False))
+        model, optimizer = make_training(Case(config, stage, (64, 64), 0, "no", False))
         if stage == "pretrain":
             rows.append(row(PART, f"{name}: parameters", sum(p.numel() for p in model.parameters()), "parameters"))
             last.append(row(PART, "  a process's own state in it", own_state_bytes(model), "bytes"))
