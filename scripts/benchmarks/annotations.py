@@ -101,7 +101,9 @@ def _worker(table: AnnotationTable) -> list[float]:
         for number, image in enumerate(np.random.default_rng(0).permutation(len(table))):
             table.objects(int(image), with_masks=True)
             if number % max(1, len(table) // MEMORY_READINGS) == 0:
-                readings.append(_own_mib())
+                # In KiB: the memory that only this process holds, and that its end would free.
+                fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+                readings.append(sum(int(words[1]) for words in fields if words[0] == "Private_Dirty:") / 1024)
         sender.send(readings)
 
     worker = get_context("fork").Process(target=epoch, args=(sender,))
@@ -111,12 +113,6 @@ def _worker(table: AnnotationTable) -> list[float]:
     worker.join()
     quarter = len(readings) // 4
     return [float(np.mean(readings[:quarter])), float(np.mean(readings[-quarter:]))]
-
-
-def _own_mib() -> float:
-    """The memory in MiB that only this process holds, and that its end would free."""
-    fields = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
-    return sum(int(words[1]) for words in fields if words[0] == "Private_Dirty:") / 1024
 
 
 if __name__ == "__main__":

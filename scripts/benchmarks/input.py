@@ -109,7 +109,9 @@ def mmdetection(table: AnnotationTable, masks: bool) -> None:
             image: Any = cv2.imdecode(np.frombuffer(table.path(index).read_bytes(), np.uint8), cv2.IMREAD_COLOR)
             objects = table.objects(index, masks)
             height, width = image.shape[:2]
-            bitmaps = [_bitmap(outline, height, width) for outline in objects.segmentations or []]
+            outlines = [[ring.ravel().tolist() for ring in outline] for outline in objects.segmentations or []]
+            runs = [coco_mask.merge(coco_mask.frPyObjects(rings, height, width)) for rings in outlines]
+            bitmaps = [coco_mask.decode(run) for run in runs]
             scale = SIDE * rng.uniform(0.8, 1.2) / max(height, width)
             size = (int(width * scale + 0.5), int(height * scale + 0.5))
             image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -131,12 +133,6 @@ def mmdetection(table: AnnotationTable, masks: bool) -> None:
                 torch.from_numpy(np.stack([cv2.copyMakeBorder(np.ascontiguousarray(b), *border) for b in bitmaps]))
             images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
         torch.stack(images)
-
-
-def _bitmap(outline: Any, height: int, width: int) -> np.ndarray:
-    """[height, width] uint8, an object's polygons filled."""
-    flat = [polygon.ravel().tolist() for polygon in outline]
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, height, width)))
 
 
 def torchvision_v2(table: AnnotationTable) -> None:

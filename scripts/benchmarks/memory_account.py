@@ -98,7 +98,11 @@ class MemoryAccount(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self.hold(tree_leaves(results))
         if func is torch.ops.torchvision.nms.default:
-            self._count_nms(len(args[0]))
+            boxes = len(args[0])
+            if boxes > self.nms_boxes:
+                self.at_nms, self.nms_boxes = sum(self.now.values()), boxes
+            # On a GPU, torchvision's kernel also allocates a table of which box suppresses which.
+            self._compare({**self.now, self.kind: self.now[self.kind] + nms_bytes(boxes)})
         return results
 
     def hold(self, values: Iterable[Any], kind: str | None = None) -> None:
@@ -129,12 +133,6 @@ class MemoryAccount(TorchDispatchMode):
     def _compare(self, now: dict[str, int]) -> None:
         if sum(now.values()) > sum(self.most.values()):
             self.most = dict(now)
-
-    def _count_nms(self, boxes: int) -> None:
-        """Count the table of which box suppresses which, which torchvision's GPU kernel allocates."""
-        if boxes > self.nms_boxes:
-            self.at_nms, self.nms_boxes = sum(self.now.values()), boxes
-        self._compare({**self.now, self.kind: self.now[self.kind] + nms_bytes(boxes)})
 
 
 def nms_bytes(boxes: int) -> int:

@@ -41,7 +41,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         start, highest = time.perf_counter(), 0.0
         for done, _ in enumerate(feed.batches(Share(MICRO_BATCH, 0, count)), start=1):
             if done % max(1, count // READINGS // 20) == 0:
-                highest = max(highest, _memory_mib())
+                processes = psutil.Process(), *psutil.Process().children()
+                memory = sum(process.memory_full_info().uss for process in processes)  # without what they share
+                highest = max(highest, memory / 2**20)
             if done % (count // READINGS) == 0:
                 label = f"highest memory up to {done * MICRO_BATCH:,} samples"
                 rows.append(row("stream", label, highest, "MiB", target="flat"))
@@ -49,9 +51,3 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rate = count * MICRO_BATCH / (time.perf_counter() - start)
         rows.append(row("stream", f"samples of {SIDE}x{SIDE}", rate, "images/s"))
     return rows
-
-
-def _memory_mib() -> float:
-    """The memory of this process and of those that it started, without what they share."""
-    me = psutil.Process()
-    return sum(process.memory_full_info().uss for process in (me, *me.children())) / 2**20
