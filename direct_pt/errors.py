@@ -1,4 +1,4 @@
-"""How the programs end: what a user can mend is one line on stderr and exit status 2."""
+"""How the programs end: an error that the user can fix is one line on stderr and exit status 2."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ class InputError(Exception):
 
 
 class TrainingStopped(Exception):
-    """Training cannot go on; what was trained so far has been saved. The message says where and what to do."""
+    """Training cannot continue; the work so far has been saved. The message says where, and what to do."""
 
 
 class StopSignal(Exception):
@@ -23,7 +23,7 @@ class StopSignal(Exception):
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0 done, 2 wrong input, 1 a failure, 143 or 130 after a stop signal."""
+    """Run `main` and exit with status 0, 2 (wrong input), 1 (training stopped), or 143 or 130 (stop signal)."""
     try:
         main()
     except InputError as error:
@@ -44,5 +44,5 @@ def _report(kind: str, message: Exception, status: int) -> int:
 
 
 def printable(text: str) -> str:
-    """With the escapes of control characters and of halves of characters, which file names may hold, in their place."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    """The text with escapes in place of control characters and lone surrogates, which file names may contain."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)

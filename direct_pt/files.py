@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and tensors in them with a checksum of their content."""
+"""Files that are written as a whole or not at all, and files of tensors with a checksum."""
 
 import hashlib
 import json
@@ -11,53 +11,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-CHECKSUM, FACTS = "sha256", "facts"  # keys of a file's metadata
+CHECKSUM, FACTS = "sha256", "facts"  # keys of the metadata in a file of tensors
 
 
 class DamagedFile(Exception):
-    """A file cannot be read, or does not hold what was written. The message names it."""
+    """A file cannot be read, or its content is not what was written. The message names the file."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Any = None) -> None:
-    """Write a file that `read_tensors` can check; one that stood there is replaced as a whole.
+    """Write tensors with a checksum that `read_tensors` verifies; an existing file is replaced as a whole.
 
     Args:
-        path: of the file; hidden beside it the new one is written first.
+        path: of the file; the new one is first written to a hidden folder beside it.
         tensors: on any device.
-        facts: what JSON can hold, kept in the same file.
+        facts: a JSON value, stored in the same file.
 
     Raises:
-        OSError: the disk is full, or read-only, or broken.
+        OSError: the disk is full, read-only or broken.
     """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(facts, allow_nan=False)
-    # In a folder of its own: safetensors writes into a file of a random name first, which stays where it is killed.
+    # A folder, because safetensors writes to a file of a random name first, and leaves it there if it is killed.
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         temporary = partial / path.name
         temporary.touch()
-        mode = temporary.stat().st_mode  # as for any new file; safetensors' own is for this user alone
+        mode = temporary.stat().st_mode  # that of any new file; safetensors would make it readable for this user only
         save_file(content, temporary, {"format": "pt", FACTS: text, CHECKSUM: _checksum(content, text)})
         temporary.chmod(mode)
         replace_file(temporary, path)
     except (SafetensorError, OSError) as error:
         raise error if isinstance(error, OSError) else OSError(f"{path}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what is half there keeps a full disk full
+        shutil.rmtree(partial, ignore_errors=True)  # an unfinished file would keep a full disk full
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors, on the CPU, and the facts. Files of other programs have no checksum and no facts (None).
+    """The tensors, on the CPU, and the facts. Files of other programs have no checksum, and None as facts.
 
     Raises:
-        DamagedFile: the file is missing, cut short or altered.
+        DamagedFile: the file is missing, truncated or altered.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise DamagedFile(f"{path}: cannot be read as tensors ({error}); the file is missing or damaged") from error
     text = metadata.get(FACTS, "null")
@@ -82,18 +82,18 @@ def write_text(path: Path, text: str) -> None:
         replace_file(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that failed does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a write does not name the file
 
 
 def replace_file(temporary: Path, final: Path) -> None:
-    """Put `temporary` in `final`'s place, on disk before it is visible."""
+    """Rename `temporary` to `final`, once its content is on disk."""
     sync(temporary)
     temporary.replace(final)
     sync(final.parent)
 
 
 def sync(path: Path) -> None:
-    """Have what a file holds, or a folder lists, on disk: it is there after a power cut too."""
+    """Wait until a file's content, or a folder's list of names, is on disk and survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,6 +102,7 @@ def sync(path: Path) -> None:
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 of the facts' text and each tensor's name, type, shape and content, in hexadecimal."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

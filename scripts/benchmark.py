@@ -2,8 +2,8 @@
 
   python scripts/benchmark.py PART [--output FILE.json]
 
---output takes the figures as a list of rows: part, setting, value, unit, peer, peer_value, ratio, target, device,
-versions. docs/performance.md holds the figures of one machine and what each part times.
+--output writes the figures as a list of rows: part, setting, value, unit, peer, peer_value, ratio, target, device,
+versions. docs/performance.md has the figures of one machine, and what each part measures.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Measure one part and print it."""
+    """Measure one part and print its figures."""
     p = make_parser(__doc__ or "")
     parts = p.add_subparsers(dest="part", required=True, metavar="PART")
     for name, module in PARTS.items():
@@ -39,14 +39,14 @@ def main() -> None:
         part.add_argument("--output", type=Path, metavar="FILE", help="write the rows as JSON")
     args = p.parse_args()
     rows = PARTS[args.part].measure(args)
-    for one in rows:
-        print(line(one))
+    for row in rows:
+        print(line(row))
     if args.output:
         write_json(args.output, rows)
 
 
 def line(row: Row) -> str:
-    """A figure for people."""
+    """A row as text."""
     value = f"{row['value']:,.4g}" if isinstance(row["value"], float) else f"{row['value']:,}"
     peer = f"   {row['peer']}: {row['peer_value']:,.6g}, ratio {row['ratio']:.3g}" if row["peer_value"] else ""
     target = f"   target: {row['target']}" if row["target"] else ""

@@ -1,6 +1,6 @@
 """Make a small detection set without a download: real handwritten digits on crops of real photographs, COCO format.
 
-Everything comes with scikit-learn: 1,797 scans of digits (8x8 pixels) and two photographs. The validation images use
+The material comes with scikit-learn: 1,797 scans of digits (8x8 pixels) and two photographs. Validation images use
 scans and parts of the photographs that no training image uses. The same arguments give the same bytes.
 """
 
@@ -19,30 +19,30 @@ from tqdm import tqdm
 
 from direct_pt.errors import InputError, run_program
 
-VERSION = "1"  # raise it when what is drawn changes, lest an older set pass for a new one
+VERSION = "1"  # raise it when the images change: then an older set is not taken for the same
 SPLITS = ("train", "val")
-CATEGORY_IDS = tuple(range(10, 101, 10))  # of the digits 0 to 9; with holes on purpose, as COCO's own ids have
+CATEGORY_IDS = tuple(range(10, 101, 10))  # of the digits 0 to 9; with gaps, as COCO's own ids have
 HELD_OUT_SCANS = 0.2  # share of the scans, for validation
-HELD_OUT_ROWS = 0.35  # share of each photograph's rows, at the bottom, for validation
-EMPTY_SHARE = 0.03  # of the images, without any digit
+HELD_OUT_ROWS = 0.35  # share of each photograph's rows, the lowest, for validation
+EMPTY_SHARE = 0.03  # of the images, without digits
 MAX_DIGITS = 6
 SIDE_RANGE = (1 / 8, 1 / 3)  # of an enlarged scan, relative to the image's side
 MAX_IOU = 0.1  # between two boxes; strokes never overlap
-MIN_CONTRAST = 70.0  # in luma (0 to 255), between a digit and what it is drawn on
+MIN_CONTRAST = 70.0  # in luma (0 to 255), between a digit and its background
 LUMA = np.array([0.299, 0.587, 0.114])
-OUTLINE_LEVEL = 0.5  # where the opacity falls below it, a stroke ends
-PLACING_TRIES = 50
+OUTLINE_LEVEL = 0.5  # opacity at a stroke's outline
+MAX_PLACEMENTS = 50  # tries to place a digit
 
 
 @dataclass
 class Source:
-    """What the images of one split are made of."""
+    """The material of one split."""
 
     scans: np.ndarray  # [N, 8, 8] float32, 0 (paper) to 1 (ink)
     digits: np.ndarray  # [N] int64, 0 to 9
     numbers: np.ndarray  # [N] int64, the scans' positions in scikit-learn's list
-    photos: list[np.ndarray]  # [h, w, 3] uint8 each, what backgrounds are cut from
-    largest_crop: int  # side in the photographs' pixels; the smallest is half of it
+    photos: list[np.ndarray]  # [h, w, 3] uint8 each, for the backgrounds
+    max_crop: int  # side of the largest background in the photographs' pixels; the smallest is half of it
 
 
 def hold_out(items: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -52,57 +52,59 @@ def hold_out(items: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_sources() -> list[Source]:
-    """What to make the splits of, in the order of SPLITS. It does not depend on --seed: held out is held out."""
+    """The material of each split, in the order of SPLITS. It does not depend on --seed."""
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise InputError("scikit-learn, which holds the demo's data, is missing: pip install scikit-learn") from error
+        raise InputError(
+            "scikit-learn, which contains the demo's data, is missing: pip install scikit-learn"
+        ) from error
     data = load_digits()
     scans, order = (data.images / 16).astype(np.float32), np.random.default_rng(0).permutation(len(data.images))
     photos = [hold_out(photo, HELD_OUT_ROWS) for photo in load_sample_images().images]
-    # One range of sizes for both splits, so that backgrounds are equally coarse: what fits into the held-out rows.
-    largest_crop = min(len(rows) for _, rows in photos)
+    # The same sizes for both splits, so that backgrounds are equally coarse; they fit into the held-out rows.
+    max_crop = min(len(rows) for _, rows in photos)
     return [
-        Source(scans[numbers], data.target[numbers], numbers, [parts[split] for parts in photos], largest_crop)
+        Source(scans[numbers], data.target[numbers], numbers, [parts[split] for parts in photos], max_crop)
         for split, numbers in enumerate(hold_out(order, HELD_OUT_SCANS))
     ]
 
 
 def draw_background(source: Source, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a random square from a random photograph, perhaps mirrored: [size, size, 3] float64, 0 to 255."""
+    """A random square of a random photograph, perhaps mirrored: [size, size, 3] float64, 0 to 255."""
     photo = source.photos[rng.integers(len(source.photos))]
-    side = rng.integers(source.largest_crop // 2, source.largest_crop, endpoint=True)
+    side = rng.integers(source.max_crop // 2, source.max_crop, endpoint=True)
     top, left = (rng.integers(length - side, endpoint=True) for length in photo.shape[:2])
     crop = Image.fromarray(photo[top : top + side, left : left + side]).resize((size, size), Image.Resampling.BICUBIC)
     return np.array(crop, dtype=np.float64)[:, :: rng.choice((-1, 1))]
 
 
 def enlarge(scan: np.ndarray, side: float) -> np.ndarray:
-    """Opacity [h, w], 0 to 1, of a scan [8, 8] enlarged to about `side` pixels, cropped to where it is visible."""
-    padded = Image.fromarray(np.pad(scan, 1))  # strokes that touch the scan's edge fade out as others do
+    """Opacity [h, w], 0 to 1, of a scan [8, 8] enlarged to about `side` pixels, cropped to its visible part."""
+    padded = Image.fromarray(np.pad(scan, 1))  # so that strokes at the scan's edge fade out too
     pixels = round(side * padded.width / len(scan))
     smooth = np.asarray(padded.resize((pixels, pixels), Image.Resampling.BICUBIC), dtype=np.float64)
-    alpha = np.clip((smooth - 0.25) / 0.4, 0, 1)  # steeper edges: strokes, not clouds
+    alpha = np.clip((smooth - 0.25) / 0.4, 0, 1)  # steeper edges make strokes
     rows, columns = (np.flatnonzero(alpha.any(axis=axis)) for axis in (1, 0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def outline(alpha: np.ndarray) -> list[np.ndarray]:
-    """Polygons [P, 2] (x, y) around the parts of the strokes `alpha` [h, w], in its pixels; holes are not cut out."""
+    """Polygons [P, 2] (x, y) around the parts of the strokes `alpha` [h, w], in its pixels; holes are filled."""
     rings = contour_generator(z=np.pad(alpha, 1), fill_type="OuterOffset").filled(OUTLINE_LEVEL, np.inf)
-    # The outer ring comes first, its last point repeats its first; - 1 for the padding, + 0.5 from pixel centres.
+    # The outer ring comes first, and its last point repeats its first; -0.5: -1 for the padding, +0.5 for the centres.
     return [points[: offsets[1] - 1] - 0.5 for points, offsets in zip(*rings, strict=True)]
 
 
 def pick_colour(background: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a random RGB colour [3] that stands out from `background` [h, w, 3] below the strokes `alpha` [h, w]."""
+    """A random RGB colour [3] that stands out from `background` [h, w, 3] under the strokes `alpha` [h, w]."""
     candidates = rng.uniform(0, 255, (32, 3))
     contrast = np.abs((candidates - np.average(background, axis=(0, 1), weights=alpha)) @ LUMA)
-    return candidates[np.minimum(contrast, MIN_CONTRAST).argmax()]  # the first that has enough, else the best
+    return candidates[np.minimum(contrast, MIN_CONTRAST).argmax()]  # the first with enough contrast, else the best
 
 
 def draw_digits(pixels: np.ndarray, count: int, source: Source, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Draw up to `count` random digits into `pixels` [size, size, 3]; return their annotations, without ids."""
+    """Draw up to `count` random digits into `pixels` [size, size, 3]. Returns their annotations, without ids."""
     size = len(pixels)
     inked = np.zeros((size, size), dtype=bool)
     annotations: list[dict[str, Any]] = []
@@ -110,7 +112,7 @@ def draw_digits(pixels: np.ndarray, count: int, source: Source, rng: np.random.G
         scan = rng.integers(len(source.scans))
         alpha = enlarge(source.scans[scan], size * rng.uniform(*SIDE_RANGE))
         polygons = outline(alpha)
-        for _ in range(PLACING_TRIES):  # a digit that finds no place is left out
+        for _ in range(MAX_PLACEMENTS):  # a digit that does not fit is left out
             top, left = (rng.integers(size - length, endpoint=True) for length in alpha.shape)
             window = slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1])
             placed = [np.round(polygon + np.array([left, top]), 2) for polygon in polygons]
@@ -133,7 +135,7 @@ def draw_digits(pixels: np.ndarray, count: int, source: Source, rng: np.random.G
 
 
 def make_split(folder: Path, split: str, source: Source, info: dict[str, Any]) -> None:
-    """Write the images of `split` and its annotation file below `folder`."""
+    """Write the images and the annotation file of `split` into `folder`."""
     size, count = info["arguments"]["image_size"], info["arguments"][f"{split}_images"]
     rng = np.random.default_rng([info["arguments"]["seed"], SPLITS.index(split)])
     empty = rng.choice(count, round(EMPTY_SHARE * count), replace=False)
@@ -153,17 +155,17 @@ def make_split(folder: Path, split: str, source: Source, info: dict[str, Any]) -
 
 
 def holds_same_set(folder: Path, info: dict[str, Any]) -> bool:
-    """Whether `folder` holds a whole set with the same `info`."""
+    """Whether `folder` contains a complete set with the same `info`."""
     try:
         tables = [json.loads((folder / "annotations" / f"instances_{split}.json").read_bytes()) for split in SPLITS]
         files = [folder / "images" / image["file_name"] for table in tables for image in table["images"]]
         return all(table["info"] == info for table in tables) and all(file.is_file() for file in files)
-    except (OSError, ValueError, KeyError, TypeError):  # no such file, or not one of ours
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or not ours
         return False
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the set, unless the folder holds it already."""
+    """Make the set, unless the folder contains it already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")
     numbers = {"train_images": (400, 1), "val_images": (80, 1), "image_size": (128, 64), "seed": (0, 0)}
@@ -177,20 +179,20 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--{name.replace('_', '-')} {arguments[name]}: must be at least {least}")
     info = {"description": "Handwritten digits on photographs", "version": VERSION, "arguments": arguments}
     if holds_same_set(output, info):
-        print(f"{output} already holds this set: nothing to do")
+        print(f"{output} already contains this set: nothing to do")
         return
     sources, target = load_sources(), output.resolve()
     try:
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise InputError(f"{output} holds something else: name another --output-dir, or remove it first")
+            raise InputError(f"{output} contains something else: name another --output-dir, or remove it first")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Made aside and moved at the end: a set that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
+        # Made in a temporary folder and moved at the end: a set in its place is complete.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
             for part in ("images", "annotations"):
-                (Path(aside) / "set" / part).mkdir(parents=True)
+                (Path(temporary) / "set" / part).mkdir(parents=True)
             for split, source in zip(SPLITS, sources, strict=True):
-                make_split(Path(aside) / "set", split, source, info)
-            (Path(aside) / "set").rename(target)
+                make_split(Path(temporary) / "set", split, source, info)
+            (Path(temporary) / "set").rename(target)
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error}): name another --output-dir") from error
     print(f"wrote {arguments['train_images']} training and {arguments['val_images']} validation images to {output}")

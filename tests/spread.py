@@ -1,4 +1,4 @@
-"""What test_spread.py starts in one process or two: `spread.py FLAGS...` is pretrain.py in float64."""
+"""test_spread.py starts this in one process or two: `spread.py FLAGS...` is pretrain.py in float64."""
 
 import sys
 

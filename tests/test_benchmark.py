@@ -1,4 +1,4 @@
-"""The benchmark as a real process, its parts on small sets."""
+"""benchmark.py as a real process, its parts on small sets."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def test_steps_in_two_processes_and_the_parts_of_scaling(tmp_path: Path) -> None
 
 
 def test_trials_of_two_arms(demo: Path, tmp_path: Path) -> None:
-    """One trains both stages, the other diverges in the first; those that are done are not done again."""
+    """One trains both stages, the other diverges in the first; finished runs are not repeated."""
     tiny = " ".join((*runs.TINY, *runs.EIGHT, *runs.NO_EVALUATION))
     second = "--max-steps 3 --short-side 64 --long-side 64 --eval-every 9"
     arms = (f"sound: {tiny} --max-steps 4 / {second}", f"far: {tiny} --lr 1e30")

@@ -16,13 +16,13 @@ from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.sources import load_split
 from direct_pt.errors import InputError
 from direct_pt.reports.duplicates import (
-    MOST_BITS,
+    MAX_BITS,
     Fingerprints,
-    Twins,
+    Pair,
+    pairs_between,
+    pairs_within,
     perceptual_hash,
     pixel_digest,
-    twins_between,
-    twins_within,
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -70,29 +70,29 @@ def bits(first: np.ndarray, second: np.ndarray) -> int:
 def test_copies_look_alike_and_others_do_not() -> None:
     originals = [picture(seed) for seed in range(20)]
     for image in originals:
-        far = {name: bits(image, copy) for name, copy in alike(image).items() if bits(image, copy) > MOST_BITS}
+        far = {name: bits(image, copy) for name, copy in alike(image).items() if bits(image, copy) > MAX_BITS}
         assert not far
     noise = [np.random.default_rng(seed).integers(256, size=(64, 64, 3), dtype=np.uint8) for seed in range(20)]
-    assert twins_within(prints([*originals, *noise])) == []
-    assert twins_between(prints(originals), prints(noise)) == []
+    assert pairs_within(prints([*originals, *noise])) == []
+    assert pairs_between(prints(originals), prints(noise)) == []
 
 
-def test_twins_within() -> None:
+def test_pairs_within() -> None:
     """Of the same pixels the first one is named; of the alike ones the most alike."""
     first, second, third = (picture(seed) for seed in range(3))
     near = as_jpeg(second, 50)
-    found = twins_within(prints([first, second, first, near, third, first]))
-    assert found == [Twins(0, 2, None), Twins(0, 5, None), Twins(1, 3, bits(second, near))]
-    assert twins_within(prints([first])) == twins_within(prints([])) == []
-    assert twins_within(prints([first, first])) == [Twins(0, 1, None)]
+    found = pairs_within(prints([first, second, first, near, third, first]))
+    assert found == [Pair(0, 2, None), Pair(0, 5, None), Pair(1, 3, bits(second, near))]
+    assert pairs_within(prints([first])) == pairs_within(prints([])) == []
+    assert pairs_within(prints([first, first])) == [Pair(0, 1, None)]
 
 
-def test_twins_between() -> None:
+def test_pairs_between() -> None:
     first, second, third = (picture(seed) for seed in range(3))
     near = as_jpeg(second, 50)
-    found = twins_between(prints([third, second, first]), prints([near, first, picture(9)]))
-    assert found == [Twins(2, 1, None), Twins(1, 0, bits(second, near))]
-    assert twins_between(prints([]), prints([first])) == twins_between(prints([first]), prints([])) == []
+    found = pairs_between(prints([third, second, first]), prints([near, first, picture(9)]))
+    assert found == [Pair(2, 1, None), Pair(1, 0, bits(second, near))]
+    assert pairs_between(prints([]), prints([first])) == pairs_between(prints([first]), prints([])) == []
 
 
 def test_other_compression_or_size_are_the_same_pixels_or_not(tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_other_compression_or_size_are_the_same_pixels_or_not(tmp_path: Path) ->
 def test_photographs(name: str, split: str) -> None:
     table = load_split(find_coco(DATA / name)[split])
     images = [table.read_image(row) for row in range(len(table))]
-    assert twins_within(prints(images)) == []
+    assert pairs_within(prints(images)) == []
     copies = [copy for image in images[:20] for copy in alike(image).values()]
-    found = twins_between(prints(images), prints(copies))
-    assert {(twins.second, twins.first) for twins in found} == {(row, row // 6) for row in range(len(copies))}
+    found = pairs_between(prints(images), prints(copies))
+    assert {(pair.second, pair.first) for pair in found} == {(row, row // 6) for row in range(len(copies))}
 
 
 def check(train: CocoFolder, val: CocoFolder, *flags: object) -> dict[str, Any]:
@@ -172,9 +172,9 @@ def test_a_sound_set(splits: tuple[CocoFolder, CocoFolder], capsys: pytest.Captu
     for name in names:
         with Image.open(folder / name) as drawn:
             assert min(drawn.size) > 200 and len(np.unique(np.asarray(drawn.convert("L")))) > 20
-    told = capsys.readouterr().out
-    assert "train: 3 images (1 without objects), 3 objects (1 with an outline), 1 crowd regions" in told
-    assert "errors: none" in told and f"written to {folder}: report.json" in told
+    output = capsys.readouterr().out
+    assert "train: 3 images (1 without objects), 3 objects (1 with an outline), 1 crowd regions" in output
+    assert "errors: none" in output and f"written to {folder}: report.json" in output
 
 
 def test_samples_show_boxes_and_masks_where_they_are(splits: tuple[CocoFolder, CocoFolder]) -> None:
@@ -215,8 +215,8 @@ def test_leaks_and_duplicates_are_noted(splits: tuple[CocoFolder, CocoFolder]) -
         "0.png", "1.png", "0.png", "5.png", "2.png", "6.png"
     ]  # fmt: skip
     assert leak["splits"] == near["splits"] == ["train", "val"]
-    assert leak["bits"] is None and 0 < near["bits"] <= MOST_BITS
-    assert report["proposals"][0].startswith("1 image(s) stand in two splits")
+    assert leak["bits"] is None and 0 < near["bits"] <= MAX_BITS
+    assert report["proposals"][0].startswith("1 image(s) occur in two splits")
 
 
 def test_what_the_files_hold(splits: tuple[CocoFolder, CocoFolder]) -> None:

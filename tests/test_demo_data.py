@@ -78,7 +78,7 @@ def test_held_out_scans_and_photographs_are_not_shared(demo: Path) -> None:
     assert set(val.digits) == set(range(10))
     for train_photo, val_photo in zip(train.photos, val.photos, strict=True):
         assert not np.shares_memory(train_photo, val_photo)
-        assert min(*train_photo.shape[:2], *val_photo.shape[:2]) >= train.largest_crop == val.largest_crop
+        assert min(*train_photo.shape[:2], *val_photo.shape[:2]) >= train.max_crop == val.max_crop
     for source, table in zip((train, val), tables(demo), strict=True):  # what was drawn comes from where it should
         digit_of = dict(zip(source.numbers.tolist(), source.digits.tolist(), strict=True))
         name_of = {category["id"]: category["name"] for category in table["categories"]}

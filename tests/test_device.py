@@ -1,4 +1,4 @@
-"""What is set on the machine: memory that stays with the process."""
+"""The settings of a process on the CPU: freed memory stays with it."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from direct_pt.distributed.launch import make_accelerator
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
-        torch.ones(2**24)  # 64 MiB, let go of at once
+        torch.ones(2**24)  # 64 MiB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
@@ -23,9 +23,9 @@ print(before, faults())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux alone can be told")
+@pytest.mark.skipif(sys.platform != "linux", reason="only the C library of Linux has this setting")
 def test_freed_memory_is_kept() -> None:
-    """Pages that the system hands out are cleared at their first touch: each time anew, or once."""
+    """The system clears each page at its first use: again in every round, or once."""
     ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, ran.stdout.split())
-    assert given_back > 1000 > 50 > kept
+    returned, kept = map(int, ran.stdout.split())
+    assert returned > 1000 > 50 > kept

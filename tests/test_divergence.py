@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import small_runs as runs
 
-from direct_pt.checkpoint import (
+from direct_pt.checkpoint import read_history
+from direct_pt.errors import TrainingStopped
+from direct_pt.training.checkpoints import (
     TrainingState,
     checkpoints,
     load_training_state,
-    read_history,
     save_training_state,
     set_aside_checkpoints,
 )
-from direct_pt.errors import TrainingStopped
 from direct_pt.training.progress import MAX_FAILED_STEPS, Progress
 
 SAVED = ("--save-every", 2, "--log-every", 1, *runs.NO_EVALUATION)

@@ -1,5 +1,5 @@
-"""The launcher's configurations, each started for real; what is refused in plain words; processes that do not come,
-die, or are told to stop."""
+"""The launcher's configurations, each started for real; what is refused; processes that are missing, die, or are told
+to stop."""
 
 import json
 import os
@@ -32,7 +32,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Outcome(NamedTuple):
-    """Of a process that ended."""
+    """The result of a process that ended."""
 
     status: int
     output: str
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
-    """Wait for it, and leave nothing behind."""
+    """Wait for the process, and leave nothing running."""
     try:
         output, errors = process.communicate(timeout=300)
         return Outcome(process.returncode, output, errors)
@@ -50,7 +50,7 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
 
 
 def two_cores() -> list[int]:
-    """That this machine lets us use; conftest.py leaves this process one of them."""
+    """Two cores that this machine lets us use; conftest.py leaves this process one of them."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     allowed = sorted(os.sched_getaffinity(0))
@@ -59,7 +59,7 @@ def two_cores() -> list[int]:
 
 
 def side_by_side(starts: Mapping[str, Callable[[], subprocess.Popen[str]]]) -> dict[str, Outcome]:
-    """Processes two at a time, each on a core of its own: most of their time is Python's imports."""
+    """Run processes two at a time, each on its own core: they spend most of their time in Python's imports."""
     cores = two_cores()
 
     def take_core() -> None:
@@ -74,13 +74,13 @@ def side_by_side(starts: Mapping[str, Callable[[], subprocess.Popen[str]]]) -> d
 
 
 def processes_of(name: str) -> int:
-    """Of a file as `launcher_file` changes it."""
+    """The number of processes of a file as `launcher_file` changes it."""
     return min(2, yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["num_processes"])
 
 
 @pytest.fixture(scope="module")
 def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
-    """One step with each file, the device swapped for the CPU; the runs' folder, and how they ended."""
+    """One step with each file, on the CPU in place of its device: the runs' folder, and how they ended."""
     folder = tmp_path_factory.mktemp("launched")
 
     def start(name: str) -> subprocess.Popen[str]:
@@ -99,7 +99,7 @@ def test_files_are_read_by_the_launcher() -> None:
         assert config.mixed_precision in ("no", "fp16", "bf16") and config.num_processes >= 1
         first = (runs.CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
         assert first.startswith("# ") and len(first) <= 120
-        if name.startswith("deepspeed"):  # what it gives besides would be refused
+        if name.startswith("deepspeed"):  # other settings would be refused
             assert set(config.deepspeed_config) <= {"zero_stage", "offload_optimizer_device", "offload_param_device"}
 
 
@@ -122,7 +122,7 @@ def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]])
 @needs_gpu
 @pytest.mark.parametrize("name", GPU_FILES)
 def test_file_starts_a_run_on_gpus(name: str, demo: Path, tmp_path: Path) -> None:
-    """Whole, but for the number of GPUs and of machines."""
+    """The file as it is, except for the number of GPUs and of machines."""
     content = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())
     processes = min(torch.cuda.device_count(), content["num_processes"])
     config = tmp_path / "launcher.yaml"
@@ -137,7 +137,7 @@ def test_file_starts_a_run_on_gpus(name: str, demo: Path, tmp_path: Path) -> Non
 
 
 def visible_gpus() -> str:
-    """What this process sees."""
+    """The GPUs that this process sees."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
 
 
@@ -164,10 +164,13 @@ def test_slurm_script_is_bash() -> None:
 SINGLE = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 1, "main_process_port": 0}
 BF16 = {**SINGLE, "distributed_type": "DEEPSPEED", "mixed_precision": "bf16"}
 NO_BF16 = {**SINGLE, "mixed_precision": "no"}
-# By name: the launcher's file, and what stands in the message.
+# By name: the launcher's file, and a part of the message.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16": ({**SINGLE, "distributed_type": "NO", "mixed_precision": "fp16"}, "fp16 needs a GPU, and there is none"),
-    "fsdp": ({**NO_BF16, "distributed_type": "FSDP"}, "FSDP is not served: use accelerate_configs/cpu_processes.yaml"),
+    "fsdp": (
+        {**NO_BF16, "distributed_type": "FSDP"},
+        "FSDP is not supported: use accelerate_configs/cpu_processes.yaml",
+    ),
     "gpus": (
         {**NO_BF16, "distributed_type": "MULTI_GPU", "num_processes": 2},
         "2 processes were started for GPUs (NCCL), and this machine has none: for processes on the CPU (gloo) set "
@@ -175,7 +178,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "multi_cpu": (
         {**NO_BF16, "distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True},
-        "accelerate's MULTI_CPU starts one: use accelerate_configs/cpu_processes.yaml",
+        "accelerate's MULTI_CPU starts only one: use accelerate_configs/cpu_processes.yaml",
     ),
     "deepspeed_fp16": ({**BF16, "mixed_precision": "fp16", "deepspeed_config": {"zero_stage": 2}}, "fp16 needs a GPU"),
     "deepspeed_accumulation": (
@@ -184,15 +187,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "deepspeed_clipping": (
         {**BF16, "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
-        "gradient_clipping 1.0: give the scripts --clip-grad-norm",
+        "gradient_clipping 1.0: use the scripts' --clip-grad-norm",
     ),
-    "deepspeed_file": ({**BF16, "deepspeed_config": {"deepspeed_config_file": "FILE"}}, "config_file is not read"),
+    "deepspeed_file": ({**BF16, "deepspeed_config": {"deepspeed_config_file": "FILE"}}, "config_file is not supported"),
 }
 
 
 @pytest.fixture(scope="module")
 def refused(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """How each of REFUSED ended, and fp16 by flag, without a launcher; and a process that waits for another in vain."""
+    """How each of REFUSED ended; fp16 by flag, without a launcher; and processes whose partner is missing."""
     folder = tmp_path_factory.mktemp("refused")
 
     def flags(name: str) -> tuple[object, ...]:
@@ -200,7 +203,7 @@ def refused(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, O
 
     def start(name: str) -> subprocess.Popen[str]:
         config, text = folder / f"{name}.yaml", json.dumps(REFUSED[name][0])
-        if "FILE" in text:  # which DeepSpeed's launcher wants to see
+        if "FILE" in text:  # DeepSpeed's launcher checks that it exists
             (folder / "deepspeed.json").write_text('{"train_batch_size": 4}')
         config.write_text(yaml.safe_dump(json.loads(text.replace("FILE", str(folder / "deepspeed.json")))))
         return runs.launch_file(config, SCRIPT, *flags(name), "--mixed-precision", "auto")
@@ -218,7 +221,7 @@ def refused(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, O
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -229,7 +232,7 @@ PORTS = (free_port(), free_port())
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_under_the_launcher(name: str, refused: dict[str, Outcome]) -> None:
-    """With status 2, which the launcher reports in a traceback of its own, and one line."""
+    """One line, and status 2, which the launcher reports in a traceback of its own."""
     outcome = refused[name]
     lines = {line for line in outcome.errors.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1, outcome.errors  # the same of several processes
@@ -257,14 +260,14 @@ def test_more_processes_than_gpus(demo: Path, tmp_path: Path) -> None:
 def test_main_process_alone(refused: dict[str, Outcome]) -> None:
     assert refused["alone0"].status == 2
     assert refused["alone0"].errors.splitlines()[-1] == (
-        f"error: of 2 processes number 1 did not come to 127.0.0.1 port {PORTS[0]} over interface lo in 3 s: start the "
+        f"error: of 2 processes, number 1 did not reach 127.0.0.1 port {PORTS[0]} over interface lo in 3 s: start the "
         "same command there, and check the address, the port and the firewalls between"
     )
     assert "Traceback" not in refused["alone0"].errors
 
 
 def test_other_process_alone(refused: dict[str, Outcome]) -> None:
-    """torch writes about the connection before."""
+    """Before the message, torch reports the connection."""
     assert refused["alone1"].status == 2
     assert refused["alone1"].errors.splitlines()[-1] == (
         f"error: process 1 of 2 did not reach the main process at 127.0.0.1 port {PORTS[1]} over interface lo in 3 s: "
@@ -278,7 +281,7 @@ def test_other_process_alone(refused: dict[str, Outcome]) -> None:
 
 @contextmanager
 def two_processes(config: Path, *flags: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Pre-training in two, one thread each, in a group of the launcher's."""
+    """Pre-training in two processes, one thread each, in a process group of the launcher's."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, two_cores())
     process = runs.launch_file(config, SCRIPT, *PERIOD, *flags, **ON_CPU, **options)
@@ -290,7 +293,7 @@ def two_processes(config: Path, *flags: object, **options: Any) -> Iterator[subp
 
 
 def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until a run has come so far."""
+    """Wait until `there` is true of a running process."""
     deadline = time.monotonic() + 240
     while not there():
         assert time.monotonic() < deadline
@@ -299,7 +302,7 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """To the last bit: weights and every record but its timings."""
+    """Weights and records are equal to the last bit, except for timings."""
     assert runs.largest_difference(runs.weights(run), runs.weights(other)) == 0
     assert runs.records(run) == runs.records(other)
 
@@ -312,7 +315,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config: Path, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole run."""
+    """The run without interruption."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     with two_processes(config, "--data", demo, "--output-dir", run) as process:
         outcome = finish(process)
@@ -322,7 +325,7 @@ def uninterrupted(config: Path, demo: Path, tmp_path_factory: pytest.TempPathFac
 
 @runs.cpu_only
 def test_killed_process(uninterrupted: Path, config: Path, demo: Path, tmp_path: Path) -> None:
-    """The main one: the launcher starts both again, and they go on from what is saved."""
+    """The main one is killed: the launcher starts both again, and they resume from the checkpoint."""
     run, options = tmp_path / "run", ("--max_restarts", "2")
     with two_processes(config, "--data", demo, "--output-dir", run, "--save-every", 1, options=options) as process:
         wait_until(lambda: any((run / "checkpoints").glob("step-*")), process)

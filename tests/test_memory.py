@@ -1,4 +1,4 @@
-"""What a training step takes: the account of tensors in known cases, a step's peak, and the micro-batch that fits."""
+"""Memory of a training step: the account of tensors in known cases, a step's peak, and the micro-batch that fits."""
 
 import argparse
 import gc
@@ -31,14 +31,13 @@ from direct_pt.models.layers import force_gpu_path
 from direct_pt.models.roi_align import pyramid_roi_align
 from direct_pt.recipes import PRETRAIN, make_optimizer
 from direct_pt.training.micro_batch import training_batch
-from direct_pt.training.settings import parser
 
 KIB = 1024  # of float32: 256 numbers
 MIB = 2**20
 
 
 def rounded(tensors: list[Tensor]) -> int:
-    """As CUDA's allocator hands them out, each storage once."""
+    """The bytes that CUDA's allocator gives to tensors, each storage once."""
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(-(-size // 512) * 512 for size in sizes.values())
 
@@ -88,7 +87,7 @@ def test_what_autograd_alone_holds() -> None:
 
 
 class Cube(torch.autograd.Function):
-    """Saves its input and something of its own."""
+    """Saves its input and another tensor."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ class Cube(torch.autograd.Function):
         return 3 * square * gradients[0]
 
 
-def test_what_a_function_of_ones_own_saves() -> None:
+def test_what_a_custom_function_saves() -> None:
     weight = torch.ones(256, requires_grad=True)
     with MemoryAccount() as account:
         loss = Cube.apply(weight * 2).sum()
@@ -152,9 +151,9 @@ def test_cuda_autocast_keeps_norms_in_float32() -> None:
 
 @runs.cpu_only
 def test_the_account_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the byte, but for what kernels take for themselves, which here is next to nothing."""
+    """Nearly to the byte: kernels allocate very little themselves here."""
     monkeypatch.setattr("benchmarks.memory_account.BLOCK", 1)
-    detector = small_detector("mask_rcnn_r50_fpn").to(memory_format=torch.channels_last)  # as the kernels want it
+    detector = small_detector("mask_rcnn_r50_fpn").to(memory_format=torch.channels_last)  # the kernels' own layout
     batch = training_batch(4, (128, 160), 8, 3, with_masks=True)
     for parameter in detector.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -179,7 +178,7 @@ def test_the_account_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(account.most.values()) - before == pytest.approx(most, rel=0.005)
 
 
-# The GPU's ways on a CPU
+# Computing as a GPU does, on a CPU
 
 
 def test_both_ways_agree() -> None:
@@ -247,7 +246,7 @@ def test_adamw_keeps_two_moments() -> None:
 
 
 def test_a_step_takes_what_the_one_before_it_took() -> None:
-    """The optimizer's state and the gradients are there from the start."""
+    """The optimizer's state and the gradients exist from the start."""
     detector = small_detector("mask_rcnn_r50_fpn")
     batch = training_batch(2, (96, 128), 8, 3, with_masks=True)
     optimizer = make_optimizer(detector, PRETRAIN.recipe(detector.config.name, False), 1e-4)
@@ -270,7 +269,7 @@ def test_images_without_objects() -> None:
     assert peak(small_detector("mask_rcnn_r50_fpn"), 2, objects=0).total > 0
 
 
-def test_the_batch_is_as_heavy_as_told() -> None:
+def test_the_batch_is_as_large_as_asked_for() -> None:
     batch = training_batch(3, (96, 128), 20, 5, with_masks=True)
     assert batch.images.shape == (3, 3, 96, 128) and batch.valid.all() and batch.boxes.shape == (3, 20, 4)
     boxes = batch.boxes.flatten(0, 1)
@@ -285,28 +284,28 @@ def test_the_batch_is_as_heavy_as_told() -> None:
 # What fits
 
 
-def made_up(passes: int, update: int = 0, at_nms: int = 0, nms_boxes: int = 0) -> MemoryPeak:
+def fixed_peak(passes: int, update: int = 0, at_nms: int = 0, nms_boxes: int = 0) -> MemoryPeak:
     return MemoryPeak(0, 0, 0, passes, 0, passes, update, at_nms, nms_boxes)
 
 
 def test_the_largest_micro_batch() -> None:
-    line = {images: made_up(100 * MIB + 50 * MIB * images) for images in (1, 2)}
+    line = {images: fixed_peak(100 * MIB + 50 * MIB * images) for images in (1, 2)}
     for images in (1, 2, 7, 30):
         room = card_bytes((100 + 50 * images) * MIB)
         assert largest_micro_batch(room, line) == images
         assert largest_micro_batch(room - 1, line) == images - 1
     assert largest_micro_batch(CONTEXT, line) == 0
-    # The update needs the same for any number of images, and hides what few of them need.
-    flat = {images: made_up(50 * MIB * images, update=1000 * MIB) for images in (1, 2)}
+    # The update needs the same for any number of images, and more than a few images do.
+    flat = {images: fixed_peak(50 * MIB * images, update=1000 * MIB) for images in (1, 2)}
     assert largest_micro_batch(card_bytes(1000 * MIB), flat) == 20
     assert largest_micro_batch(card_bytes(999 * MIB), flat) == 0
     # Beyond what was measured, the steepest growth counts.
-    bent = {1: made_up(10 * MIB), 2: made_up(20 * MIB), 4: made_up(80 * MIB)}
+    bent = {1: fixed_peak(10 * MIB), 2: fixed_peak(20 * MIB), 4: fixed_peak(80 * MIB)}
     assert largest_micro_batch(card_bytes(110 * MIB), bent) == 5
 
 
 def test_the_largest_micro_batch_with_the_table_of_nms() -> None:
-    peaks = {images: made_up(MIB * images, at_nms=0, nms_boxes=6400 * images) for images in (1, 2)}
+    peaks = {images: fixed_peak(MIB * images, at_nms=0, nms_boxes=6400 * images) for images in (1, 2)}
     assert nms_bytes(6400) == 6400 * 100 * 8
     for images in (3, 10):
         room = card_bytes(6400 * images * 100 * images * 8)
@@ -327,7 +326,7 @@ def test_the_estimate_foresees_larger_micro_batches() -> None:
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]]]:
-    """What `benchmark.py memory` finds for its flags."""
+    """The rows of `benchmark.py memory` for given flags."""
     monkeypatch.syspath_prepend(runs.SCRIPTS)
     from benchmarks import memory  # type: ignore[import-not-found]
 

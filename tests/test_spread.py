@@ -1,5 +1,5 @@
-"""The same model from the same flags, however the work is spread: batch and accumulation over processes, images over
-evaluations."""
+"""The same model from the same flags however a batch is split into processes and micro-batches, and the same metrics
+however images are split over processes."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def spread(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A run each, without BatchNorm, in float64 (see `runs.float64`)."""
+    """A run for each of SPREADS, without BatchNorm, in float64 (see `runs.float64`)."""
     found = []
     for processes, images, accumulated in SPREADS:
         run = tmp_path_factory.mktemp("spread") / "run"
@@ -43,8 +43,8 @@ def test_weights_do_not_depend_on_how_the_batch_is_spread(spread: list[Path]) ->
         difference = runs.largest_difference(runs.weights(first), runs.weights(run))
         print(f"1x8x8 and {processes}x{images}x{accumulated}, {STEPS} steps in float64: {difference:.1e}")
         assert difference < 1e-12
-        for mine, theirs in zip(runs.records(first), runs.records(run), strict=True):
-            assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-9)
+        for record, other in zip(runs.records(first), runs.records(run), strict=True):
+            assert record["losses"] == pytest.approx(other["losses"], rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [VAL_IMAGES, VAL_IMAGES - 1])
@@ -58,7 +58,7 @@ def test_ap_does_not_depend_on_the_number_of_processes(count: int, pretrained: P
     for processes in (1, 2, 3):
         output = tmp_path / str(processes)
         flags = ("--checkpoint", eager, "--data", data, "--output-dir", output, *runs.MACHINE)
-        if processes == 1:  # also the objects that all of them look for: some of what it finds
+        if processes == 1:  # some of its detections become the ground truth for all
             runs.call_script("evaluate", *flags)
             truth = runs.make_truth(data, output / "predictions.json", tmp_path / "truth")
             flags = tuple(truth if flag == data else flag for flag in flags)

@@ -16,7 +16,7 @@ from direct_pt.reports.survey import (
     STAGE_1,
     STAGE_2,
     anchor_recall,
-    best_overlaps,
+    best_ious,
     class_counts,
     describe,
     fitting_image_size,
@@ -130,7 +130,7 @@ def test_objects_too_small_for_any_size_ask_for_tiles(coco_folder: MakeCocoFolde
 
 @pytest.mark.parametrize("make", [rpn_anchors, retinanet_anchors])
 @pytest.mark.parametrize("frame", [(96, 160), (448, 448)])
-def test_best_overlaps_are_those_of_all_anchors(make: Callable[[], Anchors], frame: tuple[int, int]) -> None:
+def test_best_ious_are_those_of_all_anchors(make: Callable[[], Anchors], frame: tuple[int, int]) -> None:
     """Nearest by are the best ones: as a search through the whole grid says."""
     anchors, rng = make(), np.random.default_rng(0)
     height, width = frame
@@ -140,7 +140,7 @@ def test_best_overlaps_are_those_of_all_anchors(make: Callable[[], Anchors], fra
     features = [torch.zeros(1, 1, -(-height // stride), -(-width // stride)) for stride in anchors.strides]
     grid = torch.cat(anchors(features)).double()
     expected = overlaps(torch.from_numpy(boxes)[None], grid[None])[0][0].amax(dim=1)
-    found = best_overlaps(boxes, np.tile(frame, (60, 1)), anchors)
+    found = best_ious(boxes, np.tile(frame, (60, 1)), anchors)
     assert found == pytest.approx(expected.numpy(), rel=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_anchor_recall_by_size_and_shape(coco_folder: MakeCocoFolder) -> None:
     assert found["all"]["under_0.3"] == 0.5
 
 
-def test_badly_fitting_anchors_are_told(coco_folder: MakeCocoFolder) -> None:
+def test_badly_fitting_anchors_are_reported(coco_folder: MakeCocoFolder) -> None:
     folder = coco_folder([(8, 8)], boxes_in(10, (100, 100, 8, 8), (48, 48, 32, 32), (8, 200, 400, 10)))
     folder.content["images"][0] |= {"width": 448, "height": 448}
     table, anchors = folder.load(), rpn_anchors()
@@ -170,11 +170,11 @@ def test_badly_fitting_anchors_are_told(coco_folder: MakeCocoFolder) -> None:
         "448x448": {"RPN": anchor_recall(table, STAGE_1, anchors)},
         "1333x800": {"RPN": anchor_recall(table, STAGE_2, anchors)},
     }
-    told = [line for line in proposals({"train": table}, recalls) if "anchor" in line]
-    assert told[0].startswith("33% of the objects are small at 448x448, and of these only 0% (RPN)")
-    assert "--image-size" in told[0]
-    assert any("are wide at 1333x800" in line and "RATIOS" in line for line in told)
-    assert not any("are wide at 448x448" in line for line in told)
+    lines = [line for line in proposals({"train": table}, recalls) if "anchor" in line]
+    assert lines[0].startswith("33% of the objects are small at 448x448, and of these only 0% (RPN)")
+    assert "--image-size" in lines[0]
+    assert any("are wide at 1333x800" in line and "RATIOS" in line for line in lines)
+    assert not any("are wide at 448x448" in line for line in lines)
 
 
 def test_classes_that_are_missing_or_rare(coco_folder: MakeCocoFolder) -> None:
@@ -185,7 +185,7 @@ def test_classes_that_are_missing_or_rare(coco_folder: MakeCocoFolder) -> None:
     assert in_images.tolist() == [2, 2100] and objects.tolist() == [4, 2100]
     lines = proposals({"train": table, "val": small.select(np.zeros(60, np.int64))}, {})
     assert lines == [
-        "1 of 2 classes stand in under 0.1% of the training images (two): --repeat-threshold 0.001 shows those images "
+        "1 of 2 classes occur in under 0.1% of the training images (two): --repeat-threshold 0.001 shows those images "
         "more often",
         "1 of 2 classes have no object in val (two): their AP is unknown",
     ]

@@ -1,4 +1,4 @@
-"""A run over two machines: two network namespaces with a cable between, which see nothing of each other but that."""
+"""A run on two machines: two network namespaces that share nothing but a virtual cable."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ SCRIPT = runs.SCRIPTS / "pretrain.py"
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 PORT = 29500
 FLAGS = (*runs.TINY, "--global-batch-size", 8, "--micro-batch-size", 4, "--max-steps", 2, "--log-every", 1)
-MEET = ("--rdzv_backend", "direct_pt")  # in place of PyTorch's own, which does not say who is missing, and where
+MEET = ("--rdzv_backend", "direct_pt")  # PyTorch's own does not say which machine is missing, and where
 
 
 class Hosts:
-    """The two of them: `names` are of the namespaces, `interfaces` of the cable's ends."""
+    """Both machines: `names` of the namespaces, `interfaces` at the ends of the cable."""
 
     def __init__(self) -> None:
         self.names = [f"direct-pt-{os.getpid()}-{host}" for host in (0, 1)]
@@ -27,7 +27,7 @@ class Hosts:
         self.started: list[subprocess.Popen[str]] = []
 
     def set_up(self) -> None:
-        """Raises CalledProcessError where that is not permitted."""
+        """Raises CalledProcessError if network namespaces are not permitted."""
         for name in self.names:
             run_ip("netns", "add", name)
         cable = ("netns", self.names[0], "type", "veth", "peer", "name", self.interfaces[1], "netns", self.names[1])
@@ -38,7 +38,7 @@ class Hosts:
                 run_ip("-n", name, "link", "set", device, "up")
 
     def tear_down(self) -> None:
-        """Of what is there."""
+        """Remove what exists."""
         self.end()
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
@@ -46,7 +46,7 @@ class Hosts:
     def launch(
         self, host: int, config: Path, *arguments: object, options: tuple[str, ...] = (), **environment: object
     ) -> None:
-        """The script by accelerate's launcher, as accelerate_configs/README.md says."""
+        """Start the script with accelerate's launcher, as accelerate_configs/README.md says."""
         place = ("--machine_rank", str(host), "--main_process_ip", ADDRESSES[0])
         self.started.append(
             runs.launch_file(
@@ -56,7 +56,7 @@ class Hosts:
         )  # fmt: skip
 
     def start(self, host: int, *arguments: object, **environment: object) -> None:
-        """The script without a launcher."""
+        """Start the script without a launcher."""
         variables = [f"{name}={value}" for name, value in environment.items()]
         command = [*self.inside(host), "env", *variables, sys.executable, str(SCRIPT), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -64,11 +64,11 @@ class Hosts:
         self.started.append(process)
 
     def inside(self, host: int) -> tuple[str, ...]:
-        """The prefix of a command that runs there."""
+        """The prefix of a command that runs on a host."""
         return ("ip", "netns", "exec", self.names[host])
 
     def finish(self) -> list[tuple[int, str, str]]:
-        """Status, output and errors of what was started, in order."""
+        """Status, output and errors of the started processes, in order."""
         found = []
         for process in self.started:
             output, errors = process.communicate(timeout=240)
@@ -77,7 +77,7 @@ class Hosts:
         return found
 
     def end(self) -> None:
-        """Kill what runs there."""
+        """Kill everything that runs on the hosts."""
         for process in self.started:
             if process.poll() is None:
                 runs.end_group(process)
@@ -89,13 +89,13 @@ class Hosts:
 
 
 def run_ip(*arguments: str) -> None:
-    """A command of iproute2's."""
+    """Run a command of iproute2."""
     subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
 
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    """Set up for one test."""
+    """Two hosts for one test."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2's ip")
     made = Hosts()
@@ -117,7 +117,7 @@ def config(tmp_path: Path) -> Path:
 
 @runs.cpu_only
 def test_two_machines_train_as_one(hosts: Hosts, config: Path, demo: Path, tmp_path: Path) -> None:
-    """Each with a folder of its own: the main one's alone is written. The interface is found without being named."""
+    """Each has its own folder; only the main one's is written. The interface is found without being named."""
     assert "GLOO_SOCKET_IFNAME" not in runs.ENVIRONMENT
     folders = [tmp_path / f"host{host}" for host in (0, 1)]
     for host, folder in enumerate(folders):
@@ -139,12 +139,12 @@ def test_two_machines_train_as_one(hosts: Hosts, config: Path, demo: Path, tmp_p
     assert [record["bbox"]["AP"] for record in runs.records(folders[0]) if "bbox" in record]
 
 
-def test_machines_that_wait_in_vain(hosts: Hosts, config: Path, demo: Path, tmp_path: Path) -> None:
+def test_machines_whose_partner_is_missing(hosts: Hosts, config: Path, demo: Path, tmp_path: Path) -> None:
     """Each launcher, which waits for the other before the scripts start, and the main script without one."""
     flags = (*runs.train_part(demo), *FLAGS, "--output-dir", tmp_path / "run")
     wait = {"DIRECT_PT_JOIN_SECONDS": 5}
     hosts.launch(0, config, *flags, **wait)
-    hosts.launch(1, config, *flags, options=("--main_process_port", str(PORT + 1)), **wait)  # where nobody is
+    hosts.launch(1, config, *flags, options=("--main_process_port", str(PORT + 1)), **wait)  # not in use
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": ADDRESSES[0], "ACCELERATE_USE_CPU": "true", **wait}
     hosts.start(0, *flags, RANK=0, MASTER_PORT=PORT + 2, **place)
     main_launcher, other_launcher, main_script = hosts.finish()
@@ -153,12 +153,12 @@ def test_machines_that_wait_in_vain(hosts: Hosts, config: Path, demo: Path, tmp_
         return f"{ADDRESSES[0]} port {port} over interface {hosts.interfaces[host]} in 5 s"
 
     for (status, _, errors), expected, message in (
-        (main_launcher, 1, f"error: not all of 2 machines came to {where(0, PORT)} ("),
+        (main_launcher, 1, f"error: not all of 2 machines reached {where(0, PORT)} ("),
         (other_launcher, 1, f"error: machine 1 of 2 did not reach the main machine at {where(1, PORT + 1)}: start the"),
         (
             main_script,
             2,
-            f"error: of 2 processes number 1 did not come to {where(0, PORT + 2)}: start the same command",
+            f"error: of 2 processes, number 1 did not reach {where(0, PORT + 2)}: start the same command",
         ),
     ):
         assert status == expected and errors.splitlines()[-1].startswith(message)

@@ -1,1 +1,1 @@
-"""Processes: what the launcher asks for, how they meet, what they tell each other."""
+"""Several processes: what the launcher asks for, how they find each other, and how they exchange values."""

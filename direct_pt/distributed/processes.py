@@ -1,4 +1,7 @@
-"""What processes tell each other: the main one alone reads and writes the run's folder, which others may not see."""
+"""Values that processes exchange. Only the main process reads and writes the run's folder: the others may not see it.
+
+Every process must call each of these functions.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,25 +17,21 @@ Value = TypeVar("Value")
 
 
 def main_decides(decide: Callable[[], Value], processes: PartialState) -> Value:
-    """What `decide` returns on the main process, on every process. All must call it.
-
-    Raises:
-        InputError: of `decide`, on every process.
-    """
-    told: list[Any] = [None]
+    """What `decide` returns on the main process, on every process. Its InputError is raised on every process too."""
+    shared: list[Any] = [None]
     if processes.is_main_process:
         try:
-            told = [decide()]
+            shared = [decide()]
         except InputError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], InputError):
-        raise told[0]
-    return told[0]
+            shared = [error]
+    broadcast_object_list(shared)
+    if isinstance(shared[0], InputError):
+        raise shared[0]
+    return shared[0]
 
 
-def one_a_machine_first(read: Callable[[], Value], processes: PartialState) -> Value:
-    """What `read` returns, on every process: the others find it quickly, in a cache of this machine. All must call it.
+def local_main_process_first(read: Callable[[], Value], processes: PartialState) -> Value:
+    """What `read` returns, on every process. One process of each machine goes first and fills the caches there.
 
     Raises:
         InputError: of `read`, on every process.
@@ -51,7 +50,7 @@ def one_a_machine_first(read: Callable[[], Value], processes: PartialState) -> V
 
 
 def gather_to_main(value: Value, accelerator: Accelerator) -> list[Value]:
-    """Every process's value, in their order, on the main process; nothing elsewhere. Every process must call it."""
+    """On the main process the values of all processes, in their order; on the others an empty list."""
     if accelerator.num_processes == 1:
         return [value]
     gathered: list[Value] = [value] * accelerator.num_processes
@@ -60,19 +59,14 @@ def gather_to_main(value: Value, accelerator: Accelerator) -> list[Value]:
 
 
 def share_tensors(tensors: dict[str, Tensor] | None, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The main process's tensors, on every process: it alone reads the run's folder, which others may not see.
-
-    Args:
-        tensors: of the main process; the others' are not looked at.
-        accelerator: of the processes; every one must call it.
-    """
+    """The main process's `tensors`, on every process, on the CPU; those of the other processes are ignored."""
     if accelerator.num_processes == 1:
         assert tensors is not None
         return tensors
-    plan = [{name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}]
-    broadcast_object_list(plan)
+    layout = [{name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}]
+    broadcast_object_list(layout)
     shared = {}
-    for name, (shape, dtype) in plan[0].items():
+    for name, (shape, dtype) in layout[0].items():
         if accelerator.is_main_process and tensors is not None:
             value = tensors[name].to(accelerator.device).contiguous()
         else:

@@ -1,1 +1,1 @@
-"""Figures and pictures of data sets and runs, for people."""
+"""Reports on data sets and runs: figures, charts, texts."""

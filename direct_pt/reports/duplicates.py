@@ -1,32 +1,37 @@
-"""Images that a data set holds more than once: with the very same pixels, or looking nearly the same.
+"""Images that a data set contains more than once: with identical pixels, or looking nearly the same.
 
-Two images look nearly the same when their perceptual hashes differ in at most MOST_BITS of 256 bits. The hash takes the
-16x16 lowest frequencies of a grey copy, 64x64 pixels large, and says of each whether it lies above their median. Size,
-compression, brightness and contrast hardly change it. The limit lies between what copies differ in and what unrelated
-photographs do (tests/test_check_data.py). Mirrored and turned copies are not found.
+Two images look nearly the same when their perceptual hashes differ in at most MAX_BITS of 256 bits. The hash takes the
+16x16 lowest frequencies (DCT) of a 64x64 grey copy, and stores of each whether it lies above their median. Size,
+compression, brightness and contrast hardly change it. MAX_BITS lies between the differences of copies and those of
+unrelated photographs (tests/test_check_data.py). Mirrored and rotated copies are not found.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-MOST_BITS = 48
+from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.problems import NOTE, Problem, Problems
+
+MAX_BITS = 48
 SIDE, FREQUENCIES = 64, 16
-ROWS_AT_ONCE = 1024  # images that are compared with all others in one call
+CHUNK_ROWS = 1024  # images that one call compares with all others
+LEAK = "LEAKED images"  # begins the kind of a note about images that two splits share
 
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Of n images.
+    """The fingerprints of n images.
 
     Attributes:
         rows: [n] int64, the images' rows in their table.
         digests: [n] uint64 of the pixels.
-        hashes: [n, 32] uint8, 256 bits of the looks.
+        hashes: [n, 32] uint8, 256 bits of the appearance.
     """
 
     rows: np.ndarray
@@ -43,13 +48,13 @@ class Fingerprints:
         )
 
     def keep(self, kept: np.ndarray) -> "Fingerprints":
-        """Only some images: a mask, or indices."""
+        """Only the images that `kept` selects: a mask, or indices."""
         return Fingerprints(self.rows[kept], self.digests[kept], self.hashes[kept])
 
 
 @dataclass(frozen=True)
-class Twins:
-    """Two images that are the same: their rows, and in how many bits the hashes differ, None where no pixel differs."""
+class Pair:
+    """The rows of two equal images; `bits` in which their hashes differ, or None if all pixels are identical."""
 
     first: int
     second: int
@@ -57,9 +62,9 @@ class Twins:
 
 
 def pixel_digest(image: np.ndarray) -> int:
-    """64 bits of the SHA-256 of an image's pixels [h, w, 3] uint8 and its size.
+    """64 bits of the SHA-256 of an image's size and pixels [h, w, 3] uint8.
 
-    Of pixels rather than of the file: another compression or other metadata do not make another image.
+    It does not depend on the file: the same pixels with another compression or other metadata have the same digest.
     """
     digest = hashlib.sha256(f"{image.shape}".encode())
     digest.update(np.ascontiguousarray(image).data)
@@ -67,56 +72,81 @@ def pixel_digest(image: np.ndarray) -> int:
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
-    """[32] uint8, 256 bits of what an image [h, w, 3] uint8 RGB looks like."""
+    """[32] uint8, 256 bits that describe the appearance of an image [h, w, 3] uint8 RGB."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     lowest = cv2.dct(small)[:FREQUENCIES, :FREQUENCIES].ravel()
     return np.packbits(lowest > np.median(lowest))
 
 
-def twins_within(images: Fingerprints) -> list[Twins]:
-    """Every image of which an earlier one has the same pixels, and of the others those that look most alike.
+def find_duplicates(
+    tables: dict[str, AnnotationTable], prints: dict[str, Fingerprints], problems: dict[str, Problems]
+) -> list[dict[str, Any]]:
+    """All pairs of equal images within and between the splits, for JSON. Each is also a note of the later split."""
+    found = []
+    for number, second in enumerate(tables):
+        pairs = [(second, pair) for pair in pairs_within(prints[second])]
+        for first in list(tables)[:number]:
+            pairs += [(first, pair) for pair in pairs_between(prints[first], prints[second])]
+        for first, pair in pairs:
+            names = [tables[first].image_name(pair.first), tables[second].image_name(pair.second)]
+            identical = pair.bits is None
+            kind = f"duplicates in {second}" if identical else f"near-duplicates in {second}"
+            text = f"has the same pixels as {names[0]}"
+            if not identical:
+                text = f"looks nearly like {names[0]} ({pair.bits} of 256 bits differ)"
+            if first != second:
+                kind = f"{LEAK} of {first} in {second}" if identical else f"near-duplicates in {first} and {second}"
+                text += f" of {first}: the AP on {second} tells less about new images; move one of them"
+            problems[second].add(Problem(NOTE, kind, names[1], text, names[1]))
+            found.append({"splits": [first, second], "images": names, "kind": kind, "bits": pair.bits})
+    return found
 
-    Of each image one twin is told, so that there are never more pairs than images.
+
+def pairs_within(images: Fingerprints) -> list[Pair]:
+    """Each image with the first one of identical pixels; of the remaining ones, those that look most alike.
+
+    An image is paired with one other at most, so that there are never more pairs than images.
     """
     _, firsts, group = np.unique(images.digests, return_index=True, return_inverse=True)
     repeats = np.flatnonzero(firsts[group] != np.arange(len(group)))
-    same = [Twins(int(images.rows[firsts[group[i]]]), int(images.rows[i]), None) for i in repeats]
+    identical = [Pair(int(images.rows[firsts[group[i]]]), int(images.rows[i]), None) for i in repeats]
     distinct = images.keep(np.sort(firsts))
-    others, bits = _closest(distinct.hashes, distinct.hashes, others=True)
-    near = np.flatnonzero(bits <= MOST_BITS)
-    pairs = {tuple(sorted((int(i), int(others[i])))): int(bits[i]) for i in near}
-    return same + [Twins(int(distinct.rows[i]), int(distinct.rows[j]), n) for (i, j), n in sorted(pairs.items())]
+    closest, bits = _closest(distinct.hashes, distinct.hashes, exclude_self=True)
+    near = np.flatnonzero(bits <= MAX_BITS)
+    similar = {tuple(sorted((int(i), int(closest[i])))): int(bits[i]) for i in near}
+    return identical + [Pair(int(distinct.rows[i]), int(distinct.rows[j]), n) for (i, j), n in sorted(similar.items())]
 
 
-def twins_between(first: Fingerprints, second: Fingerprints) -> list[Twins]:
-    """For each image of `second` the one of `first` that has the same pixels, or else looks most alike."""
-    known, where = np.unique(first.digests, return_index=True)
-    same = np.isin(second.digests, known)
-    of_same = where[np.searchsorted(known, second.digests[same])]
-    pairs = zip(first.rows[of_same].tolist(), second.rows[same].tolist(), strict=True)
-    rest = second.keep(~same)
+def pairs_between(first: Fingerprints, second: Fingerprints) -> list[Pair]:
+    """Each image of `second` with one of `first` that has identical pixels, or else looks most alike."""
+    known, positions = np.unique(first.digests, return_index=True)
+    identical = np.isin(second.digests, known)
+    originals = positions[np.searchsorted(known, second.digests[identical])]
+    rows = zip(first.rows[originals].tolist(), second.rows[identical].tolist(), strict=True)
+    rest = second.keep(~identical)
     closest, bits = _closest(rest.hashes, first.hashes)
-    near = [i for i in range(len(rest.rows)) if bits[i] <= MOST_BITS]
-    return [Twins(i, j, None) for i, j in pairs] + [
-        Twins(int(first.rows[closest[i]]), int(rest.rows[i]), int(bits[i])) for i in near
+    near = np.flatnonzero(bits <= MAX_BITS)
+    return [Pair(i, j, None) for i, j in rows] + [
+        Pair(int(first.rows[closest[i]]), int(rest.rows[i]), int(bits[i])) for i in near
     ]
 
 
-def _closest(queries: np.ndarray, among: np.ndarray, others: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `queries` [n, 32] the row of `among` that differs in the fewest bits, and in how many: [n] each.
+def _closest(queries: np.ndarray, hashes: np.ndarray, exclude_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `queries` [n, 32] the row of `hashes` that differs in the fewest bits, and in how many: [n] each.
 
-    Where the two are the same array, `others` keeps an image from being its own twin.
+    `exclude_self`: both arrays are the same, and a row is not compared with itself.
     """
-    rows, bits = np.zeros(len(queries), np.int64), np.full(len(queries), 8 * among.shape[1] + 1)
-    if len(among) <= others:
+    rows, bits = np.zeros(len(queries), np.int64), np.full(len(queries), 8 * hashes.shape[1] + 1)
+    if len(hashes) <= exclude_self:
         return rows, bits
-    quick = len(queries) * len(among) < 1e8  # under a second
-    for start in tqdm(range(0, len(queries), ROWS_AT_ONCE), desc="duplicates", leave=False, disable=quick):
-        part = queries[start : start + ROWS_AT_ONCE]
-        distances, found = cv2.batchDistance(part, among, cv2.CV_32S, normType=cv2.NORM_HAMMING, K=1 + others)
-        itself = others & (found[:, 0] == np.arange(start, start + len(part)))
-        column = itself.astype(int)[:, None]
-        rows[start : start + len(part)] = np.take_along_axis(found, column, axis=1)[:, 0]
-        bits[start : start + len(part)] = np.take_along_axis(distances, column, axis=1)[:, 0]
+    is_quick = len(queries) * len(hashes) < 1e8  # under a second
+    for start in tqdm(range(0, len(queries), CHUNK_ROWS), desc="duplicates", leave=False, disable=is_quick):
+        chunk = queries[start : start + CHUNK_ROWS]
+        end = start + len(chunk)
+        distances, found = cv2.batchDistance(chunk, hashes, cv2.CV_32S, normType=cv2.NORM_HAMMING, K=1 + exclude_self)
+        is_self = exclude_self & (found[:, 0] == np.arange(start, end))
+        column = is_self.astype(int)[:, None]  # the closest one, or the second closest
+        rows[start:end] = np.take_along_axis(found, column, axis=1)[:, 0]
+        bits[start:end] = np.take_along_axis(distances, column, axis=1)[:, 0]
     return rows, bits

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
-    """Losses, learning rate and AP over the optimizer steps, from the records of metrics.jsonl."""
+    """Write a chart of losses, learning rate and AP by optimizer step, from the records of metrics.jsonl."""
     logged = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if "bbox" in record]
     figure = _figure(12, 4.5)
@@ -39,11 +39,11 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_object_sizes(panels: Mapping[str, Mapping[str, np.ndarray]], marks: Mapping[float, str], path: Path) -> None:
-    """Histograms of the objects' sides (square root of the box's area).
+    """Write histograms of the objects' sides (square roots of the boxes' areas).
 
     Args:
-        panels: by title, the sides [T] in pixels of each split.
-        marks: sides to mark in the last panel, and what for.
+        panels: for each title, the sides [T] in pixels of each split.
+        marks: labels of the sides to mark in the last panel.
         path: of the picture.
     """
     figure = _figure(12, 4.5)
@@ -54,21 +54,21 @@ def plot_object_sizes(panels: Mapping[str, Mapping[str, np.ndarray]], marks: Map
         plot.set(xscale="log", xlim=(1, largest), xlabel="square root of the box's area, pixels", title=title)
         plot.xaxis.set_major_formatter("{x:g}")
         plot.set_ylabel("share of the split's objects")
-    for side, what in marks.items():
+    for side, label in marks.items():
         axes[0, -1].axvline(side, color="black", linestyle=":", linewidth=1)
-        axes[0, -1].text(side, 0.98, f" {what}", rotation=90, ha="right", va="top", fontsize=8,
+        axes[0, -1].text(side, 0.98, f" {label}", rotation=90, ha="right", va="top", fontsize=8,
                          transform=axes[0, -1].get_xaxis_transform())  # fmt: skip
     _save(figure, path)
 
 
 def plot_image_sizes(splits: Mapping[str, np.ndarray], path: Path) -> None:
-    """The image sizes [N, 2] (height, width) of each split: widths and heights, and aspect ratios."""
+    """Write charts of each split's image sizes [N, 2] (height, width): a scatter plot, and the aspect ratios."""
     figure = _figure(12, 4.5)
     plane, ratios = figure.subplots(1, 2)
     for color, (split, sizes) in enumerate(splits.items()):
-        different, counts = np.unique(sizes, axis=0, return_counts=True)
+        distinct, counts = np.unique(sizes, axis=0, return_counts=True)
         areas = 15 + 400 * counts / len(sizes)  # of the dots
-        plane.scatter(*different.T[::-1], areas, color=f"C{color}", alpha=0.4, linewidths=0, label=split)
+        plane.scatter(*distinct.T[::-1], areas, color=f"C{color}", alpha=0.4, linewidths=0, label=split)
     plane.set(xlabel="width, pixels", ylabel="height, pixels", title="image sizes (larger dots: more images)")
     plane.set(xlim=(0, None), ylim=(0, None), aspect="equal")
     plane.grid(alpha=0.3)
@@ -84,7 +84,7 @@ def plot_image_sizes(splits: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def plot_classes(names: Sequence[str], splits: Mapping[str, np.ndarray], path: Path, most: int = 40) -> None:
-    """Objects [C] of each class in each split, of the `most` frequent classes of all splits together."""
+    """Write a chart of the objects [C] of each class in each split, for the `most` frequent classes overall."""
     total = np.sum(list(splits.values()), axis=0)
     order = np.argsort(-total, kind="stable")[:most]
     figure = _figure(9, 1.5 + 0.25 * len(order))
@@ -105,7 +105,7 @@ def plot_classes(names: Sequence[str], splits: Mapping[str, np.ndarray], path: P
 
 
 def _plot_shares(plot: Any, splits: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
-    """A histogram of each split's values, as shares."""
+    """Draw a histogram of each split's values, as shares."""
     for color, (split, values) in enumerate(splits.items()):
         shares = np.histogram(values, edges)[0] / max(len(values), 1)
         plot.stairs(shares, edges, label=f"{split} ({len(values)})", color=f"C{color}", fill=color == 0, alpha=0.6)
@@ -115,14 +115,15 @@ def _plot_shares(plot: Any, splits: Mapping[str, np.ndarray], edges: np.ndarray)
 
 
 def _figure(width: float, height: float) -> Any:
-    """In inches."""
-    from matplotlib.figure import Figure  # takes half a second to load, which most processes never need
+    """An empty figure, sizes in inches."""
+    from matplotlib.figure import Figure  # half a second to load, and most processes never need it
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Raises OSError."""
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that failed does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a write does not name the file

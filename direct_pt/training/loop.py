@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import History, TrainingState
+from direct_pt.checkpoint import History
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
@@ -28,6 +28,7 @@ from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import Recipe
+from direct_pt.training.checkpoints import TrainingState
 from direct_pt.training.micro_batch import is_out_of_memory
 from direct_pt.training.plan import Plan, smaller_micro_batches
 from direct_pt.training.prepared import PreparedModel

@@ -12,11 +12,12 @@ import psutil
 from accelerate import Accelerator, PartialState
 from timm.utils import ModelEmaV3
 
-from direct_pt.checkpoint import CONFIG, Tensors, TrainingState, load_training_state
+from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.distributed.processes import main_decides, share_tensors
 from direct_pt.errors import InputError
 from direct_pt.flags import CHANGEABLE, FIXED, flag_name, to_json
 from direct_pt.models.detector import Detector
+from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.plan import Plan, read_plan
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress

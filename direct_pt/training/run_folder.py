@@ -11,21 +11,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from direct_pt.checkpoint import (
-    History,
-    TrainingState,
-    checkpoints,
-    load_training_state,
-    read_history,
-    save_model,
-    save_training_state,
-    save_weights,
-    set_aside_checkpoints,
-)
+from direct_pt.checkpoint import History, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped
 from direct_pt.files import write_text
 from direct_pt.models.detector import Detector
 from direct_pt.reports.plots import plot_curves
+from direct_pt.training.checkpoints import (
+    TrainingState,
+    checkpoints,
+    load_training_state,
+    save_training_state,
+    set_aside_checkpoints,
+)
 
 
 class RunFolder:

@@ -17,7 +17,7 @@ from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
-from direct_pt.distributed.processes import main_decides, one_a_machine_first
+from direct_pt.distributed.processes import local_main_process_first, main_decides
 from direct_pt.errors import InputError
 from direct_pt.files import write_json
 from direct_pt.models.detector import Detector
@@ -64,7 +64,7 @@ def load_data(
             spot_check(table)
         return tables
 
-    tables = one_a_machine_first(load, processes)
+    tables = local_main_process_first(load, processes)
     table = tables["train"]
     if not table.targets_per_image().any():
         counts = f"{len(table)} images, {len(table.boxes)} objects"

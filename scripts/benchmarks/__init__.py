@@ -1,1 +1,1 @@
-"""The parts that benchmark.py measures, a module each: `add_arguments` its flags, `measure` its rows."""
+"""The parts that benchmark.py measures, one module each: `add_arguments` adds its flags, `measure` returns its rows."""

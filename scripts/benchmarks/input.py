@@ -1,9 +1,9 @@
 """Stage-1 input: from JPEGs, or from the low-resolution cache, to a uint8 batch of 448x448, one core.
 
-Images a CPU second of one process, over batches of 8: reading the file (which is in the page cache), decoding,
-resizing, cropping, mirroring, boxes, masks, collating. 640x480 JPEGs of about 75 KB and 4000x3000 ones of about 2 MB,
-made up of noise at several scales; 7 objects an image, 15 to 300 pixels large, polygons of 25 corners. Each figure is
-the median of some passes over the images after one that does not count, ours and the peers' in turn.
+Images per CPU second of one process, in batches of 8: reading the file (from the page cache), decoding, resizing,
+cropping, mirroring, boxes, masks, collating. Synthetic JPEGs: 640x480 of about 75 KB and 4000x3000 of about 2 MB, with
+noise at several scales; 7 objects an image, 15 to 300 pixels large, polygons of 25 corners. Each figure is the median
+of several passes over the images after a warm-up pass, ours and the peers' in turn.
 
 The peers do the same job. "MMDetection's steps" are the operations of its stage-1 pipeline with the libraries that it
 uses (OpenCV, pycocotools), normalising and padding on the CPU as it does; "torchvision" is its own decoder and
@@ -11,8 +11,6 @@ transforms v2, without normalising.
 """
 
 import argparse
-import io
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,11 @@ import cv2
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.transforms import v2
 
 from benchmarks.rows import Row, row, seconds
+from benchmarks.synthetic import COCO_IMAGES, write_coco_images
 from direct_pt.batch import collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
@@ -38,13 +36,12 @@ from direct_pt.flags import positive_integer
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD
 from direct_pt.transforms import PretrainPreset
 
-COCO_IMAGES = 118_287
 BATCH = 8
 SIDE = 448
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much is measured."""
+    """The number of images and of passes."""
     parser.add_argument("--images", type=positive_integer, default=96, metavar="N", help="640x480 ones (96)")
     parser.add_argument("--repeats", type=positive_integer, default=5, metavar="N", help="passes over them (5)")
 
@@ -56,7 +53,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        table = made_up(folder / "small", args.images, (480, 640))
+        table = synthetic_table(folder / "small", args.images, (480, 640))
         for masks, target in ((False, 400), (True, 300)):
             setting = "640x480 JPEG, boxes" + (" and masks" if masks else "")
             peers = {"MMDetection's steps": partial(mmdetection, table, masks)}
@@ -76,20 +73,26 @@ def measure(args: argparse.Namespace) -> list[Row]:
             space = cache.gigabytes / len(table) * COCO_IMAGES
             goal = "at most 30 GB" if kind == "raw" else "at most 8 GB"
             rows.append(row("input", f"{kind} cache, {COCO_IMAGES:,} such images", space, "GB", target=goal))
-        large = made_up(folder / "large", 8, (3000, 4000))
+        large = synthetic_table(folder / "large", 8, (3000, 4000))
         spent, theirs_spent = timed(partial(load, large, False), partial(mmdetection, large, False))
         peer = "MMDetection's steps"
         rows.append(rate("4000x3000 JPEG, boxes", len(large), spent, peer, theirs_spent, "45 images/s"))
     return rows
 
 
+def synthetic_table(folder: Path, count: int, size: tuple[int, int]) -> AnnotationTable:
+    """The table of a new COCO set: `count` JPEGs of `size` (height, width)."""
+    write_coco_images(folder, count, size)
+    return load_split(CocoSplit(folder / "images", folder / "labels.json"))
+
+
 def rate(setting: str, images: int, ours: float, peer: str, theirs: float, target: str | None) -> Row:
-    """Images a second."""
+    """Images a second, from the seconds of a pass, ours and the peer's."""
     return row("input", setting, images / ours, "images/s", peer, images / theirs, target)
 
 
 def load(table: AnnotationTable, masks: bool, cache: ImageCache | None = None) -> None:
-    """One pass, another one each time, as training would make it. A batch is let go of before the next, as all here."""
+    """One pass as in training, with new random choices each time. Each batch is freed before the next, as in all."""
     images = TrainingImages(table, PretrainPreset(SIDE), 0, masks, cache)
     epoch = time.perf_counter_ns()
     for start in range(0, len(table), BATCH):
@@ -106,7 +109,9 @@ def mmdetection(table: AnnotationTable, masks: bool) -> None:
             image: Any = cv2.imdecode(np.frombuffer(table.path(index).read_bytes(), np.uint8), cv2.IMREAD_COLOR)
             objects = table.objects(index, masks)
             height, width = image.shape[:2]
-            bitmaps = [_bitmap(outline, height, width) for outline in objects.segmentations or []]
+            outlines = [[ring.ravel().tolist() for ring in outline] for outline in objects.segmentations or []]
+            runs = [coco_mask.merge(coco_mask.frPyObjects(rings, height, width)) for rings in outlines]
+            bitmaps = [coco_mask.decode(run) for run in runs]
             scale = SIDE * rng.uniform(0.8, 1.2) / max(height, width)
             size = (int(width * scale + 0.5), int(height * scale + 0.5))
             image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -130,11 +135,6 @@ def mmdetection(table: AnnotationTable, masks: bool) -> None:
         torch.stack(images)
 
 
-def _bitmap(outline: Any, height: int, width: int) -> np.ndarray:
-    flat = [polygon.ravel().tolist() for polygon in outline]
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, height, width)))
-
-
 def torchvision_v2(table: AnnotationTable) -> None:
     """One pass of its decoder and transforms, boxes with the images."""
     flip, crop = v2.RandomHorizontalFlip(), v2.RandomCrop(SIDE, pad_if_needed=True)
@@ -151,43 +151,3 @@ def torchvision_v2(table: AnnotationTable) -> None:
             resize = v2.Resize(side * min(image.shape[1:]) // max(image.shape[1:]))
             images.append(flip(crop(resize(sample)))[0])
         torch.stack(images)
-
-
-def made_up(folder: Path, count: int, size: tuple[int, int]) -> AnnotationTable:
-    """A COCO set of `count` JPEGs of `size` (height, width), 7 objects each."""
-    (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    height, width = size
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    distinct = [picture(rng, size) for _ in range(min(count, 4))]
-    for number in range(count):
-        name = f"{number}.jpg"
-        (folder / "images" / name).write_bytes(distinct[number % len(distinct)])
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for _ in range(7):
-            radius = np.exp(rng.uniform(np.log(15), np.log(300))) / 2 * max(size) / 640
-            angles = np.sort(rng.uniform(0, 2 * np.pi, 25))
-            reach = radius * rng.uniform(0.6, 1, 25)
-            corners = rng.uniform([0, 0], [width, height]) + np.stack(
-                [reach * np.cos(angles), reach * np.sin(angles)], axis=1
-            )
-            corners = corners.clip(0, [width, height]).round(2)
-            (x1, y1), (x2, y2) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
-            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": [corners.ravel().tolist()]}
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1, **box})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (folder / "labels.json").write_text(json.dumps(content))
-    return load_split(CocoSplit(folder / "images", folder / "labels.json"))
-
-
-def picture(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
-    """A JPEG with detail at all scales, as photographs have."""
-    total = np.zeros((*size, 3), np.float32)
-    for cells in (cells for cells in (4, 16, 64, 256, 640, 1500, 3000) if cells <= size[1]):
-        noise = rng.normal(size=(cells * 3 // 4, cells, 3)).astype(np.float32)
-        total += cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC) / cells**0.5
-    pixels = (128 + 110 * total).clip(0, 255).astype(np.uint8)
-    with io.BytesIO() as file:
-        Image.fromarray(pixels).save(file, "JPEG", quality=90)
-        return file.getvalue()

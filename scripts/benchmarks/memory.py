@@ -3,10 +3,10 @@
   python scripts/benchmark.py memory
   python scripts/benchmark.py memory --model NAME --stage pretrain|finetune [--micro-batch-size N] [--card-gb N] ...
 
-A real step runs on the CPU and takes its time; direct_pt/memory.py says what is counted. Without --model: all five
-detectors in both stages with the recipe's micro-batch, frozen layers, optimizer and mixed precision, 80 classes, 100
-objects on each image, with and without gradient checkpointing. The peers are torchvision's detectors on the same images
-and objects, accounted alike. With --model: the peak and its parts, what the card needs for it, and the largest
+A real step runs on the CPU, which is slow; memory_account.py says what is counted. Without --model: all five detectors
+in both stages with the recipe's micro-batch, frozen layers, optimizer and mixed precision, 80 classes, 100 objects on
+each image, with and without gradient checkpointing. The peers are torchvision's detectors on the same images and
+objects, counted in the same way. With --model: the peak and its parts, the memory that the card needs, and the largest
 micro-batch that fits.
 """
 
@@ -34,19 +34,19 @@ from direct_pt.training.micro_batch import training_batch
 
 GIB = 2**30
 CLASSES, OBJECTS = 80, 100
-LEAST_SIDE = 64  # pixels: under it BatchNorm has single values
+MIN_SIDE = 64  # pixels: of smaller images, BatchNorm sees single values
 TARGET = "under 9 GiB"
 PEERS: dict[str, type[nn.Module]] = {
     "retinanet_r50_fpn": RetinaNet,
     "faster_rcnn_r50_fpn": FasterRCNN,
     "mask_rcnn_r50_fpn": MaskRCNN,
 }
-OF_STAGE = {"pretrain": ("image_size",), "finetune": ("short_side", "long_side")}
+SIZE_FLAGS = {"pretrain": ("image_size",), "finetune": ("short_side", "long_side")}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a detector, a stage, the (height, width) of its images, objects on each, and how."""
+    """What is trained: a detector, in a stage, on images of `size` (height, width), with `objects` on each."""
 
     config: DetectorConfig
     stage: str
@@ -57,12 +57,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people, but for the number of images."""
+        """For people, without the number of images."""
         return f"{self.config.name} {self.stage}, {'checkpointing' if self.recompute else 'plain'}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of pretrain.py and finetune.py that memory depends on, and the card."""
+    """The flags of pretrain.py and finetune.py that memory depends on, and the card."""
     numbers: dict[str, Any] = {"type": positive_integer, "metavar": "N"}
     pixels = {**numbers, "metavar": "PIXELS"}
     parser.add_argument("--model", metavar="NAME", help=f"this detector alone: {', '.join(MODELS)}")
@@ -83,9 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """The table, or the answer for one detector. Raises InputError where flags contradict each other."""
+    """The table, or the rows of one detector. Raises InputError if flags contradict each other."""
     if args.model is not None:
-        return _answer(args)
+        return _measure_detector(args)
     given = [name for name, value in vars(args).items() if value and name not in ("part", "output")]
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} is for one detector: name it with --model")
@@ -104,18 +104,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _answer(args: argparse.Namespace) -> list[Row]:
-    """For one detector: peak and parts, the card, the largest micro-batch."""
+def _measure_detector(args: argparse.Namespace) -> list[Row]:
+    """One detector: the peak and its parts, the card, the largest micro-batch."""
     stage = args.stage or "pretrain"
-    for other in OF_STAGE["finetune" if stage == "pretrain" else "pretrain"]:
+    for other in SIZE_FLAGS["finetune" if stage == "pretrain" else "pretrain"]:
         if getattr(args, other) is not None:
-            own = " and ".join(f"--{name.replace('_', '-')}" for name in OF_STAGE[stage])
+            own = " and ".join(f"--{name.replace('_', '-')}" for name in SIZE_FLAGS[stage])
             raise InputError(f"--{other.replace('_', '-')}: images of {stage} have {own}")
     if args.image_size and args.image_size % 32:
         raise InputError(f"--image-size {args.image_size} is no multiple of 32")
     size = _size(stage, args.image_size or IMAGE_SIZE, args.short_side or SHORT_SIDE, args.long_side or LONG_SIDE)
-    if min(size) < LEAST_SIDE:
-        raise InputError(f"{size[0]}x{size[1]}: images of under {LEAST_SIDE} pixels a side are not measured")
+    if min(size) < MIN_SIDE:
+        raise InputError(f"{size[0]}x{size[1]}: images of under {MIN_SIDE} pixels a side are not measured")
     if size[0] > size[1]:
         raise InputError(f"the short side, {size[0]}, is above the long side, {size[1]}: swap them")
     flags = ("backbone", "channels", "rois_per_image", "proposals")
@@ -138,17 +138,17 @@ def _answer(args: argparse.Namespace) -> list[Row]:
 
 
 def _size(stage: str, image_size: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """(height, width) of the images of a stage, padded."""
+    """The padded (height, width) of a stage's images."""
     height, width = (image_size, image_size) if stage == "pretrain" else (short_side, long_side)
     return -(-height // 32) * 32, -(-width // 32) * 32
 
 
 def paper_config(name: str, classes: int) -> DetectorConfig:
-    """The paper's, of so many classes."""
+    """The paper's configuration, with this number of classes."""
     return DetectorConfig.from_paper(name, tuple(map(str, range(classes))), tuple(range(1, classes + 1)))
 
 
-def made(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
+def make_training(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
     """The detector as its stage trains it, and the recipe's optimizer."""
     torch.manual_seed(0)
     detector = build_detector(case.config.name, config=case.config).train()
@@ -161,7 +161,7 @@ def made(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
     return detector, make_optimizer(detector, recipe, recipe.lr)
 
 
-def made_peer(name: str, stage: str, size: tuple[int, int]) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make_peer_training(name: str, stage: str, size: tuple[int, int]) -> tuple[nn.Module, torch.optim.Optimizer]:
     """torchvision's detector, its backbone frozen as far as ours, and the same optimizer."""
     torch.manual_seed(0)
     frozen = stage == "finetune"
@@ -184,30 +184,27 @@ def made_peer(name: str, stage: str, size: tuple[int, int]) -> tuple[nn.Module, 
 
 
 def peer_inputs(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """A batch as torchvision's detectors take it."""
-    return list(batch.images / 255), [_target(batch, number) for number in range(len(batch))]
+    """A batch as torchvision's detectors take it: images, and a dictionary of objects for each."""
+    targets = []
+    for number in range(len(batch)):
+        targets.append({"boxes": batch.boxes[number], "labels": batch.labels[number] + 1})
+        if batch.masks is not None and batch.mask_rows is not None:
+            targets[-1]["masks"] = torch.stack([batch.masks.dense(row) for row in batch.mask_rows[number].tolist()])
+    return list(batch.images / 255), targets
 
 
 def _peak(case: Case, images: int) -> MemoryPeak:
-    """Of one micro-batch, as the stage trains it."""
-    detector, optimizer = made(case)
+    """The peak of one micro-batch, as the stage trains it."""
+    detector, optimizer = make_training(case)
     batch = training_batch(images, case.size, case.objects, len(case.config.class_names), detector.has_masks)
     waiting = max(0, STAGES[case.stage].paper.global_batch_size // images - 1)
     return peak_of_step(detector, batch, case.precision, optimizer, waiting)
 
 
 def _peer_peak(name: str, stage: str, size: tuple[int, int], images: int) -> float:
-    """GiB of torchvision's detector."""
-    model, optimizer = made_peer(name, stage, size)
+    """The peak of torchvision's detector in GiB."""
+    model, optimizer = make_peer_training(name, stage, size)
     pictures, targets = peer_inputs(training_batch(images, size, OBJECTS, CLASSES, PEERS[name] is MaskRCNN))
     inputs = [*pictures, *(value for target in targets for value in target.values())]
     waiting = STAGES[stage].paper.global_batch_size // images - 1
     return peak_of_losses(lambda: model(pictures, targets), model, inputs, "fp16", optimizer, waiting).total / GIB
-
-
-def _target(batch: Batch, number: int) -> dict[str, Tensor]:
-    """The objects of one image as torchvision takes them."""
-    target = {"boxes": batch.boxes[number], "labels": batch.labels[number] + 1}
-    if batch.masks is not None and batch.mask_rows is not None:
-        target["masks"] = torch.stack([batch.masks.dense(row) for row in batch.mask_rows[number].tolist()])
-    return target

@@ -1,13 +1,13 @@
-"""How much memory a training step takes on a GPU, found without one: a real step on the CPU, every tensor accounted.
+"""The memory of a training step on a GPU, found without one: a real step on the CPU, with every tensor counted.
 
-What is counted is what PyTorch's operators hand out: weights, gradients, optimizer state, activations and whatever else
-autograd saves, autocast's copies of weights. Where a GPU computes another way than a CPU, the step takes the GPU's:
-RoIAlign and NMS (`models.layers.force_gpu_path`), the optimizer's loops over all tensors at once, and autocast's
-float32 norms, softmax and upsampling. bf16 stands for fp16, which is as large.
+Counted are the tensors that PyTorch's operators return: weights, gradients, optimizer state, activations and whatever
+else autograd saves, autocast's copies of weights. Where a GPU computes in another way than a CPU, the step computes as
+the GPU does: RoIAlign and NMS (`models.layers.force_gpu_path`), the optimizer's loops over all tensors at once, and
+autocast's float32 norms, softmax and upsampling. bf16 stands for fp16, which is as large.
 
-Not counted is what a kernel takes for itself while it runs (cuDNN's workspace, a sort's buffer), but for NMS's table,
-and the allocator's gaps: `CONTEXT` and `FRAGMENTATION` leave room for them. Several processes hold their gradients
-twice, which is not counted either. None of this was ever compared with a GPU's own figures.
+Not counted are the buffers of a running kernel (cuDNN's workspace, a sort's buffer), except for NMS's table, and the
+gaps in the allocator's memory: `CONTEXT` and `FRAGMENTATION` leave room for them. Several processes hold their
+gradients twice, which is not counted either. The account has not been compared with a GPU's own figures.
 """
 
 import functools
@@ -30,9 +30,9 @@ from direct_pt.models.rpn import MAX_NMS_BOXES
 
 BLOCK = 512  # bytes that CUDA's caching allocator rounds up to
 CONTEXT = 2**30  # bytes: the driver's context, kernels, and the workspaces of cuBLAS and cuDNN
-FRAGMENTATION = 0.1  # of the peak: gaps that the allocator cannot hand out
+FRAGMENTATION = 0.1  # of the peak: gaps that the allocator cannot use
 KINDS = ("weights", "gradients", "optimizer", "activations", "rest")
-# In float32 under CUDA's autocast, whatever comes in; the CPU's leaves them in bf16.
+# CUDA's autocast computes these in float32 whatever their inputs; the CPU's leaves them in bf16.
 FLOAT32_ON_GPU = ("layer_norm", "group_norm", "softmax.int", "upsample_nearest2d.vec", "upsample_bilinear2d.vec")
 
 
@@ -44,12 +44,12 @@ class MemoryPeak:
         weights: parameters and buffers.
         gradients: of the parameters.
         optimizer: its state.
-        activations: made in the forward pass, or again in the backward pass; with autocast's copies of weights.
+        activations: of the forward pass, also when recomputed in the backward pass; with autocast's copies of weights.
         rest: images and objects, gradients of activations, the update's temporaries.
-        passes: the most that forward and backward pass have allocated together.
-        update: the most that the optimizer's step has.
-        at_nms: allocated when NMS has most boxes.
-        nms_boxes: how many those are.
+        passes: the peak of all that is allocated in the forward and backward pass.
+        update: the same in the optimizer's step.
+        at_nms: what is allocated when NMS has the most boxes.
+        nms_boxes: how many boxes those are.
     """
 
     weights: int
@@ -69,18 +69,18 @@ class MemoryPeak:
 
 
 class MemoryAccount(TorchDispatchMode):
-    """Inside it, the storages that are alive, each counted once, by kind.
+    """Counts the live storages while it is entered, each once, by kind.
 
-    A storage counts from the operator that made it until it dies, whether a variable holds it, a view, or autograd
-    alone: its Python object lives as long as it does, so a weak reference tells. Backward passes must run in the thread
-    that entered the account, as they do on a CPU.
+    A storage counts from the operator that made it until it is freed, whether a variable, a view or only autograd holds
+    it: its Python object lives as long as the storage, so a weak reference shows its end. Backward passes must run in
+    the thread that entered the account, as they do on a CPU.
 
     Attributes:
-        kind: of what is made from now on without gradients, one of `KINDS`; what is made with them is activations.
-        now: bytes alive of each kind.
+        kind: how new tensors made without gradients count, one of `KINDS`; those made with gradients are activations.
+        now: live bytes of each kind.
         most: the same at the peak.
-        at_nms: bytes alive when NMS had most boxes.
-        nms_boxes: how many those were.
+        at_nms: live bytes when NMS had the most boxes.
+        nms_boxes: how many boxes those were.
     """
 
     def __init__(self) -> None:
@@ -98,11 +98,15 @@ class MemoryAccount(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self.hold(tree_leaves(results))
         if func is torch.ops.torchvision.nms.default:
-            self._count_nms(len(args[0]))
+            boxes = len(args[0])
+            if boxes > self.nms_boxes:
+                self.at_nms, self.nms_boxes = sum(self.now.values()), boxes
+            # On a GPU, torchvision's kernel also allocates a table of which box suppresses which.
+            self._compare({**self.now, self.kind: self.now[self.kind] + nms_bytes(boxes)})
         return results
 
     def hold(self, values: Iterable[Any], kind: str | None = None) -> None:
-        """Count the tensors among `values` as `kind`; without it as what they are counted, or were just made as."""
+        """Count the tensors among `values` as `kind`; without it, known ones keep their kind and new ones get one."""
         made = "activations" if torch.is_grad_enabled() else self.kind
         for value in values:
             if not isinstance(value, Tensor):
@@ -130,21 +134,15 @@ class MemoryAccount(TorchDispatchMode):
         if sum(now.values()) > sum(self.most.values()):
             self.most = dict(now)
 
-    def _count_nms(self, boxes: int) -> None:
-        """torchvision's kernel on a GPU makes a table of which box suppresses which."""
-        if boxes > self.nms_boxes:
-            self.at_nms, self.nms_boxes = sum(self.now.values()), boxes
-        self._compare({**self.now, self.kind: self.now[self.kind] + nms_bytes(boxes)})
-
 
 def nms_bytes(boxes: int) -> int:
-    """Of the GPU's table: a bit for each pair of boxes, in words of 64."""
+    """The bytes of the GPU's table: a bit for each pair of boxes, in words of 64."""
     return boxes * -(-boxes // 64) * 8
 
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Inside it, the CPU's autocast computes in float32 what CUDA's does."""
+    """Within it, the CPU's autocast computes in float32 what CUDA's does."""
     library = torch.library.Library("aten", "IMPL")
     for name in FLOAT32_ON_GPU:
         library.impl(name, functools.partial(_in_float32, attrgetter(name)(torch.ops.aten)), "AutocastCPU")
@@ -162,7 +160,7 @@ def _in_float32(operator: Callable[..., Any], *args: Any, **options: Any) -> Any
 def peak_of_step(
     detector: nn.Module, batch: Batch, precision: str, optimizer: torch.optim.Optimizer, waiting: int = 0
 ) -> MemoryPeak:
-    """The peak of one micro-batch of a training step, with the optimizer's state and accumulated gradients there.
+    """The peak of one micro-batch of a training step, with optimizer state and accumulated gradients in memory.
 
     Weights, gradients and the optimizer's state change.
 
@@ -171,7 +169,7 @@ def peak_of_step(
         batch: the micro-batch.
         precision: "no", "fp16" or "bf16".
         optimizer: of the detector's parameters that train.
-        waiting: further micro-batches of the step, which wait on the device.
+        waiting: further micro-batches of the step, which are on the device already.
     """
     images = [value for part in (batch, batch.masks) if part is not None for value in vars(part).values()]
     return peak_of_losses(lambda: detector(batch), detector, images, precision, optimizer, waiting)
@@ -185,13 +183,13 @@ def peak_of_losses(
     optimizer: torch.optim.Optimizer,
     waiting: int = 0,
 ) -> MemoryPeak:
-    """`peak_of_step` for any `module` whose `losses` are to be summed; `inputs` hold the tensors of the micro-batch."""
+    """`peak_of_step` for any `module` whose `losses` are summed; `inputs` contain the tensors of the micro-batch."""
     for group in optimizer.param_groups:
         group["foreach"] = not group["fused"]  # the default on a GPU
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the optimizer's state
+    optimizer.step()  # creates the optimizer's state
     account = MemoryAccount()
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     account.now["rest"] = waiting * sum(tensor.nbytes for tensor in tensors)
@@ -213,18 +211,18 @@ def peak_of_losses(
 
 
 def card_bytes(allocated: int) -> int:
-    """What a card must have for a peak of so much: with the context and the gaps."""
+    """The memory that a card needs for a peak of `allocated` bytes: with the context and the gaps."""
     return CONTEXT + round((1 + FRAGMENTATION) * allocated)
 
 
 def largest_micro_batch(available: int, peaks: dict[int, MemoryPeak]) -> int:
-    """How many images fit on a card of `available` bytes, 0 where not even one does.
+    """How many images fit on a card of `available` bytes; 0 if not even one does.
 
-    A step's memory grows by the same with each image, NMS's table with the square of their number, up to a limit.
+    A step's memory grows linearly with the number of images, NMS's table with its square, up to a limit.
 
     Args:
         available: bytes of the card.
-        peaks: of micro-batches of some numbers of images, at least two.
+        peaks: for at least two numbers of images, the peak of a micro-batch.
     """
     moments = ("passes", "update", "at_nms", "nms_boxes")
     passes, update, at_nms, boxes = ({n: getattr(peak, name) for n, peak in peaks.items()} for name in moments)
@@ -238,7 +236,7 @@ def largest_micro_batch(available: int, peaks: dict[int, MemoryPeak]) -> int:
 
 
 def _line(points: dict[int, int], place: int) -> int:
-    """At `place`, the value of a line through `points`: beyond the last two of them with the steepest slope."""
+    """The value at `place` of a line through `points`; beyond the last point it has their steepest slope."""
     places = sorted(points)
     slopes = [(points[b] - points[a]) / (b - a) for a, b in pairwise(places)]
     if place > places[-1]:

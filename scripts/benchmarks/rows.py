@@ -1,5 +1,6 @@
-"""What all parts of the benchmark share: how a figure is taken, and how it is written down."""
+"""What all parts of the benchmark share: how a figure is measured, and the row that states it."""
 
+import os
 import platform
 import resource
 import statistics
@@ -29,7 +30,7 @@ def row(
     peer_value: float | None = None,
     target: str | None = None,
 ) -> Row:
-    """One figure, and its peer's from the same run. `target` is what it is meant to reach, in words."""
+    """One figure, and the peer's from the same run. `target` says in words what the figure should reach."""
     return {
         "part": part,
         "setting": setting,
@@ -45,7 +46,7 @@ def row(
 
 
 def device() -> str:
-    """The processor, or the GPU where there is one."""
+    """The name of the GPU if there is one, else of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
@@ -55,7 +56,7 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the figures depend on, where they are installed."""
+    """The versions of the installed packages that the figures depend on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -68,7 +69,7 @@ def versions() -> dict[str, str]:
 def seconds(
     *functions: Callable[[], Any], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """The median seconds of each function. They take turns, so that a busy machine slows them alike."""
+    """The median seconds of each function. They take turns, so that a busy machine slows all of them alike."""
     for function in functions:
         for _ in range(warmup):
             function()
@@ -83,13 +84,19 @@ def seconds(
 
 def in_process(module: str, *arguments: str) -> str:
     """What `python -m benchmarks.MODULE ARGUMENTS` prints: a measurement that needs a process of its own."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    return run_python("-m", f"benchmarks.{module}", *arguments)
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """What `python ARGUMENTS` prints, in scripts/, with more variables in its environment. Raises RuntimeError."""
+    command, folder = [sys.executable, *arguments], Path(__file__).parents[1]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
     return done.stdout.strip()
 
 
 def peak_gib() -> float:
-    """The most memory that this process ever held."""
+    """The peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

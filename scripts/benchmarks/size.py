@@ -1,7 +1,8 @@
-"""Parameters and multiply-adds of the five detectors for one image, at 448x448 and at 800x1333.
+"""Parameters and multiply-adds of the five detectors, and the lines of the source code.
 
-Two-stage detectors with 1,000 proposals and 100 masks. Convolutions, linear layers and attention are counted, as
-everywhere. The peer's parameters are those of MMDetection 3.3.0's models for the same 80 classes.
+The multiply-adds are for one image, at 448x448 and at 800x1333; two-stage detectors have 1,000 proposals and 100 masks.
+Convolutions, linear layers and attention are counted, as is usual. The peer's parameters are those of MMDetection
+3.3.0's models for the same 80 classes.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.code_size import measure_code
 from benchmarks.rows import Row, row
 from direct_pt.models.detector import MODELS, Detector, RetinaNet, TwoStage, build_detector
 
@@ -24,11 +26,11 @@ MMDETECTION_PARAMETERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """This part has no flags."""
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Five detectors, a count and two sizes each."""
+    """A count and two image sizes for each detector; then the source code."""
     rows = []
     for name in MODELS:
         detector = build_detector(name, num_classes=80).eval()
@@ -39,11 +41,11 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 run_once(detector, torch.zeros(1, 3, height, width))
             giga = counter.get_total_flops() / 2 / 1e9
             rows.append(row("size", f"{name} {height}x{width}", giga, "10^9 multiply-adds"))
-    return rows
+    return rows + measure_code()
 
 
 def run_once(detector: Detector, images: Tensor) -> None:
-    """All that a detector computes for an image, whatever it finds there: untrained, it would find nothing."""
+    """Compute all parts of a detector for full numbers of proposals and masks: untrained, it would find none."""
     features = detector.fpn(detector.backbone(images))
     if isinstance(detector, RetinaNet):
         detector.head(features)

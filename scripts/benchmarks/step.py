@@ -1,9 +1,9 @@
 """A training step (forward, backward, update) on the CPU, beside torchvision's Faster R-CNN at equal settings.
 
 Random images with 7 boxes each, 80 classes, SGD with momentum, channels_last on both sides; BatchNorm trains; equal
-anchors, proposals (2,000 a level, 1,000 after NMS), RoIs, heads. RoIAlign is each side's own: adaptive here, 2x2
-samples a bin in torchvision. Both step on the same images, in turn, in one process, which keeps freed memory as
-training does; figures are medians after one step that does not count.
+anchors, proposals (2,000 a level, 1,000 after NMS), RoIs, heads. Each side uses its own RoIAlign: adaptive here, 2x2
+samples a bin in torchvision. Both train on the same images, in turn, in one process, which keeps freed memory as in
+training; figures are medians after one warm-up step.
 
 "MMDetection 3.3" is its Faster R-CNN R50 with the same head, forward and backward of 2 images of 448x448 in fp32, timed
 once on 2 idle cores of another machine of this kind: compare it with a run on 2 idle cores.
@@ -26,12 +26,12 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 
 from benchmarks.rows import Row, row, seconds
+from benchmarks.synthetic import CLASSES, noise_batch
 from direct_pt.batch import Batch
 from direct_pt.distributed.launch import make_accelerator
 from direct_pt.flags import positive_integer
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, DetectorConfig, build_detector
 
-CLASSES = 80
 MMDETECTION_SECONDS = 9.1
 HEAVY = ("convolution", "linear", "addmm", "aten::mm", "aten::bmm")  # in an operator's name
 
@@ -39,7 +39,7 @@ Step = Callable[[], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How often."""
+    """The number of steps."""
     parser.add_argument("--repeats", type=positive_integer, default=3, metavar="N", help="steps that count (3)")
 
 
@@ -52,22 +52,22 @@ def measure(args: argparse.Namespace) -> list[Row]:
         ("ResNet-50, 2 x 448x448, 512 RoIs, fp32", "resnet50", "4conv1fc", 2, 448, 512, "no", None),
         ("ResNet-50, 2 x 448x448, 512 RoIs, bf16", "resnet50", "4conv1fc", 2, 448, 512, "bf16", None),
     ):
-        images = made_up(count, side)
+        images = noise_batch(count, side)
         ours = step(detector(backbone, head, rois), images, precision)
         theirs = torchvision_step(torchvision_detector(backbone, head, rois, side), images, precision)
-        mine, peer = seconds(ours, theirs, repeats=args.repeats)
-        rows.append(row("step", setting, count / mine, "images/s", "torchvision", count / peer, target))
+        our_time, peer_time = seconds(ours, theirs, repeats=args.repeats)
+        rows.append(row("step", setting, count / our_time, "images/s", "torchvision", count / peer_time, target))
         if backbone == "resnet50":
             target = "as fast" if precision == "no" else "twice as fast"
-            rows.append(row("step", setting, mine, "s", "MMDetection 3.3, fp32", MMDETECTION_SECONDS, target))
-    share = rest_of_step(step(detector("resnet50", "4conv1fc", 512), made_up(8, 448), "bf16"))
+            rows.append(row("step", setting, our_time, "s", "MMDetection 3.3, fp32", MMDETECTION_SECONDS, target))
+    share = rest_of_step(step(detector("resnet50", "4conv1fc", 512), noise_batch(8, 448), "bf16"))
     setting = "ResNet-50, 8 x 448x448, bf16, not convolution, not linear"
     rows.append(row("step", setting, 100 * share, "% of the step", target="under 15 %"))
     return rows
 
 
 def detector(backbone: str, head: str, rois: int) -> nn.Module:
-    """Ours."""
+    """Our Faster R-CNN."""
     torch.manual_seed(0)
     names = tuple(f"class {index}" for index in range(CLASSES))
     config = DetectorConfig.from_paper("faster_rcnn_r50_fpn", names, tuple(range(1, CLASSES + 1)))
@@ -76,7 +76,7 @@ def detector(backbone: str, head: str, rois: int) -> nn.Module:
 
 
 def torchvision_detector(backbone: str, head: str, rois: int, side: int) -> nn.Module:
-    """torchvision's, of the same parts."""
+    """torchvision's Faster R-CNN with the same parts."""
     torch.manual_seed(0)
     box_head: nn.Module = TwoMLPHead(256 * 7 * 7, 1024)
     if head == "4conv1fc":
@@ -97,36 +97,13 @@ def torchvision_detector(backbone: str, head: str, rois: int, side: int) -> nn.M
     return model.to(memory_format=torch.channels_last).train()
 
 
-def made_up(count: int, side: int, objects: int = 7) -> Batch:
-    """Noise, and boxes of all sizes."""
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=draw).permute(0, 3, 1, 2)
-    sides = torch.exp(torch.rand(count, objects, 2, generator=draw) * 2.5) * side / 16
-    centres = sides / 2 + torch.rand(count, objects, 2, generator=draw) * (side - sides)
-    boxes = torch.cat([centres - sides / 2, centres + sides / 2], dim=-1)
-    size = torch.full((count, 2), side)
-    return Batch(
-        images,
-        sizes=size,
-        padded_sizes=size,
-        original_sizes=size,
-        scales=torch.ones(count, 2),
-        indices=torch.arange(count),
-        seeds=torch.arange(count),
-        boxes=boxes,
-        labels=torch.randint(CLASSES, (count, objects), generator=draw),
-        valid=torch.ones(count, objects, dtype=torch.bool),
-        crowd=torch.zeros(count, objects, dtype=torch.bool),
-    )
-
-
 def step(model: nn.Module, batch: Batch, precision: str) -> Step:
-    """One of ours."""
+    """A step of our detector."""
     return partial(_step, model, _optimizer(model), lambda: model(batch), precision)
 
 
 def torchvision_step(model: nn.Module, batch: Batch, precision: str) -> Step:
-    """One of torchvision's, which takes lists."""
+    """A step of torchvision's detector, which takes lists."""
     images = [image.contiguous() / 255 for image in batch.images]
     targets = [{"boxes": b, "labels": n + 1} for b, n in zip(batch.boxes, batch.labels, strict=True)]
     return partial(_step, model, _optimizer(model), lambda: model(images, targets), precision)
@@ -146,10 +123,10 @@ def _step(
     optimizer.zero_grad()
 
 
-def rest_of_step(one: Step) -> float:
+def rest_of_step(run: Step) -> float:
     """The share of a step's CPU time that is neither convolution nor linear layer."""
-    one()
+    run()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        one()
+        run()
     times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     return 1 - sum(time for name, time in times.items() if any(op in name for op in HEAVY)) / sum(times.values())

@@ -1,15 +1,15 @@
-"""Whether a recipe trains, and how far: both stages, by the scripts themselves, on data sets of yours.
+"""Whether a recipe trains, and how well: both stages, by the scripts themselves, on your own data sets.
 
-By default each run is stopped 150 steps after its warm-up, and the largest gradient norm and the loss are told; one
-that diverges says so. With --whole it goes to its end, and the AP of each evaluation is told by the images seen.
+By default each run is stopped 150 steps after its warm-up, and the rows have the largest gradient norm and the loss, or
+that the run diverged. With --whole it runs to its end, and the rows also have the AP of each evaluation.
 
-An arm is a name and flags that are added to pretrain.py's, and after a slash between spaces to finetune.py's:
+An arm is a name, and flags for pretrain.py, and after a slash between spaces for finetune.py:
 
   --arm "default:"  --arm "64: --global-batch-size 64 --warmup-steps 500 / --global-batch-size 16"
 
 Unless --size paper is given, the detector is a small one: ResNet-18 (for the Swin detector ConvNeXt-Atto), 64 channels,
-64 RoIs of 256 proposals, 160 pixels in stage 1 and 256 in stage 2. Runs lie in --output-dir, what each prints in
-its output.txt; those that are done there are not done again.
+64 RoIs of 256 proposals, 160 pixels in stage 1 and 256 in stage 2. Runs are in --output-dir, the output of each in its
+output.txt; finished runs there are not repeated.
 """
 
 import argparse
@@ -30,9 +30,10 @@ from direct_pt.models.detector import MODELS
 
 STEPS_AFTER_WARMUP = 150
 STOPPED = 143  # exit status after SIGTERM
-SMALL_DETECTOR = ("--channels", "64", "--rois-per-image", "64", "--proposals", "256")
+SMALL_CHANNELS = ("--channels", "64")
+SMALL_COUNTS = ("--rois-per-image", "64", "--proposals", "256")
 SMALL_IMAGES = {"pretrain": ("--image-size", "160"), "finetune": ("--short-side", "256", "--long-side", "256")}
-SMALL_BACKBONES = {"mask_rcnn_swin_t_fpn": "convnext_atto"}  # normalises with LayerNorm too
+SMALL_BACKBONES = {"mask_rcnn_swin_t_fpn": "convnext_atto"}  # uses LayerNorm too
 SCRIPTS = Path(__file__).parents[1]
 
 
@@ -41,9 +42,9 @@ class Trial:
     """One run of both stages.
 
     Attributes:
-        name: of its arm, detector, data set and seed.
-        folder: where its stages lie.
-        flags: of each stage, by its name, without --output-dir and --init.
+        name: names its arm, detector, data set and seed.
+        folder: contains the folders of its stages.
+        flags: by stage, without --output-dir and --init.
     """
 
     name: str
@@ -61,39 +62,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=positive_integer, default=1, metavar="N", help="runs of each kind (1)")
     parser.add_argument("--stages", choices=["pretrain", "both"], default="both", help="(both)")
-    parser.add_argument("--whole", action="store_true", help="to the end")
+    parser.add_argument("--whole", action="store_true", help="train to the end")
     parser.add_argument("--size", choices=["small", "paper"], default="small", help="of detector and images (small)")
     parser.add_argument("--jobs", type=positive_integer, default=1, metavar="N", help="runs at once (1)")
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """All runs. Raises InputError where an arm has no name or a run's flags are refused."""
+    """The rows of all runs. Raises InputError if an arm has no name or a run's flags are refused."""
     stages = ["pretrain", "finetune"] if args.stages == "both" else ["pretrain"]
-    trials = [
-        trial(arm, model, data, seed, args)
+    waiting = [
+        make_trial(arm, model, data, seed, args)
         for arm in args.arm or ["default:"]
         for data in args.data
         for model in args.model
         for seed in range(args.seeds)
     ]
     rows: list[Row] = []
-    waiting, running = list(trials), dict[int, tuple[Trial, list[str], subprocess.Popen[bytes] | None]]()
+    # By slot: the trial, its stages that are not done, and the process of the first of these.
+    running = dict[int, tuple[Trial, list[str], subprocess.Popen[bytes] | None]]()
     stopping: set[int] = set()  # process ids; a second signal would end them at once
     try:
         while waiting or running:
             for slot in range(args.jobs):
                 if slot not in running and waiting:
                     running[slot] = (waiting.pop(0), list(stages), None)
-            for slot, (one, left, process) in list(running.items()):
+            for slot, (trial, left, process) in list(running.items()):
                 if process is not None and process.poll() is None:
-                    if not args.whole and process.pid not in stopping and has_gone_far_enough(one.folder / left[0]):
+                    is_over = not args.whole and has_gone_far_enough(trial.folder / left[0])
+                    if is_over and process.pid not in stopping:
                         stopping.add(process.pid)
                         process.send_signal(signal.SIGTERM)
                     continue
                 if process is not None:
-                    rows += told(one, left.pop(0), process.returncode, args.whole)
-                if left and (process is None or (one.folder / "pretrain" / "model").exists()):
-                    running[slot] = (one, left, start(one, left[0], slot, args.whole))
+                    rows += stage_rows(trial, left.pop(0), process.returncode, args.whole)
+                if left and (process is None or (trial.folder / "pretrain" / "model").exists()):
+                    running[slot] = (trial, left, start(trial, left[0], slot, args.whole))
                 else:
                     del running[slot]
             time.sleep(0.5)
@@ -104,33 +107,30 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def trial(arm: str, model: str, data: Path, seed: int, args: argparse.Namespace) -> Trial:
-    """Raises InputError where the arm has no name."""
+def make_trial(arm: str, model: str, data: Path, seed: int, args: argparse.Namespace) -> Trial:
+    """The run of an arm with a detector, a data set and a seed. Raises InputError if the arm has no name."""
     name, colon, flags = arm.partition(":")
     if not colon or not name.strip():
         raise InputError(f'--arm "{arm}": give it a name and a colon, such as "rate: --lr 0.02"')
     added = dict(zip(("pretrain", "finetune"), [*f"{flags} ".split(" / "), ""], strict=False))
     common = ("--data", str(data), "--seed", str(seed), "--num-workers", "0", "--log-every", "5")
-    detector: tuple[str, ...] = ("--model", model)
-    counts: tuple[str, ...] = ()
-    images = {"pretrain": (), "finetune": ()} if args.size == "paper" else SMALL_IMAGES
+    flags_of = {"pretrain": [*common, "--model", model], "finetune": [*common]}
     if args.size == "small":
-        detector += ("--backbone", SMALL_BACKBONES.get(model, "resnet18"), *SMALL_DETECTOR[:2])
-        counts = SMALL_DETECTOR[2:]
-    both = {
-        "pretrain": (*common, *detector, *counts, *images["pretrain"], "--cache", "raw", *added["pretrain"].split()),
-        "finetune": (*common, *counts, *images["finetune"], *added["finetune"].split()),
-    }
+        flags_of["pretrain"] += ["--backbone", SMALL_BACKBONES.get(model, "resnet18"), *SMALL_CHANNELS]
+        for stage, images in SMALL_IMAGES.items():
+            flags_of[stage] += [*SMALL_COUNTS, *images]
+    flags_of["pretrain"] += ["--cache", "raw"]
+    by_stage = {stage: (*flags_of[stage], *added[stage].split()) for stage in flags_of}
     label = f"{name.strip()} {model} {data.name} seed {seed}"
-    return Trial(label, args.output_dir / label.replace(" ", "-"), both)
+    return Trial(label, args.output_dir / label.replace(" ", "-"), by_stage)
 
 
-def start(one: Trial, stage: str, slot: int, whole: bool) -> subprocess.Popen[bytes]:
-    """A stage's script as a process of its own, on a core of its own where there is no GPU to share."""
-    folder = one.folder / stage
+def start(trial: Trial, stage: str, slot: int, whole: bool) -> subprocess.Popen[bytes]:
+    """The process of a stage's script, on one core. A stage that is done gets a process that ends at once."""
+    folder = trial.folder / stage
     folder.mkdir(parents=True, exist_ok=True)
-    init = ("--init", str(one.folder / "pretrain")) if stage == "finetune" else ()
-    command = [sys.executable, str(SCRIPTS / f"{stage}.py"), *one.flags[stage], *init]
+    init = ("--init", str(trial.folder / "pretrain")) if stage == "finetune" else ()
+    command = [sys.executable, str(SCRIPTS / f"{stage}.py"), *trial.flags[stage], *init]
     if is_done(folder) or (not whole and has_gone_far_enough(folder)):
         command = [sys.executable, "-c", ""]
     else:
@@ -145,44 +145,44 @@ def start(one: Trial, stage: str, slot: int, whole: bool) -> subprocess.Popen[by
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are whole."""
+    """The complete lines of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
-    """A run's plan; empty before it has one."""
+    """A run's plan; empty until it has one."""
     path = folder / "config.json"
     return json.loads(path.read_text())["plan"] if path.exists() else {}
 
 
 def has_gone_far_enough(folder: Path) -> bool:
-    """Whether a run has passed its warm-up by the steps that count."""
+    """Whether a run is STEPS_AFTER_WARMUP steps past its warm-up."""
     found, plan = records(folder), plan_of(folder)
     return bool(found and plan) and found[-1]["step"] >= plan["warmup_steps"] + STEPS_AFTER_WARMUP
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a run has come to its end, of either kind: nothing is left to do."""
+    """Whether a run has reached its end and saved its model."""
     found, plan = records(folder), plan_of(folder)
     return bool(found and plan) and found[-1]["step"] == plan["total_steps"] and (folder / "model").exists()
 
 
-def told(one: Trial, stage: str, status: int, whole: bool) -> list[Row]:
-    """The rows of a stage that has ended. Raises InputError where its flags or its data were refused."""
-    folder = one.folder / stage
+def stage_rows(trial: Trial, stage: str, status: int, whole: bool) -> list[Row]:
+    """The rows of a stage that has ended. Raises InputError if its flags or its data were refused."""
+    folder = trial.folder / stage
     text = (folder / "output.txt").read_text(errors="replace")
     last = next((line for line in reversed(text.replace("\r", "\n").splitlines()) if line.strip()), "")
     if last.startswith("error: "):
-        raise InputError(f"{one.name}, {stage}: {last.removeprefix('error: ')}")
+        raise InputError(f"{trial.name}, {stage}: {last.removeprefix('error: ')}")
     found = records(folder)
     steps = [record for record in found if record.get("loss") is not None]
     norms = [record["gradient_norm"] for record in steps if record["gradient_norm"] is not None]
     failed = status not in (0, STOPPED)
     end = f", {last}" if failed else f", loss {steps[0]['loss']:.2f} to {steps[-1]['loss']:.2f}" if steps else ""
     unit = f"largest gradient norm in {found[-1]['step'] if found else 0} steps{end}"
-    rows = [row("trials", f"{one.name} {stage}", max(norms, default=float("nan")), unit, target="no divergence")]
+    rows = [row("trials", f"{trial.name} {stage}", max(norms, default=float("nan")), unit, target="no divergence")]
     batch = plan_of(folder).get("global_batch_size", 0)
     for record in found if whole else ():
         if "bbox" in record:

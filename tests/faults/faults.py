@@ -27,8 +27,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of a command; pytest has it there already
 import small_runs as runs
 
-from direct_pt.checkpoint import checkpoints
 from direct_pt.files import DamagedFile, read_tensors
+from direct_pt.training.checkpoints import checkpoints
 
 KINDS = ("anywhere", "saves", "disk")
 # A detector whose steps and saves are quick. With BatchNorm, whose statistics are in question too; sums of losses are

@@ -1,0 +1,133 @@
+"""The training state of a run, saved and read back: a folder step-N of safetensors files for each checkpoint.
+
+The files do not depend on how many processes train, or on how DeepSpeed spreads the optimizer state over them. Nothing
+is pickled.
+"""
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from direct_pt.checkpoint import WEIGHTS, Tensors
+from direct_pt.errors import InputError
+from direct_pt.files import DamagedFile, read_tensors, sync, write_tensors
+from direct_pt.training.progress import Progress
+
+OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """All that a run needs to resume exactly.
+
+    Attributes:
+        progress: how far the run has come.
+        weights: the detector's, by name.
+        optimizer: the optimizer state, by "parameter name/entry".
+        average: the weights' moving average, if the run keeps one.
+        scaler: the state of fp16's loss scaler.
+        of_processes: what each process has gathered since the last log line.
+        micro_batch_size: images at once on a device.
+    """
+
+    progress: Progress
+    weights: Tensors
+    optimizer: Tensors
+    average: Tensors | None = None
+    scaler: dict[str, Any] | None = None
+    of_processes: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch_size: int = 0
+
+
+def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
+    """Write `folder`/step-N as a whole: a new folder gets its final name when all of it is on disk.
+
+    Args:
+        folder: of the run's checkpoints.
+        state: the state after step N.
+        keep: how many of the newest checkpoints stay. One more stays: the newest from before the latest calm step, for
+            a run that diverges to resume from.
+
+    Raises:
+        OSError: the state cannot be written; earlier checkpoints are unchanged.
+    """
+    step = state.progress.step
+    final, partial, replaced = (folder / name.format(step) for name in ("step-{}", ".step-{}.partial", ".step-{}.old"))
+    for leftover in folder.glob(".step-*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / WEIGHTS, state.weights)
+        if state.average is not None:
+            write_tensors(partial / AVERAGE, state.average)
+        facts = {name: getattr(state, name) for name in ("scaler", "of_processes", "micro_batch_size")}
+        write_tensors(partial / OPTIMIZER, state.optimizer, {"progress": asdict(state.progress), **facts})
+        if final.exists():  # the same step was saved before: keep it until the new one is in place
+            final.rename(replaced)
+        partial.rename(final)
+        sync(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    found = checkpoints(folder)
+    later = [path for path in found if _step(path) > step]  # damaged: the run resumed from one before them
+    valid = found[: len(found) - len(later)]
+    calm = [path for path in valid if _step(path) < state.progress.calm_step][-1:]
+    for old in (replaced, *later, *(path for path in valid[:-keep] if path not in calm)):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_training_state(folder: Path) -> TrainingState | None:
+    """The newest undamaged state, or None if nothing has been saved yet. Damaged ones are named on stderr.
+
+    Raises:
+        InputError: all checkpoints are damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return _read_training_state(path)
+        except DamagedFile as error:
+            print(f"warning: {error}; the checkpoint before it is used", file=sys.stderr, flush=True)
+    if found:
+        raise InputError(f"{folder}: none of its {len(found)} checkpoints is whole; remove the folder to begin anew")
+    return None
+
+
+def _read_training_state(checkpoint: Path) -> TrainingState:
+    """The state in one checkpoint. Raises DamagedFile."""
+    weights, _ = read_tensors(checkpoint / WEIGHTS)
+    optimizer, facts = read_tensors(checkpoint / OPTIMIZER)
+    average = read_tensors(checkpoint / AVERAGE)[0] if (checkpoint / AVERAGE).exists() else None
+    try:
+        progress = Progress(**facts.pop("progress"))
+        return TrainingState(progress, weights, optimizer, average, **facts)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{checkpoint / OPTIMIZER}: holds no training state ({error})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first, by step and not by file time."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=_step)
+
+
+def set_aside_checkpoints(folder: Path, calm_step: int) -> list[Path]:
+    """Rename a diverged run's checkpoints from `calm_step` on to diverged-N: it does not resume from them.
+
+    Returns:
+        The renamed folders.
+    """
+    renamed = []
+    for path in checkpoints(folder):
+        if _step(path) >= calm_step:
+            renamed.append(folder / f"diverged-{_step(path)}")
+            shutil.rmtree(renamed[-1], ignore_errors=True)
+            path.rename(renamed[-1])
+    return renamed
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
