@@ -331,7 +331,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, obje
     from benchmarks import memory  # type: ignore[import-not-found]
 
     def ask(*flags: object) -> list[dict[str, object]]:
-        p: argparse.ArgumentParser = parser("")
+        p: argparse.ArgumentParser = make_parser("")
         memory.add_arguments(p)
         rows: list[dict[str, object]] = memory.measure(p.parse_args(list(map(str, flags))))
         return rows
