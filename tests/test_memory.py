@@ -25,6 +25,7 @@ from benchmarks.memory_account import (
     peak_of_step,
 )
 from direct_pt.errors import InputError
+from direct_pt.flags import make_parser
 from direct_pt.models.boxes import grouped_nms
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.layers import force_gpu_path
