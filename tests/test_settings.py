@@ -11,7 +11,8 @@ import pytest
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
 from direct_pt.recipes import STAGES, recipe_name
-from direct_pt.training.plan import Plan, make_plan, resumed_plan
+from direct_pt.training.plan import Plan, make_plan
+from direct_pt.training.resume import resumed_plan
 from direct_pt.training.settings import FinetuneFlags, PretrainFlags, ScheduleOptions, parse_flags
 
 COCO_IMAGES = 118_287

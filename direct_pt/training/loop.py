@@ -22,15 +22,15 @@ from direct_pt.batch import Batch
 from direct_pt.checkpoint import History
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import Feed, FeedFailed, Share, unreadable_reason
+from direct_pt.data.loader import Feed, Share, unreadable_reason
 from direct_pt.distributed.processes import gather_to_main, main_decides
 from direct_pt.errors import StopSignal, TrainingStopped
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import Recipe
 from direct_pt.training.checkpoints import TrainingState
-from direct_pt.training.micro_batch import is_out_of_memory
-from direct_pt.training.plan import Plan, smaller_micro_batches
+from direct_pt.training.failures import divergence_advice, explain_failure, is_lost_peer
+from direct_pt.training.plan import Plan
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
 from direct_pt.training.run_folder import RunFolder
@@ -40,7 +40,6 @@ from direct_pt.training.signals import STOP_SIGNALS, StopSignals
 from direct_pt.transforms import TestPreset
 
 MAX_UNREADABLE_SHARE = 0.01  # of the training images; more than that, and more than one image, stop the run
-LOST_PEER_WORDS = ("gloo", "NCCL", "Connection", "c10d")  # in the messages of collectives that fail
 
 
 @dataclass
@@ -281,21 +280,12 @@ class Trainer:
             lambda: self.folder.set_aside_diverged(self.progress.calm_step, result, self.run.history),
             self.accelerator.state,
         )
-        plan, recipe = self.plan, self.run.recipe
-        in_warmup = first <= plan.warmup_steps
-        lr = self.progress.failed_lr or plan.learning_rate(first - 1)
-        lower = min((lr if in_warmup else plan.lr) / 4, recipe.lr_for(plan.global_batch_size))
-        advice = [f"a lower rate, such as --lr {lower:.2g}"]
-        if in_warmup or plan.warmup_steps < recipe.warmup_steps:
-            longer = max(recipe.warmup_steps, 2 * plan.warmup_steps if in_warmup else 0)
-            advice.append(f"a longer warm-up, such as --warmup-steps {longer}")
-        if self.run.clip_grad_norm is None:
-            advice.append("--clip-grad-norm 10 where single batches are the cause")
-        if self.accelerator.scaler is not None:
-            advice.append("--mixed-precision bf16")
+        lr = self.progress.failed_lr or self.plan.learning_rate(first - 1)
+        uses_fp16 = self.accelerator.scaler is not None
+        advice = divergence_advice(self.plan, self.run.recipe, first, lr, self.run.clip_grad_norm, uses_fp16)
         raise TrainingStopped(
             f"the run has diverged: {self.progress.describe_divergence(lr)}. {outcome}. Continue with --resume and "
-            + ", or ".join(advice)
+            f"{advice}"
         )
 
     def _log(self) -> None:
@@ -408,25 +398,12 @@ class Trainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            first_line = next(iter(str(error).splitlines()), "")
-            if is_out_of_memory(error):
-                smaller = smaller_micro_batches(self.plan)
-                advice = (
-                    f"--micro-batch-size {smaller[0]}, which keeps the global batch" if smaller else "a larger card"
-                )
-                what = f"out of memory with {self.plan.micro_batch_size} images at once ({first_line})"
-                advice = f"--resume and {advice}, or --gradient-checkpointing"
-            elif isinstance(error, FeedFailed):
-                what, advice = f"{self.run.feed.source} cannot be read any further ({first_line})", "--resume"
-            elif "DataLoader worker" in str(error):
-                what, advice = f"a process that reads images ended ({first_line})", "--resume and fewer --num-workers"
-            elif self.plan.processes > 1 and any(word in str(error) for word in LOST_PEER_WORDS):
-                if self.signals.number and self.saved_step == self.progress.step:  # the others left an evaluation first
-                    self._exit(self.signals.number)
-                what = f"another of the {self.plan.processes} processes is gone or stuck ({first_line})"
-                advice = "--resume"
-            else:
+            if self.signals.number and self.saved_step == self.progress.step and is_lost_peer(error, self.plan):
+                self._exit(self.signals.number)  # the others left an evaluation first
+            explained = explain_failure(error, self.plan, self.run.feed.source)
+            if explained is None:
                 raise
+            what, advice = explained
             if self.plan.processes == 1 and self.in_step:  # several processes could not agree on a save any more
                 self._restore_statistics()
                 self._save()

@@ -1,9 +1,7 @@
 """From flags, the number of images and of processes to the numbers of a run: batch, steps, learning rate."""
 
-import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from direct_pt.errors import InputError
 from direct_pt.recipes import SCHEDULES, Recipe
@@ -57,15 +55,6 @@ class Plan:
         elif self.cosine:
             lr *= (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))) / 2
         return lr
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan in a run's config.json. Raises InputError."""
-    try:
-        values = json.loads(path.read_text())["plan"]
-        return Plan(**{**values, "decay_steps": tuple(values["decay_steps"]), "notes": tuple(values["notes"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
 
 
 def global_batch_size(options: ScheduleOptions, recipe: Recipe, processes: int) -> int:
@@ -171,52 +160,3 @@ def warmup_notes(warmup_steps: int, total_steps: int, lr: float) -> list[str]:
     if warmup_steps <= total_steps:
         return []
     return [f"the warm-up of {warmup_steps} steps is longer than the run: lr stays below {lr:g}"]
-
-
-def resumed_plan(
-    saved: Plan, options: ScheduleOptions, images: int, processes: int, fitting_micro_batch_size: int | None = None
-) -> Plan:
-    """A resumed run's plan: its own batch, length and schedule, on the processes that there are now.
-
-    Args:
-        saved: its plan until now.
-        options: what the flags say; they may bring another rate, warm-up or micro-batch.
-        images: of the training split now.
-        processes: see `make_plan`.
-        fitting_micro_batch_size: see `make_plan`.
-
-    Raises:
-        InputError: the batch does not divide; the message gives the numbers of processes or the micro-batches that do.
-    """
-    batch = saved.global_batch_size
-    sizes = micro_batch_sizes(batch, processes)
-    if not sizes:
-        fitting = [str(number) for number in range(1, batch + 1) if batch % number == 0]
-        raise InputError(
-            f"--resume: the run's batch of {batch} does not divide over {processes} processes; start {_one_of(fitting)}"
-        )
-    given = options.micro_batch_size
-    micro = fitting_micro_batch_size or next(size for size in sizes if size <= saved.micro_batch_size or size == 1)
-    if isinstance(given, int):
-        micro = given
-        if micro not in sizes:
-            raise InputError(
-                f"--micro-batch-size {micro}: the run's batch of {batch} does not divide so on {processes} "
-                f"process(es); use {_one_of([str(size) for size in reversed(sizes)])}"
-            )
-    lr = saved.lr if options.lr is None else options.lr
-    warmup = saved.warmup_steps if options.warmup_steps is None else options.warmup_steps
-    return replace(
-        saved,
-        images=images,
-        processes=processes,
-        micro_batch_size=micro,
-        accumulation=batch // (micro * processes),
-        lr=lr,
-        warmup_steps=warmup,
-        notes=tuple(warmup_notes(warmup, saved.total_steps, lr)),
-    )
-
-
-def _one_of(choices: list[str]) -> str:
-    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))

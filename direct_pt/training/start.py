@@ -27,10 +27,10 @@ from direct_pt.reports.survey import summary
 from direct_pt.training.banner import banner, git_revision, recipe_text
 from direct_pt.training.loop import Run, Trainer
 from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
-from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes, resumed_plan
+from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.resume import Resumption, launcher_id
+from direct_pt.training.resume import Resumption, launcher_id, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
 
