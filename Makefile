@@ -1,12 +1,13 @@
-# make demo: set everything up and run the main job on the demo data.   make test: set everything up and run the tests.
+# make demo: set everything up and run the main job on the demo data.   make test, make test-all: the tests, short and all.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # The defaults, but for a detector, images and a length that two CPU cores can bear; a GPU runs the same.
 SMALL := --data data/demo --rois-per-image 32 --proposals 128 --num-workers 1
 
-.PHONY: demo test check setup clean-demo
+.PHONY: demo test test-all pictures check setup clean-demo
 
 setup: .venv/.done
 
@@ -27,8 +28,21 @@ demo: setup
 	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures
 	@echo "metrics: $(RUN)/metrics.json   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"
 
+# The figures of the README, out of the demo's run.
+pictures: demo
+	mkdir -p docs/images
+	$(BIN)/python -c "from pathlib import Path; from PIL import Image; from direct_pt.visualize import contact_sheet; \
+	    paths = sorted(Path('$(RUN)/pictures').glob('*.jpg'))[:6]; \
+	    images = [Image.open(path).resize((208, 208), Image.Resampling.LANCZOS) for path in paths]; \
+	    contact_sheet(images, [path.name for path in paths], 208, columns=3).save('docs/images/detections.jpg', quality=85); \
+	    Image.open('$(RUN)/pretrain/curves.png').convert('P').save('docs/images/curves.png', optimize=True)"
+
+# What a contributor runs before each commit; test-all adds launchers, DeepSpeed, two hosts, faults, fuzz, benchmarks.
 test: setup
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -8,14 +8,16 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import datasets
+import malformed_coco  # noqa: F401 - each adds its cases to CASES
 import numpy as np
 import pytest
 import small_runs as runs
-from malformed import AREA, CASES, COCO, ERROR, FINE, NOTE, REPAIRED, SIZES, UNREADABLE, Case, Object, Tree
+from malformed import CASES, Case
+from malformed_sets import AREA, COCO, FINE, SIZES, UNREADABLE, Object, Tree
 
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.images import UnreadableImage
-from direct_pt.data.problems import Problem, Problems
+from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.errors import InputError, printable, run_program
 
