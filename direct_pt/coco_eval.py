@@ -214,7 +214,7 @@ def _classes(table: AnnotationTable, predictions: Predictions) -> Iterator[tuple
     objects: list[list[dict[str, Any]]] = [[] for _ in table.class_names]
     for annotation, label in zip(content["annotations"], table.labels.tolist(), strict=True):
         objects[label].append(annotation)
-    image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    image_of = table.image_of_object()
     order = np.argsort(predictions.labels, kind="stable")
     starts = np.searchsorted(predictions.labels[order], np.arange(len(table.class_names) + 1))
     for label in np.unique(table.labels[~table.crowd]).tolist():

@@ -8,7 +8,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import small_runs as runs
 from malformed import AREA, CASES, COCO, ERROR, FINE, NOTE, REPAIRED, SIZES, UNREADABLE, Case, Object, Tree
@@ -70,7 +69,7 @@ def collect(options: DataOptions) -> tuple[dict[str, list[Problem]], dict[str, A
 
 def objects_of(table: AnnotationTable) -> list[Object]:
     """Its objects."""
-    images = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    images = table.image_of_object()
     stems = [Path(decode_name(name).split(", ")[-1]).stem for name in table.file_names.tolist()]
     rows = zip(images.tolist(), table.labels.tolist(), table.boxes.tolist(), strict=True)
     return [(stems[image], table.class_names[label], pytest.approx(box)) for image, label, box in rows]

@@ -9,7 +9,7 @@ from conftest import MakeCocoFolder
 from PIL import Image
 
 from direct_pt.data.images import ORIENTATION_TAG, Decoding
-from direct_pt.data.sources import LOOKED_AT, spot_check
+from direct_pt.data.sources import SPOT_CHECKED, spot_check
 from direct_pt.errors import InputError
 
 
@@ -58,7 +58,7 @@ def test_either_reading_of_turned_photographs(coco_folder: MakeCocoFolder) -> No
 def test_it_is_spread_over_the_table(coco_folder: MakeCocoFolder) -> None:
     """Also over one with more images than are looked at: each stands there many times."""
     table = coco_folder([(20, 30)] * 4).load()
-    many = table.select(np.repeat(np.arange(4), LOOKED_AT))
+    many = table.select(np.repeat(np.arange(4), SPOT_CHECKED))
     table.path(3).write_bytes(b"")
-    with pytest.raises(InputError, match=f"64 of {LOOKED_AT} images"):
+    with pytest.raises(InputError, match=f"64 of {SPOT_CHECKED} images"):
         spot_check(many)

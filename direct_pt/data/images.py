@@ -72,13 +72,13 @@ class Sizes(NamedTuple):
     orientation: int
 
 
-DEFAULT = Decoding()
+DEFAULT_DECODING = Decoding()
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error it raises too
 
 
 def read_image(
-    path: Path, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+    path: Path, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT_DECODING
 ) -> np.ndarray:
     """An image file as [h, w, 3] uint8 RGB: `decode_image` of its content. Raises UnreadableImage."""
     try:
@@ -89,7 +89,11 @@ def read_image(
 
 
 def decode_image(
-    content: bytes, name: str, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+    content: bytes,
+    name: str,
+    size: Size | None = None,
+    least: Size | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> np.ndarray:
     """An image file's content as [h, w, 3] uint8 RGB; the first image of those that it holds.
 
@@ -137,13 +141,13 @@ def decode_jpeg(content: bytes) -> np.ndarray:
     return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def image_size(path: Path, decoding: Decoding = DEFAULT) -> Size:
+def image_size(path: Path, decoding: Decoding = DEFAULT_DECODING) -> Size:
     """(height, width) that the whole image is read with, from the file's header. Raises UnreadableImage."""
     sizes = header_sizes(path, str(path))
     return sizes.upright if decoding.exif else sizes.stored
 
 
-def encoded_size(content: bytes, name: str, decoding: Decoding = DEFAULT) -> Size:
+def encoded_size(content: bytes, name: str, decoding: Decoding = DEFAULT_DECODING) -> Size:
     """The same of a file's content; messages use `name`. Raises UnreadableImage."""
     sizes = header_sizes(content, name)
     return sizes.upright if decoding.exif else sizes.stored

@@ -130,7 +130,7 @@ def repeat_factors(table: AnnotationTable, threshold: float) -> np.ndarray:
     An image counts as its rarest class does: max(1, sqrt(threshold / share of the images that have the class)). Source:
     Gupta, Dollar, Girshick, "LVIS", appendix B.
     """
-    image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    image_of = table.image_of_object()
     learnt = table.usable() & ~table.crowd
     pairs = np.unique(np.stack([image_of, table.labels])[:, learnt], axis=1)
     shares = np.bincount(pairs[1], minlength=len(table.class_names)) / len(table)

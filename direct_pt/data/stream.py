@@ -180,10 +180,17 @@ class Window:
     rows: pa.Table
     folder: Path = Path()
 
+    annotation_file = None
+
     @property
     def source(self) -> str:
         """The stream's."""
         return self.stream.source
+
+    @property
+    def encoded(self) -> RowImages:
+        """The images."""
+        return RowImages(self.rows[self.stream.layout.image], self.stream.root)
 
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """As in COCO files."""
@@ -195,15 +202,13 @@ class Window:
     def table(self, with_masks: bool) -> tuple[AnnotationTable | None, dict[str, str]]:
         """The images in which nothing is wrong, and of each other one its name and why."""
         problems = Problems(collects=True)
-        cells = RowImages(self.rows[self.stream.layout.image], self.stream.root)
         try:
-            table = read_table(self, problems, self.stream.decoding, cells)
+            table = read_table(self, problems, self.stream.decoding)
         except DataError as error:
             return None, {f"{self.source}: a window of {len(self.rows)} rows": str(error)}
         errors = [problem for problem in problems.listed if problem.grade == ERROR]
         wrong = {error.image: f"{self.source}: image {error.image}: {error.message}" for error in errors}
-        image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
-        for row in np.unique(image_of[table.without_mask()]).tolist() if with_masks else ():
+        for row in np.unique(table.image_of_object()[table.without_mask()]).tolist() if with_masks else ():
             wrong[table.image_ids[row]] = f"{table.image_name(row)}: has objects without 'segmentation'"
         names = [decode_name(name) for name in table.file_names.tolist()]
         sound = [image not in wrong and name not in wrong for image, name in zip(table.image_ids, names, strict=True)]

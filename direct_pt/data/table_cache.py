@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable, Segmentations
+from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable
+from direct_pt.data.outlines import Segmentations
 
 VERSION = 2  # of what is written; another one is not read
 LEAST_BYTES = 8 * 2**20  # smaller annotation files are read in under a second, and not cached

@@ -253,7 +253,7 @@ def _learnt_rows(table: AnnotationTable) -> np.ndarray:
 def _learnt(table: AnnotationTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Corner boxes [T, 4], image rows [T] and labels [T] of the objects that are learnt."""
     rows = _learnt_rows(table)
-    images = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    images = table.image_of_object()
     return table.corner_boxes()[rows], images[rows], table.labels[rows]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from direct_pt.data.image_cache import KINDS
-from direct_pt.data.sources import VAL_SHARE, DataOptions
+from direct_pt.data.sources import DEFAULT_VAL_SHARE, DataOptions
 from direct_pt.distributed.launch import PRECISIONS
 from direct_pt.errors import InputError
 from direct_pt.models.detector import BOX_HEADS, MODELS
@@ -131,8 +131,8 @@ def add_data_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         data.add_argument(f"--{split}-images", type=Path, nargs="+", metavar="DIR", help=text)
         data.add_argument(f"--{split}-annotations", type=Path, nargs="+", metavar="FILE", help=text)
     data.add_argument("--classes", type=_names, metavar="A,B,...", help="learn these alone (all)")
-    text = f"of the training images, held out where there is no validation split; 0: no evaluation ({VAL_SHARE:g})"
-    data.add_argument("--val-share", type=_share, default=VAL_SHARE, metavar="X", help=text)
+    text = f"of the training images, held out if there is no validation split; 0: no evaluation ({DEFAULT_VAL_SHARE:g})"
+    data.add_argument("--val-share", type=_share, default=DEFAULT_VAL_SHARE, metavar="X", help=text)
     text = "of hub data: x, y, width, height, or x1, y1, x2, y2 (coco)"
     data.add_argument("--bbox-format", choices=["coco", "voc"], default="coco", help=text)
     text = "read the training images of hub data in one direction, without a copy on the disk"

@@ -25,6 +25,8 @@ class CocoSplit:
     images: Path
     annotations: Path
 
+    encoded = None
+
     @property
     def source(self) -> str:
         """The annotation file."""
@@ -35,17 +37,18 @@ class CocoSplit:
         """The folder of the images."""
         return self.images
 
-    def require_files(self) -> None:
-        """Raises DataError."""
+    @property
+    def annotation_file(self) -> Path:
+        """The annotation file."""
+        return self.annotations
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """The file's lists, in pieces. Raises DataError."""
         if not self.annotations.is_file():
             raise DataError("missing file", self.annotations, "no such annotation file")
         if not self.images.is_dir():
             text = f"no such image folder (the images of {self.annotations})"
             raise DataError("missing file", self.images, text)
-
-    def records(self, problems: Problems) -> Iterator[Chunk]:
-        """The file's lists, piece by piece. Raises DataError."""
-        self.require_files()
         with _no_garbage_collection():
             try:
                 yield from read_members(self.annotations)

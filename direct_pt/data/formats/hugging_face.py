@@ -82,6 +82,8 @@ class ArrowSplit:
     root: Path | None
     folder: Path = Path()
 
+    annotation_file = None
+
     @property
     def encoded(self) -> ArrowImages:
         """The images."""

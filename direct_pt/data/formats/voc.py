@@ -64,6 +64,8 @@ class VocSplit:
     listing: Path | None
     classes: VocClasses
 
+    encoded = annotation_file = None
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of the XML files' names, objects in the files' order.
 

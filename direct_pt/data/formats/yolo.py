@@ -51,6 +51,8 @@ class YoloSplit:
     class_names: tuple[str, ...]
     decoding: Decoding
 
+    encoded = annotation_file = None
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of their names, objects in the order of their lines.
 
