@@ -22,7 +22,7 @@ from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
 from direct_pt.models.masks import THRESHOLD, encode_masks, paste_windows
-from direct_pt.transforms import Preset
+from direct_pt.transforms import TestPreset
 
 ENCODED_AT_ONCE = 64  # masks
 
@@ -66,7 +66,7 @@ class Predictions:
 def predict_split(
     detector: Detector,
     table: AnnotationTable,
-    preset: Preset,
+    preset: TestPreset,
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,
@@ -107,7 +107,7 @@ def predict_split(
 def evaluate(
     detector: Detector,
     table: AnnotationTable,
-    preset: Preset,
+    preset: TestPreset,
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,

@@ -73,7 +73,7 @@ BOMB = png_of(60_000, 60_000)
 
 @dataclass
 class Tree:
-    """A data set in a folder, beside which a file lies that nobody may read."""
+    """A data set in a folder, beside a file that must not be read."""
 
     folder: Path
 
@@ -515,12 +515,12 @@ WHOLE = "; it must be a whole number"
 UNKNOWN = tuple(f"FILE: annotation {number} has image_id 1, which 'images' does not list" for number in (11, 12))
 UNNAMED = ("FILE: annotation 11 has category_id 1, which 'categories' does not list",)
 for what, value in {"text": "1", "a fraction": 1.0, "true": True, "null": None, "huge": 2**63, "a list": [1]}.items():
-    told = f"(id {value!r}) has id {value!r}{WHOLE}"
-    add(f"explicit image id {what}", ERROR, put("images", 0, "id", value), f"FILE: images[0] {told}", left=GOOD[2:],
+    reason = f"(id {value!r}) has id {value!r}{WHOLE}"
+    add(f"explicit image id {what}", ERROR, put("images", 0, "id", value), f"FILE: images[0] {reason}", left=GOOD[2:],
         also=UNKNOWN)
-    add(f"plain category id {what}", ERROR, put("categories", 1, "id", value), f"FILE: categories[1] {told}",
+    add(f"plain category id {what}", ERROR, put("categories", 1, "id", value), f"FILE: categories[1] {reason}",
         left=GOOD[1:], also=UNNAMED)
-    add(f"roboflow annotation id {what}", ERROR, put("annotations", 0, "id", value), f"FILE: annotations[0] {told}",
+    add(f"roboflow annotation id {what}", ERROR, put("annotations", 0, "id", value), f"FILE: annotations[0] {reason}",
         left=GOOD[1:], annotation=value if what == "huge" else None)
     for name in ("image_id", "category_id"):
         add(f"coco2017 {name} {what}", ERROR, put("annotations", 0, name, value), annotation=11, left=GOOD[1:],

@@ -172,9 +172,9 @@ def test_a_sound_set(splits: tuple[CocoFolder, CocoFolder], capsys: pytest.Captu
     for name in names:
         with Image.open(folder / name) as drawn:
             assert min(drawn.size) > 200 and len(np.unique(np.asarray(drawn.convert("L")))) > 20
-    told = capsys.readouterr().out
-    assert "train: 3 images (1 without objects), 3 objects (1 with an outline), 1 crowd regions" in told
-    assert "errors: none" in told and f"written to {folder}: report.json" in told
+    printed = capsys.readouterr().out
+    assert "train: 3 images (1 without objects), 3 objects (1 with an outline), 1 crowd regions" in printed
+    assert "errors: none" in printed and f"written to {folder}: report.json" in printed
 
 
 def test_samples_show_boxes_and_masks_where_they_are(splits: tuple[CocoFolder, CocoFolder]) -> None:

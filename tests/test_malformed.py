@@ -156,7 +156,7 @@ def check_collected(
 
 
 def check_listed(case: Case, table: AnnotationTable, problems: list[Problem]) -> None:
-    """What is mended and noted: nothing but what the case says. Other files than COCO's state no areas, or no sizes."""
+    """Repairs and notes: only those that the case states. Other files than COCO's state no areas, or no sizes."""
     usual = set() if case.kind in COCO else {AREA} if case.kind in ("yolo", "voc") else {AREA, SIZES}
     repairs = {kind: count for kind, count in table.repairs.items() if kind not in usual}
     assert repairs == (case.counts if case.grade == REPAIRED else {})

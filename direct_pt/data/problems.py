@@ -39,7 +39,7 @@ class DataError(InputError):
     """A problem of grade ERROR, raised where it is found."""
 
     def __init__(self, kind: str, file: object, message: str, image: object = None, annotation: object = None) -> None:
-        """`image` and `annotation` may be any JSON value of a malformed record; only text and whole numbers are kept."""
+        """`image` and `annotation` may be any JSON value; only text and whole numbers are kept."""
         self.problem = Problem(
             ERROR,
             kind,
