@@ -1,4 +1,4 @@
-"""The structures that every part shares: one image ready for the detector, a batch of them, and what is detected.
+"""The structures that all parts share: a sample (one image ready for the detector), a batch, and detections.
 
 Boxes are (x1, y1, x2, y2) in pixels, continuous coordinates, origin at the image's top left corner: a box that covers
 the whole image is (0, 0, width, height). Sizes are (height, width).
@@ -15,16 +15,16 @@ from torch import Tensor
 
 @dataclass
 class PackedMasks:
-    """Binary masks of objects, each kept only inside its own window, all in one flat array.
+    """Binary masks of N objects, each stored only inside its own window, all in one flat array.
 
-    A window is what lies inside the mask's bounding box; outside it the mask is zero. Memory follows the objects'
-    areas, not their number times the image size. Small objects may be drawn larger than life: then windows and frame
-    count finer pixels, `zooms` of them to one of the image.
+    A window is the mask's bounding box; outside it the mask is zero. Memory grows with the objects' areas, not with
+    their number times the image size. Masks of small objects may be supersampled: windows and frames then count finer
+    pixels, `zooms` of them per image pixel and side.
 
     Attributes:
         windows: [N, 4] int64, whole pixels (x1, y1, x2, y2), end exclusive.
-        frames: [N, 2] int64 (height, width) of the image that each mask lies in.
-        zooms: [N] int64, from 1.
+        frames: [N, 2] int64 (height, width) of the image that each mask lies in, in the mask's pixels.
+        zooms: [N] int64 supersampling factors, from 1.
         offsets: [N + 1] int64; mask n is `bits[offsets[n]:offsets[n + 1]]`, row by row.
         bits: [total] uint8, 0 or 1.
     """
@@ -47,7 +47,7 @@ class PackedMasks:
 
     @classmethod
     def pack(cls, crops: list[np.ndarray], windows: np.ndarray, frames: np.ndarray, zooms: np.ndarray) -> "PackedMasks":
-        """From one [h, w] uint8 array an object, its window, frame and zoom."""
+        """From one [h, w] uint8 array per object, with windows [N, 4], frames [N, 2] and zooms [N]."""
         lengths = np.array([0] + [crop.size for crop in crops], dtype=np.int64)
         bits = np.concatenate([crop.ravel() for crop in crops]) if crops else np.zeros(0, np.uint8)
         return cls(
@@ -79,10 +79,10 @@ class Objects:
     Attributes:
         boxes: [G, 4] float64.
         labels: [G] int64, contiguous class indices from 0.
-        areas: [G] float64, square pixels, of the whole object also where a crop cut it.
-        crowd: [G] bool; a crowd region is no training target and no negative either.
-        segmentations: one an object, or None where masks were not asked for: a list of [P, 2] float64 polygons, or a
-            COCO RLE dictionary in the original image's frame.
+        areas: [G] float64 square pixels of the whole object, even if a crop cut it.
+        crowd: [G] bool; a crowd region is neither a training target nor a negative.
+        segmentations: one per object, or None if masks were not requested: a list of [P, 2] float64 polygons, or a COCO
+            RLE dictionary in the original image's frame.
     """
 
     boxes: np.ndarray
@@ -96,12 +96,12 @@ class Objects:
 
     @classmethod
     def none(cls, with_masks: bool = False) -> "Objects":
-        """Of an image without any."""
+        """No objects."""
         empty = np.zeros(0)
         return cls(empty.reshape(0, 4), empty.astype(np.int64), empty, empty.astype(bool), [] if with_masks else None)
 
     def keep(self, mask: np.ndarray) -> "Objects":
-        """Only the objects where the bool `mask` [G] holds: boxes, labels, areas, crowd and segmentations together."""
+        """The objects where the bool `mask` [G] is true: boxes, labels, areas, crowd and segmentations together."""
         if mask.all():
             return self
         kept = {f.name: getattr(self, f.name)[mask] for f in fields(self) if f.name != "segmentations"}
@@ -112,7 +112,7 @@ class Objects:
 
 @dataclass
 class Sample:
-    """One image as the detector will see it, and its objects in that frame.
+    """One image as the detector sees it, and its objects in that frame.
 
     Attributes:
         image: [3, h, w] uint8 RGB, not padded.
@@ -120,10 +120,10 @@ class Sample:
         original_size: before any resizing.
         scale: (x, y) factors from the original to this frame.
         index: the image's row in the annotation table.
-        seed: what random choices about this sample's targets are drawn from.
+        seed: of the random choices about this sample's targets.
         objects: boxes, labels, areas, crowd in this frame.
-        masks: of the objects, or None where masks were not asked for.
-        unreadable: rows of the images that could not be read and that this sample stands in for.
+        masks: of the objects, or None if masks were not requested.
+        unreadable: rows of the unreadable images that this sample replaces.
     """
 
     image: Tensor
@@ -144,17 +144,18 @@ class Batch:
     Attributes:
         images: [B, 3, H, W] uint8, zero outside each image (a floating-point tensor counts as normalised already).
         sizes: [B, 2] int64, each image without its padding.
-        padded_sizes: [B, 2] int64, the size that each image alone is padded to: anchors beyond it do not count.
+        padded_sizes: [B, 2] int64, the size that each image alone is padded to: anchors beyond it are ignored.
         original_sizes: [B, 2] int64.
         scales: [B, 2] float32 (x, y) factors from the original image to this frame.
         indices: [B] int64 rows in the annotation table.
         seeds: [B] int64.
         boxes: [B, G, 4] float32; zero where there is no object.
         labels: [B, G] int64.
-        valid: [B, G] bool, the objects to be learnt.
-        crowd: [B, G] bool, the regions to be ignored.
-        masks: the masks of all objects and crowd regions, or None; `mask_rows` [B, G] int64 says which (-1: none).
-        unreadable: rows of the images that could not be read and were replaced.
+        valid: [B, G] bool, the training targets.
+        crowd: [B, G] bool, the regions to ignore.
+        masks: the masks of all objects and crowd regions, or None; their row for each object is in `mask_rows` [B, G]
+            int64 (-1: none).
+        unreadable: rows of the unreadable images, which were replaced.
     """
 
     images: Tensor
@@ -180,7 +181,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader."""
+        """The batch in pinned memory; the data loader calls it."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -197,7 +198,7 @@ def collate(samples: list[Sample]) -> Batch:
     height = max(sample.padded_size[0] for sample in samples)
     width = max(sample.padded_size[1] for sample in samples)
     count, slots = len(samples), max(1, *(len(sample.objects) for sample in samples))
-    images = np.zeros((count, height, width, 3), np.uint8)  # as they are decoded: no transposition
+    images = np.zeros((count, height, width, 3), np.uint8)  # channels last, as decoded: a plain copy is faster
     boxes = np.zeros((count, slots, 4), np.float32)
     labels = np.zeros((count, slots), np.int64)
     valid, crowd = np.zeros((2, count, slots), bool)
@@ -233,14 +234,14 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass
 class Detections:
-    """What was found in a batch, best first within each image, in the original images' frames.
+    """The detections in a batch, best first within each image, in the original images' frames.
 
     Attributes:
-        image: [D] int64, position in the batch.
+        image: [D] int64, position of the image in the batch.
         boxes: [D, 4] float32.
         scores: [D] float32.
         labels: [D] int64.
-        masks: [D, m, m] float32 probabilities inside each box, of the object's own class; None of box detectors.
+        masks: [D, m, m] float32 probabilities inside each box, for its own label; None from box detectors.
     """
 
     image: Tensor
@@ -257,15 +258,15 @@ class Detections:
         return self._map(lambda tensor: tensor.to(device))
 
     def keep(self, rows: Tensor) -> "Detections":
-        """Only some rows: a mask, or indices."""
+        """Some rows: a bool mask, or indices."""
         return self._map(lambda tensor: tensor[rows])
 
     def of_image(self, position: int) -> "Detections":
-        """Only those of one image of the batch."""
+        """The detections in one image of the batch."""
         return self.keep(self.image == position)
 
     def above(self, score: float) -> "Detections":
-        """Only those that score more."""
+        """The detections with higher scores."""
         return self.keep(self.scores > score)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":

@@ -22,7 +22,7 @@ from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
 from direct_pt.models.masks import MASK_THRESHOLD, encode_masks, paste_windows
-from direct_pt.transforms import Preset
+from direct_pt.transforms import TestPreset
 
 ENCODED_AT_ONCE = 64  # masks
 
@@ -66,7 +66,7 @@ class Predictions:
 def predict_split(
     detector: Detector,
     table: AnnotationTable,
-    preset: Preset,
+    preset: TestPreset,
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,
@@ -107,7 +107,7 @@ def predict_split(
 def evaluate(
     detector: Detector,
     table: AnnotationTable,
-    preset: Preset,
+    preset: TestPreset,
     micro_batch_size: int,
     accelerator: Accelerator,
     num_workers: int,
@@ -214,7 +214,7 @@ def _classes(table: AnnotationTable, predictions: Predictions) -> Iterator[tuple
     objects: list[list[dict[str, Any]]] = [[] for _ in table.class_names]
     for annotation, label in zip(content["annotations"], table.labels.tolist(), strict=True):
         objects[label].append(annotation)
-    image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    image_of = table.image_of_object()
     order = np.argsort(predictions.labels, kind="stable")
     starts = np.searchsorted(predictions.labels[order], np.arange(len(table.class_names) + 1))
     for label in np.unique(table.labels[~table.crowd]).tolist():

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -35,6 +35,11 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def first_names(names: Sequence[str], count: int = 3) -> str:
+    """The first `count` names of a list, for messages: "a, b, ..."."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _report(kind: str, message: Exception, status: int) -> int:

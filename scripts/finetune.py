@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 
 from direct_pt.checkpoint import History, from_pretrained, read_history
 from direct_pt.distributed.launch import join_processes
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError, first_names, run_program
 from direct_pt.models.backbone_weights import load_backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.training.resume import open_run
@@ -95,14 +95,15 @@ def matching_config(
 ) -> DetectorConfig:
     """A pre-trained detector's configuration with this stage's flags. Raises InputError where the two contradict."""
     trained = dict(zip(config.category_ids, config.class_names, strict=True))
+    trained_names = first_names(config.class_names, 5)
     if trained != classes:
         raise InputError(
-            f"--init {options.init}: was trained for the {len(trained)} classes {few(config.class_names)}, but "
-            f"{source} has {len(classes)}: {few(tuple(classes.values()))}; pre-train on this data set"
+            f"--init {options.init}: was trained for the {len(trained)} classes {trained_names}, but {source} has "
+            f"{len(classes)}: {first_names(tuple(classes.values()), 5)}; pre-train on this data set"
         )
     if config.category_ids != tuple(classes):
         raise InputError(
-            f"--init {options.init}: its classes stand in another order than their ids ({few(config.class_names)}); "
+            f"--init {options.init}: its classes are in another order than their ids ({trained_names}); "
             f"number the categories of {source} in that order"
         )
     for flag in ("model", "backbone", "norm", "box_head", "channels"):
@@ -111,10 +112,6 @@ def matching_config(
             name = flag.replace("_", "-")
             raise InputError(f"--{name} {given}: --init {options.init} has {found}; leave the flag out")
     return options.applied_to(config, *sides)
-
-
-def few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from direct_pt.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_model
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError, first_names, run_program
 from direct_pt.files import replace_file
 from direct_pt.flags import make_parser
 from direct_pt.models.detector import MODELS, PIXEL_MEAN, PIXEL_STD
-from direct_pt.models.mmdet_weights import COMPUTED_BUFFERS, abbreviate, detector_from_mmdet, mmdet_state_dict
+from direct_pt.models.mmdet_weights import COMPUTED_BUFFERS, detector_from_mmdet, mmdet_state_dict
 
 COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
@@ -70,7 +70,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = abbreviate([str(key) for key in content]) if isinstance(content, dict) else f"a {type(content).__name__}"
+        keys = (
+            first_names([str(key) for key in content]) if isinstance(content, dict) else f"a {type(content).__name__}"
+        )
         raise InputError(f"{path}: holds no state dict, alone or under 'state_dict', but {keys or 'nothing'}")
     prefix = "module." if all(str(name).startswith("module.") for name in state) else ""  # of DataParallel
     state_dict = {str(name).removeprefix(prefix): value for name, value in state.items()}
@@ -114,7 +116,7 @@ def read_categories(path: Path, names: tuple[str, ...] | None) -> tuple[tuple[st
         differing = sorted(set(names) ^ set(file_names))
         raise InputError(
             f"--categories {path}: its {len(file_names)} classes are not the {len(names)} of the checkpoint, they "
-            f"differ in {abbreviate(differing)}; give the file that it was trained on"
+            f"differ in {first_names(differing)}; give the file that it was trained on"
         )
     if names is not None and names != file_names:
         # MMDetection numbers classes in the order of its training file, whatever the order of the configured names.
@@ -160,7 +162,7 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     if ignored:
         print(f"ignored: {', '.join(ignored)}")
     ends = f"{config.category_ids[0]} to {config.category_ids[-1]}"
-    print(f"{len(config.class_names)} classes, ids {ends}: {abbreviate(config.class_names)}")
+    print(f"{len(config.class_names)} classes, ids {ends}: {first_names(config.class_names)}")
     if list(config.category_ids) != sorted(config.category_ids):
         print("their ids do not ascend: predict.py takes the model, evaluate.py and finetune.py need ids that do")
     print(f"written: {output / 'model'}")
@@ -180,7 +182,7 @@ def export_checkpoint(run: str, path: Path) -> None:
         replace_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{len(state)} tensors, {len(classes)} classes: {abbreviate(classes)}\nwritten: {path}")
+    print(f"{len(state)} tensors, {len(classes)} classes: {first_names(classes)}\nwritten: {path}")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from direct_pt.batch import Detections, Objects, Sample, collate
+from direct_pt.batch import Detections, Sample, collate
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import mask_run_lengths
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
@@ -28,7 +28,7 @@ from direct_pt.errors import InputError, run_program
 from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
 from direct_pt.models.detector import DetectorConfig
 from direct_pt.models.masks import paste_masks
-from direct_pt.transforms import TestPreset, render
+from direct_pt.transforms import TestPreset
 from direct_pt.visualize import draw_detections
 
 
@@ -44,15 +44,13 @@ class ImageFiles(Dataset[Sample]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
+        path = self.paths[index]
         try:
-            size = image_size(self.paths[index], self.decoding)
-            geometry = self.preset.geometry(size, Objects.none(), np.random.default_rng(0))
-            image = read_image(self.paths[index], size, geometry.resized, self.decoding)
-            sample = render(image, Objects.none(), geometry, self.preset.padded_size(geometry.size))
+            size = image_size(path, self.decoding)
+            sample = self.preset.sample(size, lambda least: read_image(path, size, least, self.decoding))
             return replace(sample, index=index)
         except UnreadableImage:
-            sample = self.preset(np.zeros((32, 32, 3), np.uint8), Objects.none(), np.random.default_rng(0))
-            return replace(sample, index=index, unreadable=(index,))
+            return replace(self.preset.black_sample((32, 32)), index=index, unreadable=(index,))
 
 
 def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:

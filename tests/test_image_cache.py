@@ -181,7 +181,7 @@ def test_workers_make_no_difference(table: AnnotationTable, tmp_path: Path, kind
         assert_equal(vars(one), vars(other))
 
 
-def test_processes_that_do_not_fork_open_it_themselves(table: AnnotationTable, tmp_path: Path) -> None:
+def test_spawned_processes_open_it_themselves(table: AnnotationTable, tmp_path: Path) -> None:
     cache = build(table, tmp_path)
     images = TrainingImages(table, PretrainPreset(SIDE), 0, True, cache)
     alone = TrainingImages(table, PretrainPreset(SIDE), 0, True)
@@ -246,7 +246,7 @@ def is_running(process: str) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_build_goes_on(
+def test_a_killed_build_continues(
     many: tuple[Path, dict[str, bytes]],
     copy: AnnotationTable,
     tmp_path: Path,
@@ -256,7 +256,7 @@ def test_a_killed_build_goes_on(
 ) -> None:
     """After SIGKILL, to the same bytes; what is stored is not read again: by then those files hold zeros.
 
-    Its worker processes end too: they hold chunks that nobody fetches.
+    Its worker processes end too: they hold chunks that no process fetches.
     """
     monkeypatch.setattr(image_cache, "CHUNK", 4)
     builder = FORK.Process(target=open_image_cache, args=(copy, "raw", SIDE, tmp_path / "cache", workers))
@@ -341,7 +341,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_mended(
+def test_damage_is_repaired(
     table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
 ) -> None:
     folder = build(table, tmp_path / "cache").folder
@@ -400,7 +400,7 @@ def test_other_images(
     assert contents(folder) == contents(build(table, tmp_path / "anew").folder)
 
 
-def test_sizes_and_kinds_lie_side_by_side(table: AnnotationTable, tmp_path: Path) -> None:
+def test_sizes_and_kinds_have_separate_folders(table: AnnotationTable, tmp_path: Path) -> None:
     caches = [open_image_cache(table, kind, size, tmp_path, 0) for kind in KINDS for size in (64, 96)]
     assert len({cache.folder for cache in caches if cache is not None}) == 4
     assert [max(cache.index["height"]) for cache in caches if cache is not None] == [76, 115, 67, 100]
@@ -515,7 +515,7 @@ def test_the_usual_folder(table: AnnotationTable) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user without a home")
-def test_a_user_without_a_home(table: AnnotationTable, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_home_directory(table: AnnotationTable, capfd: pytest.CaptureFixture[str]) -> None:
     def start() -> None:
         for name in ("HOME", "XDG_CACHE_HOME", "DIRECT_PT_CACHE"):
             os.environ.pop(name, None)

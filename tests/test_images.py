@@ -240,7 +240,7 @@ def test_inverted_inks(tmp_path: Path) -> None:
     assert np.abs(half.astype(int) - expected[::2, ::2]).max() <= 6
 
 
-def test_floats_that_are_none(tmp_path: Path) -> None:
+def test_floats_that_are_not_finite(tmp_path: Path) -> None:
     """NaN is black, infinity is white, and neither decides on the scale."""
     values = grey().astype(np.float32) / 255
     values[0, :3] = np.nan, np.inf, -np.inf
@@ -256,7 +256,7 @@ def test_floats_that_are_none(tmp_path: Path) -> None:
 
 
 def two_halves(mode: str) -> Image.Image:
-    """Left: a colour that nobody is to see. Right: another one, without transparency."""
+    """Left: a hidden colour. Right: another one, without transparency."""
     if mode == "I;16":
         values = np.repeat(np.array([[40_000] * 8 + [20_046] * 8], np.uint16), 8, axis=0)
         return Image.fromarray(values)
@@ -375,7 +375,7 @@ def test_another_size_than_annotated(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_disregarded(tmp_path: Path, suffix: str, orientation: int) -> None:
+def test_exif_ignored(tmp_path: Path, suffix: str, orientation: int) -> None:
     path, ignoring = tmp_path / f"a.{suffix}", Decoding(exif=False)
     stored = save_turned(path, colours(), orientation)
     tolerance = 3 if suffix == "jpg" else 0
@@ -397,7 +397,7 @@ def test_exif_disregarded(tmp_path: Path, suffix: str, orientation: int) -> None
     assert "--exif" not in str(error.value)
 
 
-def test_exif_behind_the_pixels(tmp_path: Path) -> None:
+def test_exif_after_the_pixels(tmp_path: Path) -> None:
     """Where some editors put a PNG's."""
     path = tmp_path / "a.png"
     stored = save_turned(path, colours(), 6)
@@ -502,7 +502,7 @@ def test_damaged_files_are_named(tmp_path: Path, case: str) -> None:
 
 
 def test_pillow_logs_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the handlers of pytest, what nobody handles is written to the terminal: see `quiet`."""
+    """Without the handlers of pytest, unhandled records are written to the terminal: see `quiet`."""
     path = tmp_path / "a.tif"
     DAMAGED["tiff of thirteen colours"](path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
@@ -628,7 +628,7 @@ def assert_area_means(found: np.ndarray, whole: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", SHRUNK)
-def test_fewer_pixels_will_do(tmp_path: Path, kind: str) -> None:
+def test_reduced_decoding(tmp_path: Path, kind: str) -> None:
     """At the borders too: what is asked for is half of the image, or one pixel more."""
     name, change, options = SHRUNK[kind]
     change(photo()).save(tmp_path / name, **options)
@@ -662,7 +662,7 @@ def test_fewer_pixels_will_do(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_fewer_pixels_of_a_turned_image(tmp_path: Path, suffix: str, orientation: int) -> None:
+def test_reduced_decoding_of_a_rotated_image(tmp_path: Path, suffix: str, orientation: int) -> None:
     """In both readings: upright, and as stored, where the annotation disregards EXIF."""
     path, upright = tmp_path / f"a.{suffix}", np.asarray(photo())
     stored = save_turned(path, upright, orientation)

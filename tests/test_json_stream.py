@@ -122,7 +122,7 @@ def test_one_chunk_lives_at_a_time(file: Path, monkeypatch: pytest.MonkeyPatch) 
         '[1, 2, {"a": }]',
     ],
 )
-def test_what_is_no_json_is_refused_in_the_same_words(text: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_json_gives_the_same_messages(text: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(text)
     with pytest.raises(ValueError) as expected:
         json.loads(text)
@@ -135,7 +135,7 @@ def test_what_is_no_json_is_refused_in_the_same_words(text: str, file: Path, mon
         assert str(found.value) == str(expected.value)
 
 
-def test_bytes_that_are_no_text(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_are_not_utf8(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = '{"a": "é"}'.encode("latin-1")
     file.write_bytes(content)
     with pytest.raises(UnicodeDecodeError) as expected:
@@ -148,7 +148,7 @@ def test_bytes_that_are_no_text(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", "3", '"text"', "[]"])
-def test_the_top_level_is_no_object(text: str, file: Path) -> None:
+def test_the_top_level_is_not_an_object(text: str, file: Path) -> None:
     file.write_text(text)
     with pytest.raises(NotAnObject):
         list(read_members(file))

@@ -153,7 +153,7 @@ def test_workers_make_no_difference(table: AnnotationTable) -> None:
     assert len({tuple(batch.seeds.tolist()) for batch in alone}) == 9
 
 
-def test_resumed_loader_goes_on_with_the_same_samples(table: AnnotationTable) -> None:
+def test_resumed_loader_continues_with_the_same_samples(table: AnnotationTable) -> None:
     assert_same(batches_of(table, (0, 9, 0, 1))[5:], batches_of(table, (5, 9, 0, 1)))
     assert_same(batches_of(table, (0, 9, 0, 1))[5::2], batches_of(table, (4, 9, 1, 2)))
 
@@ -190,7 +190,7 @@ def test_loading_draws_nothing_from_the_global_generators(table: AnnotationTable
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_batches_hold_what_the_table_says(table: AnnotationTable) -> None:
+def test_batches_contain_the_tables_objects(table: AnnotationTable) -> None:
     for batch in TableFeed(table, TestPreset(64, 64), 0, False, num_workers=0).batches(Share(3, 0, 7)):
         assert batch.masks is None and batch.mask_rows is None and batch.images.dtype == torch.uint8
         for row, image in enumerate(batch.indices.tolist()):
@@ -228,7 +228,7 @@ print("ends")
 """
 
 
-def test_reading_processes_end_whoever_holds_the_batches(table: AnnotationTable) -> None:
+def test_workers_end_even_if_the_batches_are_still_held(table: AnnotationTable) -> None:
     """They ignore stop signals: a program that forgets them would wait for them for ever."""
     paths = [str(table.folder), table.source]
     done = subprocess.run([sys.executable, "-c", ENDS, *paths], timeout=120, capture_output=True, text=True, check=True)

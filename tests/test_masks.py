@@ -263,9 +263,9 @@ def test_targets_are_the_covered_cells(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "gain"), [("tiny", 0.15), ("small", 0.03), ("thin", 0.05)])
-def test_drawing_larger_than_life_pays(name: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supersampling_improves_targets(name: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     finer = quality(KINDS[name], 2).exact.mean()
-    monkeypatch.setattr(transforms, "MOST_ZOOM", 1)
+    monkeypatch.setattr(transforms, "MAX_ZOOM", 1)
     assert finer - quality(KINDS[name], 2).exact.mean() > gain
 
 
@@ -291,7 +291,7 @@ def rectangle(x1: float, y1: float, x2: float, y2: float) -> Outline:
     ("sides", "zoom"),  # in the original image, twice as large as in the sample
     [((2, 2), 16), ((20, 20), 12), ((40, 20), 8), ((220, 200), 2), ((230, 230), 1), ((8, 300), 2), ((4, 460), 1)],
 )
-def test_small_objects_are_drawn_larger(sides: tuple[int, int], zoom: int) -> None:
+def test_small_objects_are_supersampled(sides: tuple[int, int], zoom: int) -> None:
     """So that areas come to about 112 x 112, but none of the long ones grows beyond 448."""
     corners = (10, 8, 10 + sides[0], 8 + sides[1])
     bitmap = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -318,10 +318,10 @@ def test_filling_neither_widens_nor_moves(monkeypatch: pytest.MonkeyPatch) -> No
     """Area and centre of gravity of many small polygons."""
     rng = np.random.default_rng(0)
     excess, shifts = [], []
-    monkeypatch.setattr(transforms, "MOST_ZOOM", 1)
+    monkeypatch.setattr(transforms, "MAX_ZOOM", 1)
     for _ in range(100):
         outline = [polar(rng.uniform(0.5, 1, 12), ROUND[::20]) * rng.uniform(4, 18) + 20 + rng.uniform(0, 1, 2)]
-        (mask,), (window,), _ = transforms._fill([outline], LIFE_SIZE)
+        (mask,), (window,), _ = transforms._fill_polygons([outline], LIFE_SIZE)
         fine = np.arange(0.05, 40, 0.1)
         truth = covered(outline, fine, fine)
         length = np.linalg.norm(outline[0] - np.roll(outline[0], 1, axis=0), axis=1).sum()
@@ -365,7 +365,7 @@ def test_bitmaps_are_resized_as_by_pillow(resized: tuple[int, int], flip: bool) 
         np.testing.assert_array_equal(found[comparable], expected[comparable])
 
 
-def test_bitmap_out_of_sight() -> None:
+def test_bitmap_outside_the_crop() -> None:
     bitmap = np.zeros((90, 140), np.uint8)
     geometry = Geometry((90, 140), (90, 140), (40, 0), (50, 140), flip=True)
     for _ in range(2):  # empty, then above the crop

@@ -1,4 +1,4 @@
-"""From COCO files to the annotation table and back: what is read, what is mended, and what is refused."""
+"""From COCO files to the annotation table and back: what is read, repaired and rejected."""
 
 import itertools
 import json
@@ -148,7 +148,7 @@ def test_objects_are_sorted_by_image(folder: CocoFolder) -> None:
     assert third.crowd.tolist() == [True, False]
 
 
-def test_back_to_coco_is_what_the_file_says(folder: CocoFolder) -> None:
+def test_coco_dictionary_equals_the_file(folder: CocoFolder) -> None:
     folder.content["annotations"].append({"id": 9, **box_of(20, [-5.5, -2, 200, 0], category_id=2, area=3)})
     back = folder.load().coco()
 
@@ -320,7 +320,7 @@ def test_keys_in_any_order(folder: CocoFolder, monkeypatch: pytest.MonkeyPatch) 
         assert folder.load().annotation_ids.tolist() == [101, 103, 100, 102]
 
 
-def test_of_a_key_that_stands_there_twice_the_last_one_counts(folder: CocoFolder) -> None:
+def test_duplicate_keys_the_last_wins(folder: CocoFolder) -> None:
     paths = folder.write()
     text = paths.annotations.read_text()
     other = {**folder.content["annotations"][0], "id": 7}
@@ -347,7 +347,7 @@ def test_records_are_named_by_their_place_in_the_file(folder: CocoFolder, monkey
     assert "annotations[3] lacks 'bbox'" in refused(folder)
 
 
-def test_file_names_that_are_no_text(folder: CocoFolder) -> None:
+def test_file_names_that_are_not_utf8(folder: CocoFolder) -> None:
     """Bytes of a file system that are not UTF-8, as Python writes them into JSON."""
     name = os.fsdecode(b"\xff1.png")
     try:
@@ -612,7 +612,7 @@ def test_byte_order_mark(folder: CocoFolder) -> None:
     assert len(load_split(folder.paths)) == 3
 
 
-def test_paths_that_are_not_there(folder: CocoFolder, tmp_path: Path) -> None:
+def test_missing_paths(folder: CocoFolder, tmp_path: Path) -> None:
     paths = folder.write()
     with pytest.raises(InputError, match=r"absent\.json: no such annotation file"):
         load_split(CocoSplit(paths.images, tmp_path / "absent.json"))
@@ -658,7 +658,7 @@ def test_no_image_is_left(folder: CocoFolder) -> None:
     assert [problem.kind for problem in problems.listed] == ["missing image"] * 3
 
 
-def test_ids_are_told_on_one_line(folder: CocoFolder) -> None:
+def test_messages_are_one_line(folder: CocoFolder) -> None:
     folder.content["images"][1]["id"] = "2\n\x1b[0m0"
     assert "\x1b" not in refused(folder)
 

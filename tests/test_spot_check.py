@@ -9,7 +9,7 @@ from conftest import MakeCocoFolder
 from PIL import Image
 
 from direct_pt.data.images import ORIENTATION_TAG, Decoding
-from direct_pt.data.sources import LOOKED_AT, spot_check
+from direct_pt.data.sources import SPOT_CHECKED, spot_check
 from direct_pt.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_sizes_of_another_resolution(coco_folder: MakeCocoFolder) -> None:
     )
 
 
-def test_one_is_put_up_with(coco_folder: MakeCocoFolder) -> None:
+def test_one_wrong_image_is_tolerated(coco_folder: MakeCocoFolder) -> None:
     table = coco_folder([(20, 30)] * 5).load()
     table.path(2).write_bytes(b"")
     spot_check(table)
@@ -43,7 +43,7 @@ def test_one_is_put_up_with(coco_folder: MakeCocoFolder) -> None:
         spot_check(table)
 
 
-def test_either_reading_of_turned_photographs(coco_folder: MakeCocoFolder) -> None:
+def test_rotated_photographs_annotated_either_way(coco_folder: MakeCocoFolder) -> None:
     folder = coco_folder([(20, 30)] * 3)
     table = folder.load()
     for row in range(3):
@@ -55,10 +55,10 @@ def test_either_reading_of_turned_photographs(coco_folder: MakeCocoFolder) -> No
         spot_check(replace(upright, decoding=Decoding(exif=False)))
 
 
-def test_it_is_spread_over_the_table(coco_folder: MakeCocoFolder) -> None:
+def test_checks_are_spread_over_the_table(coco_folder: MakeCocoFolder) -> None:
     """Also over one with more images than are looked at: each stands there many times."""
     table = coco_folder([(20, 30)] * 4).load()
-    many = table.select(np.repeat(np.arange(4), LOOKED_AT))
+    many = table.select(np.repeat(np.arange(4), SPOT_CHECKED))
     table.path(3).write_bytes(b"")
-    with pytest.raises(InputError, match=f"64 of {LOOKED_AT} images"):
+    with pytest.raises(InputError, match=f"64 of {SPOT_CHECKED} images"):
         spot_check(many)

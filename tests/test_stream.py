@@ -132,7 +132,7 @@ def test_samples_are_those_of_the_table(shards: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 2, 4, 9, 10, 11, 20])
-def test_resumed_stream_goes_on(shards: Path, workers: int, taken: int) -> None:
+def test_resumed_stream_continues(shards: Path, workers: int, taken: int) -> None:
     """Windows of eight, micro-batches of four: at their ends and within, also of epochs."""
     whole = list(feed_of(shards).batches(Share(4, 0, 24)))
     feed = feed_of(shards, workers=workers)
@@ -199,13 +199,13 @@ def test_many_wrong_rows_are_refused(tmp_path: Path) -> None:
         feed_of(folder, window=100).check()
 
 
-def test_masks_that_are_missing(shards: Path) -> None:
+def test_missing_masks(shards: Path) -> None:
     feed = StreamFeed(stream_of(shards), PretrainPreset(32), 0, True, 0)
     with pytest.raises(InputError, match="has objects without 'segmentation'"):
         feed.check()
 
 
-def test_no_stream(tmp_path: Path, demo: Path) -> None:
+def test_sets_that_cannot_be_streamed(tmp_path: Path, demo: Path) -> None:
     for folder, message in ((demo, "is no data set on the hub"), (tmp_path / "absent", "is no data set on the hub")):
         with pytest.raises(InputError, match=message):
             stream_of(folder)

@@ -33,7 +33,7 @@ SQUARE = [[2.0, 3.0, 12.5, 3.0, 12.5, 9.0, 2.0, 9.0]]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the test's own, for files of any size."""
-    monkeypatch.setattr(table_cache, "LEAST_BYTES", 0)
+    monkeypatch.setattr(table_cache, "MIN_BYTES", 0)
     monkeypatch.setenv("DIRECT_PT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -72,7 +72,7 @@ def assert_equal(found: AnnotationTable, expected: AnnotationTable) -> None:
 def uncached(paths: CocoSplit) -> AnnotationTable:
     """Read from the file, whatever the cache holds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_cache, "LEAST_BYTES", 2**60)
+        patch.setattr(table_cache, "MIN_BYTES", 2**60)
         table = load_split(paths)
     assert type(table) is AnnotationTable
     return table
@@ -177,7 +177,7 @@ def test_a_file_in_place_of_another(folder: CocoFolder, root: Path) -> None:
     }
 
 
-def test_images_are_looked_for_at_every_start(folder: CocoFolder) -> None:
+def test_images_are_checked_at_every_start(folder: CocoFolder) -> None:
     paths = folder.write()
     load_split(paths)
     (paths.images / "1.png").unlink()
@@ -187,7 +187,7 @@ def test_images_are_looked_for_at_every_start(folder: CocoFolder) -> None:
         assert word in str(error.value)
 
 
-def test_what_is_refused_is_not_cached(folder: CocoFolder, root: Path) -> None:
+def test_rejected_files_are_not_cached(folder: CocoFolder, root: Path) -> None:
     folder.content["annotations"][0]["image_id"] = 77
     for _ in range(2):
         with pytest.raises(InputError, match="image_id 77"):
@@ -207,14 +207,14 @@ def test_sizes_from_the_images_are_not_cached(folder: CocoFolder, root: Path) ->
 
 def test_small_files_are_not_cached(folder: CocoFolder, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = folder.write()
-    monkeypatch.setattr(table_cache, "LEAST_BYTES", paths.annotations.stat().st_size + 1)
+    monkeypatch.setattr(table_cache, "MIN_BYTES", paths.annotations.stat().st_size + 1)
     assert type(load_split(paths)) is AnnotationTable
     assert not root.exists()
-    monkeypatch.setattr(table_cache, "LEAST_BYTES", paths.annotations.stat().st_size)
+    monkeypatch.setattr(table_cache, "MIN_BYTES", paths.annotations.stat().st_size)
     assert isinstance(load_split(paths), CachedTable)
 
 
-def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_root() == tmp_path / "cache"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DIRECT_PT_CACHE", "~/fast")
@@ -338,7 +338,9 @@ def test_a_file_in_place_of_the_table(folder: CocoFolder, root: Path, capsys: py
     assert cached_folder(root).is_dir() and capsys.readouterr().err == ""
 
 
-def test_nobodys_home(folder: CocoFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_home_directory(
+    folder: CocoFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("DIRECT_PT_CACHE", "~nobody-of-this-name/cache")
     line = refused_to_write(folder.write(), capsys)
     assert "home directory" in line

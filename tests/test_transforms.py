@@ -82,7 +82,7 @@ def test_crop_keeps_an_object(corner: tuple[int, int], size: tuple[int, int], sc
         assert 0 <= x1 < x2 <= sample.image.shape[2] and 0 <= y1 < y2 <= sample.image.shape[1]
 
 
-def test_crowd_alone_does_not_hold_the_crop() -> None:
+def test_crops_need_not_contain_crowd_regions() -> None:
     objects = replace(objects_of([[0, 0, 2, 2]]), crowd=np.array([True]))
     samples = samples_of(PretrainPreset(64, (20.0, 20.0)), blank(300, 300), objects, 20)
     assert any(len(sample.objects) == 0 for sample in samples)
@@ -121,7 +121,7 @@ def test_extremely_elongated_images(size: tuple[int, int]) -> None:
             assert sample.objects.boxes.tolist() == [[0, 0, width, height]]
 
 
-def test_finetuning_mirrors_half_and_testing_none() -> None:
+def test_finetuning_flips_half_and_testing_none() -> None:
     ramp = np.zeros((40, 60, 3), np.uint8)
     ramp[..., 0] = np.arange(60) * 4
     for preset, fewest, most in ((FinetunePreset(40, 60), 35, 65), (TestPreset(40, 60), 0, 0)):

@@ -101,7 +101,7 @@ def test_lists(tmp_path: Path, lists: dict[str, str], expected: dict[str, str]) 
 
 
 @pytest.mark.parametrize("place", ["", "VOC2007", "VOCdevkit/VOC2012"])
-def test_where_the_tree_lies(tmp_path: Path, place: str) -> None:
+def test_tree_locations(tmp_path: Path, place: str) -> None:
     make(tmp_path / place, {"a": xml("a.jpg", GOOD)})
     split = find(tmp_path)["train"]
     assert split.source == f"{tmp_path / place} (train)" and names(read(split)) == ["a.jpg"]

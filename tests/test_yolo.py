@@ -8,7 +8,7 @@ import pytest
 from label_trees import HEIGHT, WIDTH, Lists, names, read, save_image, write
 from PIL import Image
 
-from direct_pt.data.formats.label_files import in_chunks
+from direct_pt.data.formats.label_files import number_records
 from direct_pt.data.formats.yolo import YoloSplit, find_yolo
 from direct_pt.data.images import ORIENTATION_TAG, Decoding, UnreadableImage, image_size
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problems
@@ -95,7 +95,7 @@ def test_the_table(tmp_path: Path) -> None:
         ("path: ~\ntrain: images\nval:\ntest: null", ["images/a.png"]),
     ],
 )
-def test_where_images_lie(tmp_path: Path, yaml: str, images: list[str]) -> None:
+def test_image_folders(tmp_path: Path, yaml: str, images: list[str]) -> None:
     """The label of each image, wherever it lies, is found: a box as wide as its letter's number in the alphabet."""
     for number, (image, label) in enumerate(
         [("images/a", "labels/a"), ("part/images/b", "part/labels/b"), ("plain/c", "plain/c")], start=1
@@ -210,14 +210,14 @@ def test_links(tmp_path: Path) -> None:
 def test_chunks() -> None:
     images = [({"file_name": str(row)}, [{"row": row, "bbox": [0, 0, row, 2]}] * (row % 5)) for row in range(5000)]
     lists: Lists = defaultdict(list)
-    for key, first, records in in_chunks([{"id": 0}], images):
+    for key, first, records in number_records([{"id": 0}], images):
         assert first == len(lists[key]) and (len(records) or not lists[key]) and len(records) <= 4096 + 4
         lists[key] += records
     assert [record["id"] for record in lists["images"]] == list(range(1, 5001))
     assert [record["id"] for record in lists["annotations"]] == list(range(1, 10001))
     assert all(record["image_id"] == record["row"] + 1 for record in lists["annotations"])
     assert all(record["area"] == 2 * record["row"] for record in lists["annotations"])
-    assert list(in_chunks([], [])) == [("categories", 0, []), ("images", 0, []), ("annotations", 0, [])]
+    assert list(number_records([], [])) == [("categories", 0, []), ("images", 0, []), ("annotations", 0, [])]
 
 
 # What is refused

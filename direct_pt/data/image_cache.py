@@ -1,8 +1,8 @@
-"""Low-resolution copies of the training images: stage 1 sees each of them 48 times, and decodes and shrinks it once.
+"""Low-resolution copies of the training images: stage 1 sees each image 48 times, but decodes and shrinks it once.
 
-A cache is a folder: `manifest.json` says what it was made from, `pixels` holds one copy after another, `index` says
-where each begins, a record an image, written once its pixels are on the disk. It counts as whole when every image has
-its record; building goes on after the last one.
+A cache is a folder: `manifest.json` says what it was made from, `pixels` holds one copy after another, `index` has a
+record per image that says where its copy is, written once the pixels are on the disk. The cache is complete when every
+image has a record; an interrupted build continues after the last record.
 """
 
 import fcntl
@@ -34,10 +34,10 @@ from direct_pt.data.table_cache import cache_root
 from direct_pt.transforms import fit
 
 VERSION = 1
-# How large the copies are, in crop sizes. JPEGs have all that the largest resize can show. Raw copies are a little
-# smaller, so that COCO train2017 takes under 30 GB.
+# The longest side of the copies, in crop sizes. JPEGs are as large as the largest resize; raw copies are a little
+# smaller, so that COCO train2017 takes less than 30 GB.
 KINDS = {"jpeg": 1.2, "raw": 1.05}
-BYTES_A_PIXEL = {"jpeg": 0.4, "raw": 1.5}  # JPEG's is a guess on the safe side, to look for space on the disk
+BYTES_PER_PIXEL = {"jpeg": 0.4, "raw": 1.5}  # JPEG's is a cautious estimate, to check the free space on the disk
 CHUNK = 256  # images between two writes of the index
 RECORD = np.dtype([("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4")])
 Manifest = dict[str, Any]
@@ -45,23 +45,23 @@ JPEG_QUALITY = 90
 
 
 class ImageCache:
-    """The copies, by the images' rows, of the whole cache in `folder`, and the manifest of it."""
+    """The complete cache in `folder`: the copies by image row, and the manifest it was `made_from`."""
 
     def __init__(self, folder: Path, made_from: Manifest) -> None:
         self.folder = folder
         self.made_from = made_from
-        self.index = _sound_records(folder)
-        self.pixels = (folder / "pixels").open("rb")  # stays readable, whatever becomes of the folder
+        self.index = _valid_records(folder)
+        self.pixels = (folder / "pixels").open("rb")  # stays readable even if the folder is removed
 
     @property
     def gigabytes(self) -> float:
-        """On the disk."""
+        """Size of the copies on the disk."""
         return float(self.index["length"].sum()) / 1e9
 
     def read(self, row: int, resized: Size) -> np.ndarray | None:
-        """[h, w, 3] uint8 RGB, the copy of image `row`, or None where there is none to be had.
+        """[h, w, 3] uint8 RGB, the copy of image `row`, or None if there is none.
 
-        It is to become `resized`, and may be so already.
+        The caller will resize it to `resized`; raw copies have that size already.
         """
         offset, length, height, width = self.index[row].tolist()
         try:
@@ -70,50 +70,50 @@ class ImageCache:
                 return None
             jpeg = self.made_from["kind"] == "jpeg"
             return decode_jpeg(stored) if jpeg else from_yuv(stored, (height, width), resized)
-        except (OSError, RuntimeError, ValueError):  # the disk's doing; the image file is still there
+        except (OSError, RuntimeError, ValueError):  # a disk error; the image file remains
             return None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _whole_cache, (self.folder, self.made_from)
+        return _complete_cache, (self.folder, self.made_from)
 
 
 def open_image_cache(
     table: AnnotationTable, kind: str, image_size: int, root: Path | None, workers: int
 ) -> ImageCache | None:
-    """The cache of a table's images, built or completed first where need be; None, and why on stderr, if that fails.
+    """The cache of a table's images, built or completed first if necessary; None, with a warning, if that fails.
 
-    Of several processes that call it at once, one builds and the others wait.
+    If several processes call it at once, one builds and the others wait.
 
     Args:
-        table: of the images.
+        table: the images.
         kind: one of KINDS.
         image_size: of the crops.
-        root: the folder that caches stand in; None for the usual one.
+        root: the folder of all caches; None for the default.
         workers: processes that read images.
     """
     try:
         root = root or cache_root()
-    except RuntimeError as error:  # nobody's home
+    except RuntimeError as error:  # no home directory
         _warn(f"{error} The image files are read each time; --cache-dir takes a folder for the cache")
         return None
     made_from = _made_from(table, kind, image_size)
-    place = json.dumps([str(Path(table.source).resolve()), str(table.folder.resolve())])
-    folder = root / f"images-{kind}-{image_size}-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-    if cache := _whole_cache(folder, made_from):
+    location = json.dumps([str(Path(table.source).resolve()), str(table.folder.resolve())])
+    folder = root / f"images-{kind}-{image_size}-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
+    if cache := _complete_cache(folder, made_from):
         return cache
     try:
         if not root.exists():
             root.mkdir(parents=True, exist_ok=True)
         with (root / f"{folder.name}.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock, which workers that outlive this process would hold
-            begun = _begun(folder, made_from)
+            finished = _finished_images(folder, made_from)
             try:
-                if begun < len(table):
-                    _build(table, folder, made_from, begun, workers)
+                if finished < len(table):
+                    _build(table, folder, made_from, finished, workers)
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            return _whole_cache(folder, made_from)
+            return _complete_cache(folder, made_from)
     except OSError as error:
         smaller = ", --cache jpeg needs a quarter of the space" if kind == "raw" else ""
         _warn(f"{folder}: cannot be written ({error.strerror or error}), so that the image files are read each time; "
@@ -122,21 +122,21 @@ def open_image_cache(
 
 
 def _made_from(table: AnnotationTable, kind: str, image_size: int) -> Manifest:
-    """The manifest: whatever would change the copies."""
+    """The manifest: everything that the copies depend on."""
     files = hashlib.sha256(table.sizes.tobytes() + table.file_names.tobytes())
     files.update(repr(table.decoding).encode())
     if table.encoded is not None:
         files.update(table.encoded.fingerprint.encode())
     for row in range(len(table)) if table.encoded is None else ():
-        with suppress(OSError):  # a missing file has no copy, and training names it
+        with suppress(OSError):  # a missing file has no copy, and training reports it
             status = table.path(row).stat()
             files.update(b"%d %d %d\n" % (row, status.st_size, status.st_mtime_ns))
     side = int(KINDS[kind] * image_size)
     return {"version": VERSION, "kind": kind, "side": side, "images": len(table), "files": files.hexdigest()}
 
 
-def _whole_cache(folder: Path, made_from: Manifest) -> ImageCache | None:
-    """The cache in `folder`, if there is a whole one that was made from this."""
+def _complete_cache(folder: Path, made_from: Manifest) -> ImageCache | None:
+    """The cache in `folder`, if it is complete and was made from `made_from`."""
     with suppress(OSError, ValueError):
         if json.loads((folder / "manifest.json").read_text()) == made_from:
             cache = ImageCache(folder, made_from)
@@ -144,13 +144,13 @@ def _whole_cache(folder: Path, made_from: Manifest) -> ImageCache | None:
     return None
 
 
-def _begun(folder: Path, made_from: Manifest) -> int:
-    """How many images a cache holds, after what was left half written is cut off. What is of no use is removed."""
+def _finished_images(folder: Path, made_from: Manifest) -> int:
+    """How many images a cache holds, after partial writes are cut off. A useless cache is removed."""
     if not folder.exists():
         return 0
     try:
         if json.loads((folder / "manifest.json").read_text()) == made_from:
-            index = _sound_records(folder)
+            index = _valid_records(folder)
             os.truncate(folder / "index", index.nbytes)
             os.truncate(folder / "pixels", index["length"].sum())
             return len(index)
@@ -161,37 +161,37 @@ def _begun(folder: Path, made_from: Manifest) -> int:
     return 0
 
 
-def _sound_records(folder: Path) -> np.ndarray:
-    """The index up to the first record that does not fit those before it or has no pixels. Raises OSError."""
+def _valid_records(folder: Path) -> np.ndarray:
+    """The index up to the first record that contradicts those before it or lacks pixels. Raises OSError."""
     index = np.fromfile(folder / "index", RECORD)
     ends = np.cumsum(index["length"])
-    sound = (index["offset"] == ends - index["length"]) & (index["length"] >= 0)
-    sound &= ends <= (folder / "pixels").stat().st_size
-    return index[np.logical_and.accumulate(sound)]
+    valid = (index["offset"] == ends - index["length"]) & (index["length"] >= 0)
+    valid &= ends <= (folder / "pixels").stat().st_size
+    return index[np.logical_and.accumulate(valid)]
 
 
-def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int, workers: int) -> None:
-    """Append the images from row `begun` on."""
+def _build(table: AnnotationTable, folder: Path, made_from: Manifest, finished: int, workers: int) -> None:
+    """Append the images from row `finished` on."""
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(made_from))
     kind, side = made_from["kind"], made_from["side"]
-    pixels_left = sum(math.prod(copy_size((height, width), side)) for height, width in table.sizes[begun:].tolist())
-    needed, free = pixels_left * BYTES_A_PIXEL[kind], shutil.disk_usage(folder).free
+    pixels_left = sum(math.prod(copy_size((height, width), side)) for height, width in table.sizes[finished:].tolist())
+    needed, free = pixels_left * BYTES_PER_PIXEL[kind], shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} are free")
     chunks: Iterable[list[tuple[bytes, Size]]] = DataLoader(
         Copies(table, kind, side),
-        sampler=range(begun, len(table)),
+        sampler=range(finished, len(table)),
         batch_size=CHUNK,
         collate_fn=list,
         num_workers=workers,
-        generator=torch.Generator(),  # its own, as the training loader's
+        generator=torch.Generator(),  # its own, as in make_loader
         worker_init_fn=_end_with_parent,
     )
     with (
         (folder / "pixels").open("ab") as pixels,
         (folder / "index").open("ab") as index,
-        tqdm(total=len(table), initial=begun, desc=f"image cache ({kind})", unit="image") as bar,
+        tqdm(total=len(table), initial=finished, desc=f"image cache ({kind})", unit="image") as bar,
     ):
         for chunk in chunks:
             lengths = np.array([len(content) for content, _ in chunk])
@@ -201,12 +201,12 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, begun: int
             for file, content in ((pixels, b"".join(content for content, _ in chunk)), (index, records.tobytes())):
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # the pixels before what says that they are there
+                os.fsync(file.fileno())  # the pixels first: a record means that they are on the disk
             bar.update(len(chunk))
 
 
 def _end_with_parent(worker: int) -> None:
-    """One that waits to hand over what it has would outlive a killed parent for ever."""
+    """End a worker whose parent was killed: waiting to hand over its results, it would live forever."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -223,12 +223,12 @@ def _warn(message: str) -> None:
 
 @dataclass(frozen=True)
 class Copies(Dataset[tuple[bytes, Size]]):
-    """The copies of a table's images as they are stored, and their sizes; nothing of an image that cannot be read.
+    """The encoded copies of a table's images, and their sizes; empty for an unreadable image.
 
     Attributes:
-        table: of the images.
+        table: the images.
         kind: "jpeg" or "raw".
-        side: pixels that a copy is wide and high at most.
+        side: largest height and width of a copy in pixels.
     """
 
     table: AnnotationTable
@@ -248,28 +248,25 @@ class Copies(Dataset[tuple[bytes, Size]]):
 
 
 def copy_size(size: Size, side: int) -> Size:
-    """Of the copy of an image of `size`: its own, where that is small enough."""
+    """The size of the copy of an image of `size`: its own if that is small enough."""
     return fit(size, side, side) if max(size) > side else size
 
 
 def to_yuv(pixels: np.ndarray) -> bytes:
-    """[h, w, 3] RGB as planes of brightness and, at half the resolution, of colour, as in most JPEGs: 12 bits a pixel.
-
-    The sides are made even.
-    """
+    """[h, w, 3] RGB as YUV 4:2:0, as in most JPEGs: 12 bits per pixel. Odd sides are padded by a pixel."""
     height, width = pixels.shape[:2]
     even = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-    # OpenCV takes the colour of one pixel in four, the first; here it is the mean of all four.
+    # OpenCV takes the chroma of the first pixel in four; here it is the mean of all four.
     means = cv2.blur(even, (2, 2), anchor=(0, 0))
-    bright, colour = (cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420).ravel() for image in (even, means))
+    luma, chroma = (cv2.cvtColor(image, cv2.COLOR_RGB2YUV_I420).ravel() for image in (even, means))
     count = even.shape[0] * even.shape[1]
-    return bright[:count].tobytes() + colour[count:].tobytes()
+    return luma[:count].tobytes() + chroma[count:].tobytes()
 
 
 def from_yuv(stored: bytes, size: Size, resized: Size) -> np.ndarray:
-    """`to_yuv`'s image of `size`, as [h, w, 3] RGB of size `resized`: before it has three colours, half is to do.
+    """[h, w, 3] RGB of size `resized` from `to_yuv`'s bytes of an image of `size`.
 
-    Raises ValueError where that cannot be such an image.
+    It is resized as YUV, which has half as many values as RGB. Raises ValueError if the bytes do not fit the size.
     """
     height, width = _even(resized)
     new = np.empty((height * 3 // 2, width), np.uint8)
@@ -279,11 +276,11 @@ def from_yuv(stored: bytes, size: Size, resized: Size) -> np.ndarray:
 
 
 def _planes(image: np.ndarray, size: Size) -> list[np.ndarray]:
-    """Views of the planes of an image of `size`: brightness [h, w], and twice colour, half of that rounded up."""
+    """Views of the planes of a YUV image of `size`: luma [h, w], and two of chroma, half as large, rounded up."""
     height, width = _even(size)
     parts = np.split(image.ravel(), [height * width, height * width * 5 // 4])
-    bright = parts[0].reshape(height, width)[: size[0], : size[1]]  # what makes it even would shift the others
-    return [bright, *(part.reshape(height // 2, width // 2) for part in parts[1:])]
+    luma = parts[0].reshape(height, width)[: size[0], : size[1]]  # without padding, which would shift a resize
+    return [luma, *(part.reshape(height // 2, width // 2) for part in parts[1:])]
 
 
 def _even(size: Size) -> Size:

@@ -23,11 +23,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 Size = tuple[int, int]
 
 FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# Told by the content, whatever its name. Not all that Pillow knows: some of that starts other programs.
+# Recognised by the content, not by the name. Not all of Pillow's formats: reading some starts other programs.
 READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 MAX_PIXELS = 20_000 * 20_000
 ORIENTATION_TAG = 0x0112
-UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
+UPRIGHT = {  # the transposition that turns the stored pixels upright, by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,22 +36,22 @@ UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-OPPOSITE = {6: 8, 8: 6}  # the others undo themselves
-BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0  # of a TIFF
+OPPOSITE = {6: 8, 8: 6}  # the other orientations are their own inverses
+BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second one
 WIDTH_TAG, HEIGHT_TAG = 256, 257
 
 
 class UnreadableImage(Exception):
-    """The file is missing, cut short, no image, too large, or of another size than its annotation says."""
+    """The file is missing, truncated, not an image, too large, or of another size than its annotation says."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an image file leaves open.
+    """The choices in reading an image file.
 
     Attributes:
-        exif: turn and mirror the pixels as the EXIF orientation says; otherwise they stay as stored, whatever it says.
-        alpha: "black" or "white", what transparent pixels lie over.
+        exif: whether pixels are rotated and flipped as the EXIF orientation says; otherwise they stay as stored.
+        alpha: "black" or "white", the background of transparent pixels.
     """
 
     exif: bool = True
@@ -59,12 +59,12 @@ class Decoding:
 
 
 class Sizes(NamedTuple):
-    """What an image file's header says of its size.
+    """The size in an image file's header.
 
     Attributes:
         stored: (height, width) of the pixels in the file.
         upright: (height, width) once the EXIF orientation is applied.
-        orientation: of EXIF, 1 to 8; 1 where there is none, or a damaged one.
+        orientation: EXIF orientation, 1 to 8; 1 if it is missing or damaged.
     """
 
     stored: Size
@@ -72,13 +72,13 @@ class Sizes(NamedTuple):
     orientation: int
 
 
-DEFAULT = Decoding()
+DEFAULT_DECODING = Decoding()
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error it raises too
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it raises the errors that it logs
 
 
 def read_image(
-    path: Path, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+    path: Path, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT_DECODING
 ) -> np.ndarray:
     """An image file as [h, w, 3] uint8 RGB: `decode_image` of its content. Raises UnreadableImage."""
     try:
@@ -89,37 +89,41 @@ def read_image(
 
 
 def decode_image(
-    content: bytes, name: str, size: Size | None = None, least: Size | None = None, decoding: Decoding = DEFAULT
+    content: bytes,
+    name: str,
+    size: Size | None = None,
+    least: Size | None = None,
+    decoding: Decoding = DEFAULT_DECODING,
 ) -> np.ndarray:
-    """An image file's content as [h, w, 3] uint8 RGB; the first image of those that it holds.
+    """An image file's content as [h, w, 3] uint8 RGB; of several images in the file, the first.
 
-    All modes are scaled to 0 to 255. Integers of more than 8 bits count as 16 bits wide, 65535 is white, even if no
-    value comes near that (12 bits if a TIFF says so). Floating-point values count as 0 to 1 if none is larger, as 0 to
-    255 otherwise. What lies outside is clipped, NaN is black. Colour profiles are not applied.
+    All modes are scaled to 0 to 255. Integers of more than 8 bits are taken as 16 bits, with white at 65535, even if
+    all values are small (12 bits if a TIFF says so). Floating-point values are taken as 0 to 1 if none is larger, as 0
+    to 255 otherwise. Values outside are clipped, NaN is black. Colour profiles are not applied.
 
     Args:
         content: of a JPEG, PNG, WebP, TIFF, BMP or GIF file.
         name: of the file, for messages.
         size: (height, width) that the annotation states. The EXIF orientation is applied unless only the unrotated
             image has this size: then the annotation was made without regard to it.
-        least: (height, width) that will do: of a larger image every few pixels may be read as one, which is faster.
-        decoding: whether the EXIF orientation counts, and what transparent pixels lie over.
+        least: (height, width) that suffices: a larger image may be reduced while it is decoded, which is faster.
+        decoding: whether the EXIF orientation counts, and the background of transparent pixels.
 
     Raises:
-        UnreadableImage: with the name and what is wrong; nothing else, whatever the content.
+        UnreadableImage: with the name and the reason; no other exception, whatever the content.
     """
     file = io.BytesIO(content)
     with _opened(file, name) as image:
         sizes = _sizes(image, file)
         upright = _is_upright(sizes, size, name, decoding)
-        whole = sizes.upright if upright else sizes.stored
-        wanted = least or whole
-        shrink = max(1, min(whole[0] // wanted[0], whole[1] // wanted[1]))
+        full = sizes.upright if upright else sizes.stored
+        needed = least or full
+        shrink = max(1, min(full[0] // needed[0], full[1] // needed[1]))
         jpeg = isinstance(image, JpegImageFile)
         if jpeg and shrink > 1:
             image.draft(image.mode, (sizes.stored[1] // shrink, sizes.stored[0] // shrink))
         elif jpeg and image.mode == "RGB" and not (upright and sizes.orientation > 1):
-            with contextlib.suppress(RuntimeError):  # what this fast decoder refuses, the other one decides on
+            with contextlib.suppress(RuntimeError):  # if this fast decoder fails, Pillow tries
                 return decode_jpeg(content)
         image.load()
         rgb = _to_rgb(image, decoding.alpha)
@@ -137,14 +141,14 @@ def decode_jpeg(content: bytes) -> np.ndarray:
     return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def image_size(path: Path, decoding: Decoding = DEFAULT) -> Size:
-    """(height, width) that the whole image is read with, from the file's header. Raises UnreadableImage."""
+def image_size(path: Path, decoding: Decoding = DEFAULT_DECODING) -> Size:
+    """(height, width) of the image as decode_image returns it, from the file's header. Raises UnreadableImage."""
     sizes = header_sizes(path, str(path))
     return sizes.upright if decoding.exif else sizes.stored
 
 
-def encoded_size(content: bytes, name: str, decoding: Decoding = DEFAULT) -> Size:
-    """The same of a file's content; messages use `name`. Raises UnreadableImage."""
+def encoded_size(content: bytes, name: str, decoding: Decoding = DEFAULT_DECODING) -> Size:
+    """The same from a file's content; messages use `name`. Raises UnreadableImage."""
     sizes = header_sizes(content, name)
     return sizes.upright if decoding.exif else sizes.stored
 
@@ -168,23 +172,23 @@ def header_sizes(source: Path | bytes, name: str) -> Sizes:
 
 
 class _QuietPillow:
-    """Around every use of Pillow here: no limit of pixels but ours, no warnings of damage that it reads past.
+    """Around every use of Pillow here: no pixel limit except ours, no warnings about damage that it can read.
 
-    Both are settings of the whole process, and who imports this module may use Pillow too, with its own limit: they are
-    put back as soon as no thread is reading.
+    Both are settings of the whole process, which may use Pillow elsewhere with its own limit: they are restored as soon
+    as no thread is reading.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.readers = 0
-        self.put_back = contextlib.ExitStack()
+        self.restore = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.readers:
-                self.put_back.enter_context(warnings.catch_warnings())
+                self.restore.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-                self.put_back.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                self.restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
                 Image.MAX_IMAGE_PIXELS = None
             self.readers += 1
 
@@ -192,7 +196,7 @@ class _QuietPillow:
         with self.lock:
             self.readers -= 1
             if not self.readers:
-                self.put_back.close()
+                self.restore.close()
 
 
 _quiet_pillow = _QuietPillow()
@@ -200,7 +204,7 @@ _quiet_pillow = _QuietPillow()
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, name: str) -> Iterator[ImageFile]:
-    """An image of at most MAX_PIXELS, not decoded yet. Whatever goes wrong with it, then too, is an UnreadableImage."""
+    """An image of at most MAX_PIXELS, not decoded yet. All errors, also in decoding it, become UnreadableImage."""
     try:
         with _quiet_pillow, _open(file) as image:
             pixels = image.width * image.height
@@ -216,8 +220,8 @@ def _opened(file: BinaryIO, name: str) -> Iterator[ImageFile]:
         empty = not file.seek(0, io.SEEK_END)
         what = "is empty" if empty else "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged"
         raise UnreadableImage(f"{name}: {what}; replace or convert it, or leave it out") from error
-    # Damaged bytes make Pillow's plugins fail in nearly every way there is (struct.error, IndexError, KeyError,
-    # EOFError, TypeError, OverflowError, MemoryError ...), and in each version in others.
+    # Damaged bytes make Pillow's plugins raise nearly any exception (struct.error, IndexError, KeyError, EOFError,
+    # TypeError, OverflowError, MemoryError ...), and each version others.
     except Exception as error:
         raise _unreadable(name, error) from error
 
@@ -225,7 +229,7 @@ def _opened(file: BinaryIO, name: str) -> Iterator[ImageFile]:
 def _open(file: BinaryIO) -> ImageFile:
     try:
         return Image.open(file, formats=READABLE)
-    except UnidentifiedImageError:  # some damage to its EXIF block makes Pillow give up a JPEG
+    except UnidentifiedImageError:  # Pillow rejects a JPEG for some kinds of damage in its EXIF block
         file.seek(0)
         return Image.open(io.BytesIO(file.read().replace(b"Exif\0\0", bytes(6))), formats=READABLE)
 
@@ -250,7 +254,7 @@ def _is_upright(sizes: Sizes, size: Size | None, name: str, decoding: Decoding) 
 
 
 def _sizes(image: ImageFile, file: BinaryIO) -> Sizes:
-    """Of an image that is not decoded yet."""
+    """The sizes of an image that is not decoded yet."""
     orientation = _orientation(image, file)
     stored = image.height, image.width
     if isinstance(image, TiffImageFile):  # some versions of Pillow give the upright size, others the stored one
@@ -259,7 +263,7 @@ def _sizes(image: ImageFile, file: BinaryIO) -> Sizes:
 
 
 def _orientation(image: ImageFile, file: BinaryIO) -> int:
-    with contextlib.suppress(Exception):  # this block is damaged in as many ways as images are, and matters less
+    with contextlib.suppress(Exception):  # damaged EXIF raises nearly anything, and does not matter
         exif = Image.Image.getexif(image)  # a PNG's own method would decode its pixels
         if image.format == "PNG" and not exif:
             exif.load(_exif_of_png(file))
@@ -269,15 +273,15 @@ def _orientation(image: ImageFile, file: BinaryIO) -> int:
 
 
 def _exif_of_png(file: BinaryIO) -> bytes:
-    """The EXIF block wherever it stands: behind the pixels too, where Pillow looks once it has decoded them."""
-    place, block = file.tell(), b""
+    """The EXIF block of a PNG, also if it follows the pixels, where Pillow finds it only after decoding them."""
+    position, block = file.tell(), b""
     file.seek(8)
     while not block and len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
             block = file.read(length)
         file.seek(length + 4, io.SEEK_CUR)
-    file.seek(place)
+    file.seek(position)
     return block
 
 
@@ -287,9 +291,9 @@ def _to_rgb(image: Image.Image, alpha: str) -> Image.Image:
     if not image.has_transparency_data:
         return _as_mode(image, "RGB")
     rgba = _as_mode(image.convert("LA") if image.mode == "La" else image, "RGBA")
-    ground = Image.new("RGB", image.size, alpha)
-    ground.paste(rgba, mask=rgba)
-    return ground
+    background = Image.new("RGB", image.size, alpha)
+    background.paste(rgba, mask=rgba)
+    return background
 
 
 def _as_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -297,7 +301,7 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _grey(image: Image.Image, alpha: str) -> Image.Image:
-    """An image of one channel with more than 8 bits as one with 8."""
+    """An image with one channel of more than 8 bits as one of 8 bits."""
     stored, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "F":
         white = 1.0 if stored.max(where=np.isfinite(stored), initial=0) <= 1 else 255.0
@@ -306,7 +310,7 @@ def _grey(image: Image.Image, alpha: str) -> Image.Image:
         white = 4095 if tags.get(BITS_TAG) == (12,) else 65535
         values = np.clip(stored, 0, white).astype(np.uint16, copy=False)
     grey = cv2.convertScaleAbs(values, alpha=255 / white)
-    if tags.get(PHOTOMETRIC_TAG) == WHITE_IS_ZERO:  # Pillow sees to that with 8 bits only
+    if tags.get(PHOTOMETRIC_TAG) == WHITE_IS_ZERO:  # Pillow inverts only images of 8 bits
         grey = 255 - grey
     if "transparency" in image.info:
         grey[stored == image.info["transparency"]] = 255 if alpha == "white" else 0

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: found where it is read, and either the end of it or collected into a list."""
+"""Problems of a data set: each one either ends the reading as an error, or is collected into a list."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 from direct_pt.errors import InputError
 
-ERROR, REPAIRED, NOTE = "error", "repaired", "note"  # the grades: training refuses; mends, and says so; may surprise
+# The grades: training refuses errors, repairs are made and reported, notes may surprise.
+ERROR, REPAIRED, NOTE = "error", "repaired", "note"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         grade: ERROR, REPAIRED or NOTE.
         kind: a few words that all problems of its kind share, such as "bbox"; they are counted by it.
-        file: that is to be mended, perhaps with a line ("labels/a.txt:3").
-        message: what is wrong there and the remedy.
-        image: its file name or id, where the problem is one image's.
-        annotation: the source's own id, where the problem is one object's.
+        file: the file to correct, perhaps with a line ("labels/a.txt:3").
+        message: what is wrong there, and the remedy.
+        image: its file name or id, if the problem concerns one image.
+        annotation: the source's own id, if the problem concerns one object.
     """
 
     grade: str
@@ -35,27 +36,28 @@ class Problem:
 
 
 class DataError(InputError):
-    """A problem of grade ERROR, on its way to whoever collects them, or to the user."""
+    """A problem of grade ERROR, raised where it is found."""
 
-    def __init__(
-        self,
-        kind: str,
-        file: object,
-        message: str,
-        image: str | int | None = None,
-        annotation: int | None = None,
-    ) -> None:
-        self.problem = Problem(ERROR, kind, str(file), message, image, annotation)
+    def __init__(self, kind: str, file: object, message: str, image: object = None, annotation: object = None) -> None:
+        """`image` and `annotation` may be any JSON value; only text and whole numbers are kept."""
+        self.problem = Problem(
+            ERROR,
+            kind,
+            str(file),
+            message,
+            image if isinstance(image, str | int) else None,
+            annotation if type(annotation) is int else None,
+        )
         super().__init__(str(self.problem))
 
 
 class Problems:
-    """What was found in one split.
+    """The problems of one split.
 
     Attributes:
-        collects: whether reading goes on after an error, without what is wrong, and every problem is listed; otherwise
-            the first error ends it and the others are counted only.
-        listed: the problems, where they are collected.
+        collects: whether reading continues after an error, without the faulty record, and every problem is listed;
+            otherwise the first error ends the reading and other problems are only counted.
+        listed: the problems, if they are collected.
     """
 
     def __init__(self, collects: bool = False) -> None:
@@ -65,7 +67,7 @@ class Problems:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Around what may raise DataError for one record: it ends here where problems are collected."""
+        """Around the reading of one record: its DataError ends here if problems are collected."""
         try:
             yield
         except DataError as error:
@@ -74,7 +76,7 @@ class Problems:
             self.add(error.problem)
 
     def add(self, problem: Problem) -> None:
-        """One problem; an error among them is for those who collect."""
+        """Count one problem, and list it if problems are collected."""
         self._counts[problem.grade, problem.kind] += 1
         if self.collects:
             self.listed.append(problem)
@@ -82,12 +84,12 @@ class Problems:
     def add_all(
         self, grade: str, kind: str, file: str, message: str, images: Sequence[str | int], annotations: Sequence[int]
     ) -> None:
-        """The same problem of many objects: of each the image and the annotation's id."""
+        """The same problem of many objects, each given by its image and its annotation id."""
         self._counts[grade, kind] += len(annotations)
         if self.collects:
             rows = zip(images, annotations, strict=True)
             self.listed += [Problem(grade, kind, file, message, image, number) for image, number in rows]
 
     def counts(self, grade: str) -> dict[str, int]:
-        """How many there are of each kind of one grade."""
-        return {kind: count for (of, kind), count in self._counts.items() if of == grade and count}
+        """The number of problems of each kind of one grade."""
+        return {kind: count for (kind_grade, kind), count in self._counts.items() if kind_grade == grade and count}

@@ -1,20 +1,21 @@
-"""Where a data set lies and what it is: from the flags to one annotation table a split."""
+"""From the data flags to one annotation table per split: find the data set, read it, make its splits agree."""
 
 import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from direct_pt.data.annotations import AnnotationTable, Segmentations, decode_name, encode_name, starts_of
+from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.formats.voc import find_voc
 from direct_pt.data.formats.yolo import find_yolo
-from direct_pt.data.images import DEFAULT, Decoding, UnreadableImage, header_sizes
+from direct_pt.data.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
+from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, check_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
@@ -22,11 +23,11 @@ from direct_pt.errors import InputError
 from direct_pt.flags import flag, names, positive_integer, share
 
 SPLITS = ("train", "val", "test")
-MOST_HELD_OUT = 5000  # of the training images, where a set has no validation split
 COCO_TEXT = "COCO in place of --data; several sets are joined by class name"
+MAX_HELD_OUT = 5000  # of the training images, if a set has no validation split
+SPOT_CHECKED = 256  # images, spread over the table
+MAX_WRONG_SHARE = 0.01  # of the spot-checked images that training tolerates; one is always tolerated
 Paths = tuple[Path, ...]
-LOOKED_AT = 256  # images, spread over the table
-MOST_WRONG = 0.01  # share of them that training puts up with; a single one always
 
 
 def exif_flag() -> Any:
@@ -84,7 +85,7 @@ class DataOptions:
 
 
 def find_sources(options: DataOptions) -> dict[str, list[Source]]:
-    """What each split is read from. Raises InputError: the flags name nothing, or contradict each other."""
+    """The sources of each split. Raises InputError if the flags name nothing, or contradict each other."""
     explicit = {
         "train": (options.train_images, options.train_annotations),
         "val": (options.val_images, options.val_annotations),
@@ -113,7 +114,7 @@ def find_sources(options: DataOptions) -> dict[str, list[Source]]:
 
 
 def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
-    """The splits of a data set in one place, whose kind is recognised from what the folder holds."""
+    """The splits of a data set in one place; its format is recognised by the folder's content."""
     if data.is_dir() and not options.streaming:
         tree: Mapping[str, Source] | None
         for tree in (find_coco(data), find_yolo(data, options.decoding), find_voc(data)):
@@ -140,31 +141,31 @@ def load_tables(
     problems: Mapping[str, Problems] | None = None,
     required: str | None = None,
 ) -> dict[str, AnnotationTable]:
-    """The tables of the wanted splits, those that there are, with the same classes.
+    """The tables of the wanted splits that exist, all with the same classes.
 
-    A set without "val" gets one out of its training images: see hold_out.
+    A set without "val" gets one from its training images: see hold_out.
 
     Args:
-        options: the flags.
-        wanted: of SPLITS.
-        problems: of each split, for who collects them; splits that cannot be read at all are then left out.
-        required: a split without which there is nothing to do.
+        options: the data flags.
+        wanted: some of SPLITS.
+        problems: collects the problems of each split; splits that cannot be read at all are then left out.
+        required: a split that must exist.
 
     Raises:
         InputError: naming the file, the field and the annotation, and the remedy.
     """
     sources, wanted = find_sources(options), set(wanted)
-    parted = "train" in sources and "val" not in sources and options.val_share > 0
-    held_out = parted and not wanted.isdisjoint(("train", "val"))
-    if required is not None and required not in sources and not (held_out and required == "val"):
+    without_val = "train" in sources and "val" not in sources and options.val_share > 0
+    holds_out = without_val and not wanted.isdisjoint(("train", "val"))
+    if required is not None and required not in sources and not (holds_out and required == "val"):
         remedy = "add it, or name COCO files with --train-images, --train-annotations, --val-images, --val-annotations"
         raise InputError(f"the data have no split {required!r}, only {', '.join(sources)}: {remedy}")
-    read = wanted | ({"train"} if held_out or len(sources.get("train", ())) > 1 else set())
+    needed = wanted | ({"train"} if holds_out or len(sources.get("train", ())) > 1 else set())
     tables: dict[str, AnnotationTable] = {}
-    for split in (split for split in SPLITS if split in read and split in sources):
-        found = problems[split] if problems else Problems()
-        with found.caught():
-            parts = [load_split(source, options.decoding, found) for source in sources[split]]
+    for split in (split for split in SPLITS if split in needed and split in sources):
+        split_problems = problems[split] if problems else Problems()
+        with split_problems.caught():
+            parts = [load_split(source, options.decoding, split_problems) for source in sources[split]]
             tables[split] = parts[0] if len(parts) == 1 else join(parts, like=tables.get("train"))
     first = next(iter(tables.values()), None)
     for split, table in tables.items():
@@ -174,7 +175,7 @@ def load_tables(
                 raise DataError("categories", table.source, text)
     if options.classes is not None:
         tables = {split: _only_classes(table, options.classes) for split, table in tables.items()}
-    if held_out and "train" in tables:
+    if holds_out and "train" in tables:
         tables["train"], val = hold_out(tables["train"], options.val_share)
         if len(val):
             tables["val"] = val
@@ -182,21 +183,19 @@ def load_tables(
 
 
 def load_split(
-    source: Source,
-    decoding: Decoding = DEFAULT,
-    problems: Problems | None = None,
+    source: Source, decoding: Decoding = DEFAULT_DECODING, problems: Problems | None = None
 ) -> AnnotationTable:
-    """Read one split, from the cache where it holds a large file's table, and check that its images are there.
+    """Read one split, from the cache if that holds its table, and check that its images are there.
 
     Raises:
         InputError: naming the file, the field and the annotation, and the remedy.
     """
     problems = problems or Problems()
-    encoded = getattr(source, "encoded", None)
-    if not isinstance(source, CocoSplit) or problems.collects:
-        return read_table(source, problems, decoding, encoded)
-    source.require_files()
-    table = cached_table(source.annotations, source.images, lambda: read_table(source, problems, decoding))
+    file = source.annotation_file
+    # A missing file or folder is reported by read_table.
+    if file is None or problems.collects or not (file.is_file() and source.folder.is_dir()):
+        return read_table(source, problems, decoding)
+    table = cached_table(file, source.folder, lambda: read_table(source, problems, decoding))
     if isinstance(table, CachedTable):
         check_files(source, table.file_names, problems)
     table.decoding = decoding
@@ -204,14 +203,14 @@ def load_split(
 
 
 def hold_out(table: AnnotationTable, share: float) -> tuple[AnnotationTable, AnnotationTable]:
-    """Training and validation images out of one table, the same for every stage, seed and order of the files.
+    """Training and validation images from one table, the same for every stage, seed and order of the files.
 
-    Those whose names have the lowest SHA-256 are held out: `share` of all, one at least where there are two, 5,000 at
-    most.
+    The images whose names have the lowest SHA-256 are held out: `share` of all, at least one of two or more, at most
+    MAX_HELD_OUT.
     """
     digests = [hashlib.sha256(name).digest() for name in table.file_names.tolist()]
     order = sorted(range(len(table)), key=digests.__getitem__)
-    count = min(max(1, round(share * len(table))), MOST_HELD_OUT, len(table) - 1)
+    count = min(max(1, round(share * len(table))), MAX_HELD_OUT, len(table) - 1)
     held, kept = np.sort(np.array(order[:count], np.int64)), np.sort(np.array(order[count:], np.int64))
     source = f"{table.source} ({share:g} held out)"
     return replace(table.select(kept), source=source), replace(table.select(held), source=source, repairs={})
@@ -234,15 +233,14 @@ def _classes(table: AnnotationTable) -> dict[int, str]:
 def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> AnnotationTable:
     """All images of some tables, with their classes joined by name.
 
-    Ids stay where they agree. Classes with contradicting ids are numbered from 1 on in the order of their appearance,
-    images with contradicting ids from 1 on.
+    Ids are kept if they agree. Otherwise classes are numbered from 1 in order of appearance, and so are images.
 
     Args:
         tables: of image files.
-        like: one whose classes and ids the joined table gets, as far as they are the same.
+        like: a table whose class ids the joined table takes over, for the classes that both have.
 
     Raises:
-        DataError: several list the same image; each would teach that there is nothing but its own objects.
+        DataError: several tables list the same image; each would teach that there is nothing but its own objects.
     """
     ids: dict[str, int] = dict(zip(like.class_names, like.category_ids, strict=True)) if like is not None else {}
     pairs = [pair for table in tables for pair in zip(table.class_names, table.category_ids, strict=True)]
@@ -251,9 +249,9 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
         ids = dict(pairs)
         if len(set(pairs)) > len(names) or len(set(ids.values())) < len(names):
             ids = {name: number for number, name in enumerate(names, start=1)}
-    free = max(ids.values(), default=0) + 1
-    for name in names:  # of a split that has classes which the training split has not; it is refused
-        ids.setdefault(name, free)
+    free_id = max(ids.values(), default=0) + 1
+    for name in names:  # classes that `like` lacks; load_tables refuses the split
+        ids.setdefault(name, free_id)
     names.sort(key=ids.__getitem__)
     classes = tuple(names), tuple(ids[name] for name in names)
     parts = [table.with_classes(*classes) for table in tables]
@@ -285,43 +283,32 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
         file_names=np.array([encode_name(str(path.relative_to(folder))) for path in paths], dtype=np.bytes_),
         image_ids=image_ids,
         starts=starts_of(np.concatenate([np.diff(part.starts) for part in parts])),
-        segmentations=_join_outlines([part.segmentations for part in parts]),
+        segmentations=Segmentations.concatenate([part.segmentations for part in parts]),
         repairs=repairs,
         **joined,
     )
 
 
-def _join_outlines(parts: list[Segmentations]) -> Segmentations:
-    values = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Segmentations)}
-    return Segmentations(
-        **{
-            name: starts_of(np.concatenate([np.diff(starts) for starts in arrays]))
-            if name.endswith("starts") or name == "object_polygons"
-            else np.concatenate(arrays)
-            for name, arrays in values.items()
-        }
-    )
-
-
 def spot_check(table: AnnotationTable) -> None:
-    """Raises InputError where the headers of many images cannot be read, or tell another size than the annotations."""
-    rows = np.unique(np.linspace(0, len(table) - 1, LOOKED_AT).astype(int))
-    wrong = [reason for row in rows.tolist() if (reason := _reason(table, row))]
-    if len(wrong) > max(1, MOST_WRONG * len(rows)):
+    """Raises InputError if the headers of many images are unreadable, or state another size than the annotations."""
+    rows = np.unique(np.linspace(0, len(table) - 1, SPOT_CHECKED).astype(int))
+    wrong = [reason for row in rows.tolist() if (reason := _header_problem(table, row))]
+    if len(wrong) > max(1, MAX_WRONG_SHARE * len(rows)):
         raise InputError(
             f"{len(wrong)} of {len(rows)} images that were looked at cannot be trained on, first: {wrong[0]}; "
             "scripts/check_data.py lists all"
         )
 
 
-def _reason(table: AnnotationTable, row: int) -> str:
+def _header_problem(table: AnnotationTable, row: int) -> str:
+    """Why an image cannot be trained on, by its header; "" if it can."""
     name = table.image_name(row)
     try:
         sizes = header_sizes(table.path(row) if table.encoded is None else table.image_content(row), name)
     except (UnreadableImage, OSError) as error:
         return str(error)
     height, width = table.image_size(row)
-    fitting = [sizes.upright, sizes.stored] if table.decoding.exif else [sizes.stored]
-    if (height, width) in fitting:
+    accepted = [sizes.upright, sizes.stored] if table.decoding.exif else [sizes.stored]
+    if (height, width) in accepted:
         return ""
-    return f"{name}: is {fitting[0][1]}x{fitting[0][0]} pixels, but its annotation says {width}x{height}"
+    return f"{name}: is {accepted[0][1]}x{accepted[0][0]} pixels, but its annotation says {width}x{height}"

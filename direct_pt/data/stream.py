@@ -1,8 +1,8 @@
-"""Training images out of a stream, for sets larger than the disk: read in one direction, window by window.
+"""Training images from a stream, for sets larger than the disk: read in one direction, window by window.
 
-A window is some thousand rows, in an annotation table like any other; its images are shuffled. Shards are shuffled too,
-anew each epoch. Every process has its own shards, or its own rows where there are too few shards, and goes through them
-at its own pace. Where it stands is three numbers, so that a run goes on with the image after its last one.
+A window is a thousand rows or so, read into an annotation table; its images are shuffled. The shards are shuffled in
+each epoch. Every process reads its own shards, or its own rows if there are too few shards, at its own pace. Three
+numbers state its position, so that a resumed run continues with the next image.
 """
 
 import queue
@@ -31,8 +31,9 @@ from direct_pt.data.records import Chunk, read_table
 from direct_pt.errors import InputError
 from direct_pt.transforms import Preset
 
-PIECE = 100  # rows that are read at once
-REMEMBERED = 64  # windows whose places and names are known: more than lie between the reading process and training
+ROWS_PER_READ = 100
+MAX_WINDOWS_REMEMBERED = 64  # their positions and names: more than are between the reading thread and training
+MAX_WRONG_SHARE = 0.01  # of the first window's images that training tolerates; one is always tolerated
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Place:
 
     Attributes:
         epoch: from 0.
-        shard: how many of the process's shards are done.
-        row: of the next one, how many rows are done.
+        shard: how many of the process's shards have been read.
+        row: how many rows of the next shard have been read.
     """
 
     epoch: int = 0
@@ -52,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RowImages:
-    """The images of some rows, in memory. See EncodedImages."""
+    """The images of some rows, in memory: see EncodedImages. Pickling one image copies no others."""
 
     cells: pa.ChunkedArray
     root: Path | None
@@ -60,11 +61,11 @@ class RowImages:
     fingerprint = ""
 
     def content(self, row: int) -> bytes:
-        """Raises OSError."""
+        """The encoded image. Raises OSError."""
         return image_bytes(self.cells[int(row)].as_py(), self.root)
 
     def select(self, rows: np.ndarray) -> "RowImages":
-        """Only those of some rows, copied."""
+        """The images of some rows, copied."""
         return RowImages(self.cells.take(pa.array(rows)), self.root)
 
 
@@ -73,12 +74,12 @@ class Stream:
     """One split of a data set that is read in one direction.
 
     Attributes:
-        rows: with undecoded images.
+        rows: the rows, with undecoded images.
         layout: of their columns.
-        source: for messages.
-        images: how many there are; 0 where nobody knows.
-        root: that image files lie in.
-        decoding: of the images.
+        source: name in messages.
+        images: how many there are; 0 if unknown.
+        root: the folder that image files must lie in.
+        decoding: how images become pixels.
         window: rows that are shuffled together.
     """
 
@@ -104,38 +105,38 @@ class Stream:
         return tuple(self.layout.classes)
 
     def windows(self, place: Place, seed: int, rank: int, world: int) -> Iterator[tuple[Place, "Window"]]:
-        """The endless stream of one process's windows from a place on, and where each begins.
+        """One process's endless windows from `place` on, each with the place where it begins.
 
         Raises:
-            InputError: there is nothing to read.
+            InputError: there are no rows to read.
         """
         shards = int(self.rows.num_shards)
         strided = shards % world != 0
         for epoch in range(place.epoch, 2**62):
             order = np.random.default_rng((seed, epoch)).permutation(shards)
-            mine = order if strided else order[rank::world]
+            own_shards = order if strided else order[rank::world]
             start = place if epoch == place.epoch else Place(epoch)
             pieces: list[pa.Table] = []
-            here, found = start, False
-            for piece, behind in self._pieces(mine.tolist(), start, (rank, world) if strided else (0, 1)):
+            begin, found = start, False
+            for piece, end in self._pieces(own_shards.tolist(), start, (rank, world) if strided else (0, 1)):
                 pieces.append(piece)
                 if sum(map(len, pieces)) >= self.window:
-                    yield here, Window(self, pa.concat_tables(pieces))
-                    pieces, here, found = [], behind, True
+                    yield begin, Window(self, pa.concat_tables(pieces))
+                    pieces, begin, found = [], end, True
             if sum(map(len, pieces)):
-                yield here, Window(self, pa.concat_tables(pieces))
+                yield begin, Window(self, pa.concat_tables(pieces))
             elif not found and start == Place(epoch):
                 raise InputError(f"{self.source}: process {rank + 1} of {world} finds no rows to read")
 
-    def _pieces(self, shards: list[int], start: Place, turn: tuple[int, int]) -> Iterator[tuple[pa.Table, Place]]:
-        """Some rows at a time, and the place behind them."""
+    def _pieces(self, shards: list[int], start: Place, stride: tuple[int, int]) -> Iterator[tuple[pa.Table, Place]]:
+        """A few rows at a time, and the place after them. Of `stride` (rank, world), every world-th row."""
         for number in range(start.shard, len(shards)):
             row = start.row if number == start.shard else 0
             shard = self.rows.shard(num_shards=self.rows.num_shards, index=shards[number])
-            for piece in shard.skip(row).with_format("arrow").iter(PIECE):
-                taken = np.flatnonzero((np.arange(row, row + len(piece)) + shards[number]) % turn[1] == turn[0])
+            for piece in shard.skip(row).with_format("arrow").iter(ROWS_PER_READ):
+                own = np.flatnonzero((np.arange(row, row + len(piece)) + shards[number]) % stride[1] == stride[0])
                 row += len(piece)
-                yield piece.take(pa.array(taken)), Place(start.epoch, number, row)
+                yield piece.take(pa.array(own)), Place(start.epoch, number, row)
 
 
 def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int) -> Stream:
@@ -160,7 +161,7 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int) -
 
 
 def _rows_of_files(data: Path, split: str) -> int:
-    """Rows of a local split's parquet files; 0 where it has others."""
+    """Rows of a local split's parquet files; 0 if it has other files."""
     files = (datasets.load_dataset_builder(str(data)).config.data_files or {}).get(split, [])
     paths = [Path(str(file)) for file in files]
     if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
@@ -174,36 +175,41 @@ def _rows_of_files(data: Path, split: str) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of a stream, which are read as any source's records are."""
+    """Some rows of a stream: see Source."""
 
     stream: Stream
     rows: pa.Table
     folder: Path = Path()
 
+    annotation_file = None
+
     @property
     def source(self) -> str:
-        """The stream's."""
+        """The stream's name."""
         return self.stream.source
 
+    @property
+    def encoded(self) -> RowImages:
+        """The images."""
+        return RowImages(self.rows[self.stream.layout.image], self.stream.root)
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
-        """As in COCO files."""
+        """The rows as COCO-like records."""
         images, annotations = self.stream.layout.records(self.rows, 0, 1)
         yield "categories", 0, self.stream.layout.category_records()
         yield "images", 0, images
         yield "annotations", 0, annotations
 
     def table(self, with_masks: bool) -> tuple[AnnotationTable | None, dict[str, str]]:
-        """The images in which nothing is wrong, and of each other one its name and why."""
+        """The images without errors, and the reason against each other one by its name."""
         problems = Problems(collects=True)
-        cells = RowImages(self.rows[self.stream.layout.image], self.stream.root)
         try:
-            table = read_table(self, problems, self.stream.decoding, cells)
+            table = read_table(self, problems, self.stream.decoding)
         except DataError as error:
             return None, {f"{self.source}: a window of {len(self.rows)} rows": str(error)}
         errors = [problem for problem in problems.listed if problem.grade == ERROR]
         wrong = {error.image: f"{self.source}: image {error.image}: {error.message}" for error in errors}
-        image_of = np.repeat(np.arange(len(table)), np.diff(table.starts))
-        for row in np.unique(image_of[table.without_mask()]).tolist() if with_masks else ():
+        for row in np.unique(table.image_of_object()[table.without_mask()]).tolist() if with_masks else ():
             wrong[table.image_ids[row]] = f"{table.image_name(row)}: has objects without 'segmentation'"
         names = [decode_name(name) for name in table.file_names.tolist()]
         sound = [image not in wrong and name not in wrong for image, name in zip(table.image_ids, names, strict=True)]
@@ -212,7 +218,7 @@ class Window:
 
 @dataclass(frozen=True)
 class StreamKey:
-    """One image on its way to the process that reads it: a table of it alone, epoch and number, and who it replaces."""
+    """One image for a worker process: its own table, its epoch and number, and the samples it replaces."""
 
     table: AnnotationTable
     epoch: int
@@ -222,7 +228,7 @@ class StreamKey:
 
 @dataclass(frozen=True)
 class StreamedImages(Dataset[Sample]):
-    """Samples by key. An image that cannot be read becomes a black one, and is named in the sample."""
+    """Samples by key. An unreadable image becomes a black one, and is listed in the sample."""
 
     preset: Preset
     seed: int
@@ -237,16 +243,16 @@ class StreamedImages(Dataset[Sample]):
 
 @dataclass
 class StreamFeed:
-    """The images of a stream. See Feed.
+    """The images of a stream: see Feed.
 
     Attributes:
-        stream: of them.
-        preset: their transforms.
+        stream: the images and their annotations.
+        preset: the transforms.
         seed: of order and augmentation.
         with_masks: whether the detector learns masks.
         num_workers: processes that decode.
-        grouped: whether micro-batches are of like aspect ratio.
-        drop_empty: leave out images without objects to learn.
+        grouped: whether a micro-batch has images of similar aspect ratio.
+        drop_empty: whether images without training targets are left out.
     """
 
     stream: Stream
@@ -256,21 +262,21 @@ class StreamFeed:
     num_workers: int
     grouped: bool = False
     drop_empty: bool = False
-    _marks: deque[tuple[int, Place, list[str]]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    _marks: deque[tuple[int, Place, list[str]]] = field(default_factory=lambda: deque(maxlen=MAX_WINDOWS_REMEMBERED))
     _share: Share | None = None
-    _first: int = 0  # samples that were taken before this run began
+    _first: int = 0  # samples that were used before this run began
     _reasons: dict[int, str] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
-        """The stream's."""
+        """The stream's name."""
         return self.stream.source
 
     def __len__(self) -> int:
         return self.stream.images
 
     def describe(self) -> str:
-        """What is known without reading it."""
+        """What is known about the stream without reading it."""
         rows = self.stream.rows
         return (
             f"about {len(self)} images in {rows.num_shards} shard(s), streamed from {self.stream.source}, "
@@ -278,18 +284,18 @@ class StreamFeed:
         )
 
     def objects_a_class(self) -> None:
-        """Nobody counted."""
+        """Not counted: that would take reading the whole stream."""
 
     def check(self) -> None:
-        """Look at the first window before training starts. Raises InputError where much of it is wrong."""
+        """Read the first window before training starts. Raises InputError if many of its images are wrong."""
         _, window = next(self.stream.windows(Place(), self.seed, 0, 1))
         table, wrong = window.table(self.with_masks)
-        if wrong and (table is None or len(wrong) > max(1, 0.01 * len(window.rows))):
+        if wrong and (table is None or len(wrong) > max(1, MAX_WRONG_SHARE * len(window.rows))):
             first = next(iter(wrong.values()))
             raise InputError(f"{len(wrong)} of the first {len(window.rows)} images are wrong, first: {first}")
 
     def batches(self, share: Share, state: dict[str, Any] | None = None) -> Generator[Batch, None, None]:
-        """Goes on from a state of the same process of as many; of another number, the next epoch begins."""
+        """The micro-batches from `state` on; if that is of another number of processes, from the next epoch on."""
         self._share = share
         self._first = share.start // share.world * share.micro_batch_size
         place, skipped = Place(), 0
@@ -301,7 +307,7 @@ class StreamFeed:
         return read_batches(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
 
     def state(self, taken: int) -> dict[str, Any] | None:
-        """The window that the next sample is of, and how many of its samples are done."""
+        """The place of the next sample's window, and how many of its samples have been used."""
         assert self._share is not None
         done = self._first + taken * self._share.micro_batch_size
         started = [(count, place) for count, place, _ in self._marks if count <= done]
@@ -311,7 +317,7 @@ class StreamFeed:
         return {"place": asdict(place), "skipped": done - count, "rank": self._share.rank, "world": self._share.world}
 
     def image_name(self, image: int) -> str:
-        """Of one that was on its way lately."""
+        """The name of an image of one of the last windows."""
         assert self._share is not None
         number = image // self._share.world
         for count, _, names in reversed(self._marks):
@@ -320,18 +326,18 @@ class StreamFeed:
         return f"{self.stream.source}: image {image} of this run"
 
     def unreadable_reason(self, image: int) -> str:
-        """As it was found."""
+        """The image's file and why it cannot be read, as found while reading."""
         return self._reasons.get(image, f"{self.image_name(image)}: cannot be read as an image")
 
     def _micro_batches(self, share: Share, place: Place, skipped: int) -> Iterator[list[StreamKey]]:
-        """The keys of this process's micro-batches. `skipped` samples of the first window are done."""
+        """The keys of this process's micro-batches; the first window's first `skipped` samples are left out."""
         done, size = self._first, share.micro_batch_size
         wrong: list[str] = []
         keys: list[StreamKey] = []
-        fruitful = place.epoch  # the last one that had an image
+        last_epoch = place.epoch  # the last one that had an image
         left = len(range(share.start + share.rank, share.stop, share.world))
-        for here, window in _ahead(self.stream.windows(place, self.seed, share.rank, share.world)):
-            if here.epoch > fruitful + 1:
+        for begin, window in _read_ahead(self.stream.windows(place, self.seed, share.rank, share.world)):
+            if begin.epoch > last_epoch + 1:
                 raise FeedFailed("no image of a whole epoch can be trained on")
             table, reasons = window.table(self.with_masks)
             wrong += reasons.values()
@@ -340,20 +346,20 @@ class StreamFeed:
             chosen = np.arange(len(table))
             if self.drop_empty:
                 chosen = np.flatnonzero(table.targets_per_image() > 0)
-            rng = np.random.default_rng((self.seed, *asdict(here).values()))
+            rng = np.random.default_rng((self.seed, *asdict(begin).values()))
             groups = aspect_groups(table) if self.grouped else None
             order = arrange(rng.permutation(chosen), groups, size, -(done - skipped) % size, rng)
             names = [decode_name(table.file_names[row]) for row in order.tolist()]
-            self._marks.append((done - skipped, here, names))
+            self._marks.append((done - skipped, begin, names))
             for row in order[skipped:].tolist():
-                fruitful = here.epoch
+                last_epoch = begin.epoch
                 number = done * share.world + share.rank
                 if wrong:
                     self._reasons[number] = wrong[0]
                 replaces = (number,) if wrong else ()
                 wrong = wrong[1:]
                 alone = replace(table.select(np.array([row])), class_names=(), category_ids=(), repairs={})
-                keys.append(StreamKey(alone, here.epoch, number, replaces))
+                keys.append(StreamKey(alone, begin.epoch, number, replaces))
                 done += 1
                 if len(keys) == size:
                     yield keys
@@ -363,8 +369,8 @@ class StreamFeed:
             skipped = 0
 
 
-def _ahead(windows: Iterator[tuple[Place, Window]]) -> Iterator[tuple[Place, Window]]:
-    """The same, the next one read while one is trained on."""
+def _read_ahead(windows: Iterator[tuple[Place, Window]]) -> Iterator[tuple[Place, Window]]:
+    """The same windows; a thread reads the next one while the last one is used."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
     ended = threading.Event()
 
@@ -384,7 +390,7 @@ def _ahead(windows: Iterator[tuple[Place, Window]]) -> Iterator[tuple[Place, Win
                     return
         except InputError as error:
             put(error)
-        except Exception as error:  # the library has no base class for what goes wrong on the way
+        except Exception as error:  # the library's errors have no common base class
             put(FeedFailed(f"{type(error).__name__}: {' '.join(str(error).split()):.300}"))
 
     threading.Thread(target=read, daemon=True).start()

@@ -1,7 +1,7 @@
 """The table of a large annotation file, kept on disk between runs and mapped into memory.
 
-A cached table is a folder: an .npy file an array, and manifest.json, which says what file it was made from and what it
-holds. Reading it takes no time, and all processes of a machine share the same pages of memory.
+A cached table is a folder: an .npy file per array, and manifest.json, which says from what file it was made and what it
+contains. Reading it takes milliseconds, and all processes of a machine share the same pages of memory.
 """
 
 import hashlib
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable, Segmentations
+from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable
+from direct_pt.data.outlines import Segmentations
 
-VERSION = 2  # of what is written; another one is not read
-LEAST_BYTES = 8 * 2**20  # smaller annotation files are read in under a second, and not cached
+VERSION = 2  # of the cache's format; caches of other versions are not read
+MIN_BYTES = 8 * 2**20  # smaller annotation files are read in less than a second, and not cached
 MANIFEST = "manifest.json"
 ROWS = ("file_names", "image_ids", "sizes", "starts", "boxes", "labels", "areas", "crowd", "annotation_ids")
 OUTLINES = ("coordinates", "polygon_starts", "object_polygons", "run_lengths", "run_length_starts")
@@ -28,35 +29,37 @@ Json = dict[str, Any]
 
 
 def cache_root() -> Path:
-    """Where caches lie: $DIRECT_PT_CACHE, else direct_pt in $XDG_CACHE_HOME, else ~/.cache/direct_pt."""
+    """The folder of all caches: $DIRECT_PT_CACHE, else direct_pt in $XDG_CACHE_HOME, else ~/.cache/direct_pt."""
     if named := os.environ.get("DIRECT_PT_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "direct_pt"
 
 
 def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationTable]) -> AnnotationTable:
-    """The table of an annotation file, from the cache where that holds it.
+    """The table of an annotation file, from the cache if that holds it.
 
-    A cache that cannot be used or written costs time and one line on stderr, nothing else.
+    A cache that cannot be used or written only costs time and one line on stderr.
 
     Args:
         annotations: the file, which exists.
         images: the folder of its images.
-        read: makes the table from the file. What it raises goes through.
+        read: reads the table from the file; its exceptions pass through.
     """
-    made_from = _identity(annotations, images)  # before it is read, lest a change meanwhile go unnoticed
-    if made_from["size"] < LEAST_BYTES:
+    made_from = _identity(annotations, images)  # before reading, so that a change in the meantime is noticed
+    if made_from["size"] < MIN_BYTES:
         return read()
     folder, problem = None, ""
     try:
-        folder = _folder(made_from)
+        key = hashlib.sha256(f"{made_from['annotations']}\n{made_from['images']}".encode(errors="surrogatepass"))
+        name = f"{Path(made_from['annotations']).stem[:50]}-{key.hexdigest()[:16]}"
+        folder = cache_root() / "annotations" / name
         return _load(folder, made_from, annotations, images)
     except (FileNotFoundError, NotADirectoryError, _Outdated):
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # the last: nobody's home
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
         problem = f"the cached annotations cannot be used ({error}); reading {annotations} instead"
     table = read()
-    if folder is not None and SIZES_FROM_FILES not in table.repairs:  # those may change without the annotations
+    if folder is not None and SIZES_FROM_FILES not in table.repairs:  # sizes may change without the annotation file
         try:
             _save(table, folder, made_from)
         except OSError as error:
@@ -64,7 +67,7 @@ def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationT
             problem = f"the annotations cannot be cached ({reason}); every start will read {annotations}"
         else:
             with suppress(OSError, ValueError, _Outdated):
-                table = _load(folder, made_from, annotations, images)  # lets go of the memory of what was read
+                table = _load(folder, made_from, annotations, images)  # frees the memory of the table that was read
     if problem:
         print(f"warning: {folder or 'cache'}: {problem}", file=sys.stderr, flush=True)
     return table
@@ -72,21 +75,21 @@ def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationT
 
 @dataclass
 class CachedTable(AnnotationTable):
-    """A table whose arrays are mapped from files, and read-only.
+    """A table whose arrays are mapped from files, read-only.
 
-    It is pickled as the name of its folder, so that worker processes that do not fork map the same files. Tables made
-    of it by dataclasses.replace are pickled as any other.
+    It is pickled as the name of its folder, so that spawned worker processes map the same files. Tables made from it by
+    dataclasses.replace are pickled as ordinary tables.
 
     Attributes:
         cache: the folder.
-        manifest: what it holds.
+        manifest: the content of its manifest.json.
     """
 
     cache: Path | None = field(default=None, init=False, repr=False)
     manifest: Json = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> Json:
-        if self.cache is not None and _holds(self.cache, self.manifest):
+        if self.cache is not None and _has_manifest(self.cache, self.manifest):
             return {name: getattr(self, name) for name in ("cache", "manifest", "source", "folder", "decoding")}
         return self.__dict__
 
@@ -98,11 +101,11 @@ class CachedTable(AnnotationTable):
 
 
 class _Outdated(Exception):
-    """The cache holds the table of another state of the annotation file."""
+    """The cached table is of an earlier state of the annotation file."""
 
 
 def _identity(annotations: Path, images: Path) -> Json:
-    """What must not have changed for a cached table to be the file's."""
+    """The properties of the annotation file that a cached table must agree with."""
     status = annotations.stat()
     return {
         "annotations": str(annotations.resolve()),
@@ -112,18 +115,12 @@ def _identity(annotations: Path, images: Path) -> Json:
     }
 
 
-def _folder(made_from: Json) -> Path:
-    """One for each annotation file with each image folder."""
-    key = hashlib.sha256(f"{made_from['annotations']}\n{made_from['images']}".encode(errors="surrogatepass"))
-    return cache_root() / "annotations" / f"{Path(made_from['annotations']).stem[:50]}-{key.hexdigest()[:16]}"
-
-
 def _load(folder: Path, made_from: Json, annotations: Path, images: Path) -> CachedTable:
     """The table in `folder`.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is none.
-        _Outdated: it is of another state of the annotation file.
+        FileNotFoundError, NotADirectoryError: there is no cached table.
+        _Outdated: it is of an earlier state of the annotation file.
         OSError, ValueError: it is damaged, or of another version.
     """
     manifest = _read_manifest(folder)
@@ -151,7 +148,7 @@ def _map(folder: Path, manifest: Json, source: str, images: Path) -> CachedTable
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is damaged: {error!r}") from error
-    if not _holds(folder, manifest):  # another process replaced it while its files were opened
+    if not _has_manifest(folder, manifest):  # another process replaced it while the files were opened
         raise _Outdated
     table.cache, table.manifest = folder, manifest
     return table
@@ -167,11 +164,11 @@ def _map_array(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
         raise ValueError(f"{path.name}: {error}") from error
     if [array.dtype.str, list(array.shape)] != [dtype, shape]:
         raise ValueError(f"{path.name} holds {array.dtype.str} {list(array.shape)} in place of {dtype} {shape}")
-    return np.asarray(array)  # the same memory, in a class that is quicker to slice
+    return np.asarray(array)  # the same memory; slicing a memmap is slow
 
 
 def _save(table: AnnotationTable, folder: Path, made_from: Json) -> None:
-    """Write `table` beside `folder`, then rename it: whoever opens `folder` finds a whole table or none."""
+    """Write `table` beside `folder`, then rename it, so that `folder` is always complete or absent."""
     arrays = {name: getattr(table, name) for name in ROWS}
     arrays |= {name: getattr(table.segmentations, name) for name in OUTLINES}
     manifest = {
@@ -190,11 +187,11 @@ def _save(table: AnnotationTable, folder: Path, made_from: Json) -> None:
             np.save(new / f"{name}.npy", array, allow_pickle=False)
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2))
         with suppress(FileNotFoundError):
-            folder.rename(old)  # deleted with the temporary folder; who has its files mapped keeps them
+            folder.rename(old)  # deleted with the temporary folder; processes that have mapped its files keep them
         try:
             new.rename(folder)
         except OSError:
-            if not _holds(folder, manifest):  # no other process was quicker
+            if not _has_manifest(folder, manifest):  # otherwise another process wrote the same table first
                 raise
 
 
@@ -208,8 +205,8 @@ def _read_manifest(folder: Path) -> Json:
     return manifest
 
 
-def _holds(folder: Path, manifest: Json) -> bool:
-    """Whether the folder is there, with this manifest."""
+def _has_manifest(folder: Path, manifest: Json) -> bool:
+    """Whether the folder exists, with this manifest."""
     try:
         return _read_manifest(folder) == manifest
     except (OSError, ValueError):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, first_names
 from direct_pt.models.detector import BOX_HEADS, RATIOS, Detector, DetectorConfig, build_detector
 
 # (MMDetection's, ours): beginnings of names, `#` is an index. The first that matches counts.
@@ -52,7 +52,6 @@ COMPUTED_BUFFERS = (POSITION_INDEX, "attn_mask")  # ends of names; these are not
 BACKBONES = re.compile(
     r"(resnet(18|34|50|101|152)|resnext(50_32x4d|101_(32|64)x4d)|swin_(tiny|small|base)_patch4_window7_224)(\..+)?"
 )
-MAX_NAMES_SHOWN = 3  # in messages
 
 
 def renames(model: str) -> list[tuple[str, str]]:
@@ -126,7 +125,7 @@ def detector_from_mmdet(
     missing = [to_mmdet(name, model) for name in required if name not in found]
     if missing or left_over or misshapen:
         kinds = ((missing, "missing"), (left_over, "left over"), (misshapen, "misshapen"))
-        misfits = "; ".join(f"{len(names)} {kind} ({abbreviate(names)})" for names, kind in kinds if names)
+        misfits = "; ".join(f"{len(names)} {kind} ({first_names(names)})" for names, kind in kinds if names)
         remedy = "give the --model and --backbone that it is of; other variants have no counterpart here"
         if any(name.startswith("ema_") for name in left_over):
             remedy = "names with ema_ are a second copy of the weights: save the state dict without them"
@@ -180,7 +179,7 @@ def _infer_config(
     names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(max(1, num_classes)))
     if num_classes > 0 and len(names) != num_classes:
         raise InputError(
-            f"{source}: has weights for {num_classes} classes, but there are {len(names)} names: {abbreviate(names)}; "
+            f"{source}: has weights for {num_classes} classes, but there are {len(names)} names: {first_names(names)}; "
             "give the names of these classes, in its meta or, where it has none, with --categories"
         )
     convs, fcs = (
@@ -211,11 +210,6 @@ def _check_backbone(name: str) -> None:
 def _position_indices(detector: Detector) -> dict[str, Tensor]:
     """Swin's buffers with the table row for each pair of positions in a window. MMDetection saves them."""
     return {name: buffer for name, buffer in detector.named_buffers() if name.endswith(POSITION_INDEX)}
-
-
-def abbreviate(names: Sequence[str]) -> str:
-    """The first names of a list, for messages."""
-    return ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
 
 
 def _shape_and_dtype(tensor: Tensor) -> str:

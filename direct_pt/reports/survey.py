@@ -122,7 +122,7 @@ def _is_target(table: AnnotationTable) -> np.ndarray:
 def _targets(table: AnnotationTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Corner boxes [T, 4], image rows [T] and labels [T] of the training targets."""
     rows = _is_target(table)
-    images = np.repeat(np.arange(len(table)), np.diff(table.starts))
+    images = table.image_of_object()
     return table.corner_boxes()[rows], images[rows], table.labels[rows]
 
 

@@ -24,7 +24,7 @@ from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Feed, Share, unreadable_reason
 from direct_pt.distributed.processes import gather_to_main, main_decides
-from direct_pt.errors import StopSignal, TrainingStopped
+from direct_pt.errors import StopSignal, TrainingStopped, first_names
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import Recipe
@@ -251,7 +251,7 @@ class Trainer:
         progress.fail(step.mixed, self.plan.learning_rate(progress.step))
         images = [image for batch in failed for image in batch.indices.tolist()]
         names = gather_object([Path(self.run.feed.image_name(image)).name for image in images])
-        names_text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        names_text = first_names(names, 8)
         if self.accelerator.is_main_process:
             # Where a step is a single batch, the first one to fail comes after good ones, as far as is known.
             single = self.plan.accumulation * self.plan.processes == 1

@@ -17,6 +17,7 @@ Prints a line for each target. `test_fuzz.py` is the short form.
 
 import argparse
 import faulthandler
+import importlib
 import json
 import mmap
 import os
@@ -59,14 +60,16 @@ BATCH = 1000  # documents that hypothesis makes at a time: it remembers them
 MOST_CRASHES = 20  # of one target
 ROOM = 2**26  # bytes: of an input and the report, shared with the process that reads it
 SAMPLES = 300  # that libFuzzer begins with
-OURS = ("images", "json_stream", "label_files", "records", "run_lengths", "voc", "yolo")
-FORMATS = ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")
-READING = (  # modules whose lines it counts
-    *(f"direct_pt.data.{name}" for name in OURS),
-    *(f"yaml.{name}" for name in ("composer", "constructor", "parser", "reader", "scanner")),
-    *(f"PIL.{name}ImagePlugin" for name in FORMATS),
-    *("PIL.Image", "PIL.ImageFile"),
-)
+READING = [  # modules whose lines libFuzzer counts; a name that does not exist ends the program
+    importlib.import_module(name)
+    for name in (
+        *(f"direct_pt.data.{name}" for name in ("images", "outlines", "records")),
+        *(f"direct_pt.data.formats.{name}" for name in ("coco", "json_stream", "label_files", "voc", "yolo")),
+        *(f"yaml.{name}" for name in ("composer", "constructor", "parser", "reader", "scanner")),
+        *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")),
+        *("PIL.Image", "PIL.ImageFile"),
+    )
+]
 OPENING = ("open", "os.listdir", "os.scandir")  # audit events with a path
 STARTING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
 WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod")
@@ -279,7 +282,7 @@ class Reader:
             path, content = next(iter(files.items()))
             (self.corpus / str(number)).write_bytes(bytes([paths.index(path)]) + (content or b""))
         for module in READING:
-            for function in functions_of(sys.modules[module]):
+            for function in functions_of(module):
                 atheris.instrument_func(function)
 
         def read(data: bytes) -> None:

@@ -18,8 +18,8 @@ from direct_pt.data.formats import json_stream
 from direct_pt.data.formats.hub_rows import find_layout
 from direct_pt.data.formats.hugging_face import image_root, load_splits
 from direct_pt.data.images import UnreadableImage, decode_image, encoded_size, header_sizes
+from direct_pt.data.outlines import run_length_totals
 from direct_pt.data.problems import ERROR, Problems
-from direct_pt.data.run_lengths import totals
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables, spot_check
 from direct_pt.data.stream import Place, Stream
 from direct_pt.errors import InputError
@@ -226,7 +226,7 @@ def members(path: Path) -> dict[str, Any]:
 def check_run_lengths(_: Path, files: Files) -> bool:
     """As they are decoded one by one."""
     parts = (files.get("counts") or b"").split(b"|")
-    found = totals(np.frombuffer(b"".join(parts), np.uint8), np.cumsum([0, *map(len, parts)])).tolist()
+    found = run_length_totals(np.frombuffer(b"".join(parts), np.uint8), np.cumsum([0, *map(len, parts)])).tolist()
     expected = [slow_counts(part) for part in parts]
     if found != [-1 if counts is None else sum(counts) for counts in expected]:
         raise Broken(f"{parts}: {found}, not {expected}")

@@ -1,4 +1,4 @@
-"""COCO annotation files, and the folder layouts that they come in."""
+"""COCO annotation files, in the folder layouts of COCO, Roboflow and others."""
 
 import gc
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ LAYOUTS = (  # annotation file, folder of its images
     ("annotations/instances_{split}2017.json", "{split}2017"),  # COCO 2017's
     ("annotations/instances_{split}.json", "images"),
 )
-ROBOFLOW = "_annotations.coco.json"  # beside the images, in train/, valid/ and test/
-FOLDERS = {"train": "train", "val": "valid", "test": "test"}  # Roboflow's
+ROBOFLOW_FILE = "_annotations.coco.json"  # beside the images
+ROBOFLOW_FOLDERS = {"train": "train", "val": "valid", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class CocoSplit:
 
     images: Path
     annotations: Path
+
+    encoded = None
 
     @property
     def source(self) -> str:
@@ -35,17 +37,18 @@ class CocoSplit:
         """The folder of the images."""
         return self.images
 
-    def require_files(self) -> None:
-        """Raises DataError."""
+    @property
+    def annotation_file(self) -> Path:
+        """The annotation file."""
+        return self.annotations
+
+    def records(self, problems: Problems) -> Iterator[Chunk]:
+        """The file's lists, in pieces. Raises DataError."""
         if not self.annotations.is_file():
             raise DataError("missing file", self.annotations, "no such annotation file")
         if not self.images.is_dir():
             text = f"no such image folder (the images of {self.annotations})"
             raise DataError("missing file", self.images, text)
-
-    def records(self, problems: Problems) -> Iterator[Chunk]:
-        """The file's lists, piece by piece. Raises DataError."""
-        self.require_files()
         with _no_garbage_collection():
             try:
                 yield from read_members(self.annotations)
@@ -53,16 +56,16 @@ class CocoSplit:
                 text = "is no COCO file: expected an object with 'images', 'annotations', 'categories'"
                 raise DataError("JSON", self.annotations, text) from error
             except (OSError, ValueError, RecursionError) as error:
-                reason = str(error).partition(";")[0]  # what may follow is advice to programmers
+                reason = str(error).partition(";")[0]  # the rest is advice for programmers
                 text = f"cannot be read as JSON ({reason}); write it anew, in UTF-8"
                 raise DataError("JSON", self.annotations, text) from error
 
 
 def find_coco(folder: Path) -> dict[str, CocoSplit]:
-    """The splits of a COCO tree, in COCO 2017's layout, the plain one, or Roboflow's export; none where it is none."""
+    """The splits of a folder in the layout of COCO 2017, the plain one, or Roboflow's export; empty if it has none."""
     splits = {}
-    for split, exported in FOLDERS.items():
-        for annotations, images in (*LAYOUTS, (f"{exported}/{ROBOFLOW}", exported)):
+    for split, exported in ROBOFLOW_FOLDERS.items():
+        for annotations, images in (*LAYOUTS, (f"{exported}/{ROBOFLOW_FILE}", exported)):
             path = folder / annotations.format(split=split)
             if path.is_file():
                 splits[split] = CocoSplit(folder / images.format(split=split), path)
@@ -72,7 +75,7 @@ def find_coco(folder: Path) -> dict[str, CocoSplit]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Objects made from JSON hold no cycles; to look for some takes a third of the time that reading takes."""
+    """JSON values contain no reference cycles; searching for cycles takes a third of the reading time."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""Rows of a detection set in the `datasets` library's form, as records.
+"""Rows of a detection set of the `datasets` library as COCO-like records.
 
-The layout is the hub's usual one: an image column, and a column `objects` with `bbox` and `category`, perhaps `area`,
-`iscrowd` and `segmentation`, as lists beside each other or as a list of objects.
+The layout is the usual one on the hub: an image column, and a column `objects` with `bbox` and `category`, perhaps
+`area`, `iscrowd` and `segmentation`, as a dictionary of lists or as a list of objects.
 """
 
 from collections.abc import Iterable
@@ -19,23 +19,23 @@ OBJECTS = ("objects", "annotations")
 BOXES = ("bbox", "bboxes", "boxes")
 CATEGORIES = ("category", "categories", "category_id", "label", "labels", "class")
 OPTIONAL = ("area", "iscrowd", "segmentation")
-SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"))  # of boxes whose numbers have names
+SIDES = (("x", "y", "width", "height"), ("x", "y", "w", "h"))  # keys of boxes that are dictionaries
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"))
-ROWS = 1000  # read at a time
+ROWS_PER_READ = 1000
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns hold what.
+    """The columns of the rows and the fields of their objects.
 
     Attributes:
         image: column of the images.
         objects: column of the objects.
-        boxes: field of them.
-        categories: field of them.
+        boxes: field of the objects' boxes.
+        categories: field of the objects' categories.
         classes: {id: name}.
-        ids: {name: id} where the categories are names.
+        ids: {name: id} if the categories are names.
         corners: whether boxes are (x1, y1, x2, y2).
     """
 
@@ -48,22 +48,26 @@ class Layout:
     corners: bool
 
     def category_records(self) -> list[Json]:
-        """As in COCO files."""
+        """The classes as COCO-like records."""
         return [{"id": number, "name": name} for number, name in self.classes.items()]
 
     def records(self, rows: pa.Table, first: int, first_object: int) -> tuple[list[Json], list[Json]]:
-        """The images and annotations of some rows as in COCO files.
+        """The images and annotations of some rows as COCO-like records.
 
-        Image ids are the column `image_id`, where it is of whole numbers, else the rows' numbers from 1 on.
+        Image ids are the column `image_id` if that holds whole numbers, otherwise the rows' numbers from 1.
 
         Args:
             rows: in Arrow format, images not decoded.
-            first: number of the first of them, from 0.
-            first_object: number of their first object, from 1.
+            first: number of the first row, from 0.
+            first_object: number of the rows' first object, from 1.
         """
-        there = {"width", "height", "file_name"} & set(rows.column_names)
-        columns = {name: rows[name].to_pylist() for name in there}
-        names = columns.pop("file_name", None) or _paths(rows[self.image])
+        optional = {"width", "height", "file_name"} & set(rows.column_names)
+        columns = {name: rows[name].to_pylist() for name in optional}
+        names = columns.pop("file_name", None)
+        if not names:  # those of the image column; the images' bytes are not read
+            names, cells = [None] * len(rows), rows[self.image]
+            if pa.types.is_struct(cells.type):
+                names = pa.chunked_array([chunk.field("path") for chunk in cells.chunks], pa.string()).to_pylist()
         ids = list(range(first + 1, first + 1 + len(rows)))
         if "image_id" in rows.column_names and pa.types.is_integer(rows["image_id"].type):
             ids = rows["image_id"].to_pylist()
@@ -85,29 +89,29 @@ class Layout:
         return images, annotations
 
     def _box(self, box: Any) -> Any:
-        """(x, y, width, height); what is no box stays as it is, for who reads the records to refuse."""
+        """[x, y, width, height]; malformed boxes pass unchanged: records.py rejects them."""
         corners = self.corners
         if isinstance(box, dict):
             keys = next((keys for keys in (*SIDES, *CORNERS) if set(keys) <= set(box)), None)
             if keys is None:
                 return box
             box, corners = [box[key] for key in keys], keys in CORNERS
-        if not corners or not isinstance(box, list) or [type(one) in (int, float) for one in box] != [True] * 4:
+        if not corners or not isinstance(box, list) or [type(value) in (int, float) for value in box] != [True] * 4:
             return box
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
 def find_layout(features: datasets.Features, source: str, bbox_format: str, splits: Iterable[Any]) -> Layout:
-    """Which columns hold what.
+    """The layout of a data set's columns.
 
     Args:
-        features: of the splits.
-        source: for messages.
-        bbox_format: "coco" or "voc", of boxes whose numbers have no names.
-        splits: to look the classes up in, where the features do not name them.
+        features: of all splits.
+        source: name in messages.
+        bbox_format: "coco" or "voc", for boxes that are lists.
+        splits: their rows are searched for classes if the features do not name them.
 
     Raises:
-        InputError: with the columns that there are.
+        InputError: naming the columns that exist.
     """
     columns = f"its columns are {', '.join(features)}"
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -123,17 +127,17 @@ def find_layout(features: datasets.Features, source: str, bbox_format: str, spli
     boxes = next((name for name in BOXES if name in fields), None)
     categories = next((name for name in CATEGORIES if name in fields), None)
     if boxes is None or categories is None:
-        wanted, there = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
-        raise InputError(f"--data {source}: its '{objects}' lack '{wanted}'; they have {there}")
+        missing, present = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
+        raise InputError(f"--data {source}: its '{objects}' lack '{missing}'; they have {present}")
     kind = fields[categories]
-    if isinstance(features[objects], dict):  # lists beside each other
+    if isinstance(features[objects], dict):  # a dictionary of lists
         kind = getattr(kind, "feature", kind)
     where, ids = f"--data {source}: '{objects}.{categories}'", None
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
     elif str(getattr(kind, "dtype", kind)).startswith(("int", "uint")):
         found = _values(splits, objects, categories, source)
-        classes = {value: str(value) for value in sorted(found) if value >= 0}  # -1 is the library's "none"
+        classes = {value: str(value) for value in sorted(found) if value >= 0}  # the library writes -1 for no class
     elif str(getattr(kind, "dtype", kind)).endswith("string"):
         names = sorted(name for name in _values(splits, objects, categories, source) if name.strip())
         classes = dict(enumerate(names))
@@ -146,7 +150,7 @@ def find_layout(features: datasets.Features, source: str, bbox_format: str, spli
 
 
 def _fields(feature: Any) -> Json:
-    """Of a struct, or of a list of structs."""
+    """The fields of a struct, or of a list of structs."""
     feature = getattr(feature, "feature", feature)
     if isinstance(feature, list) and feature:
         feature = feature[0]
@@ -162,21 +166,14 @@ def _values(splits: Iterable[Any], objects: str, field: str, source: str) -> set
                 f"--data {source}: the classes are not named in its features, and --streaming does not look at all "
                 f"rows first; cast '{objects}.{field}' to datasets.ClassLabel"
             )
-        for some in rows.select_columns([objects]).with_format("arrow").iter(ROWS):
-            found.update(one.get(field) for cell in some[objects].to_pylist() for one in _list(cell))
+        for piece in rows.select_columns([objects]).with_format("arrow").iter(ROWS_PER_READ):
+            found.update(record.get(field) for cell in piece[objects].to_pylist() for record in _list(cell))
     return found - {None}
 
 
 def _list(objects: Any) -> list[Json]:
-    """The objects of an image one by one; of lists that are too short the last ones lack a value."""
+    """The objects of an image as a list; if the lists of a dictionary differ in length, missing values are None."""
     if isinstance(objects, dict):
         lists = {name: values for name, values in objects.items() if isinstance(values, list)}
         return [dict(zip(lists, values, strict=True)) for values in zip_longest(*lists.values())]
-    return [one or {} for one in objects or []]
-
-
-def _paths(images: pa.ChunkedArray) -> list[str | None]:
-    """The images' file names, as far as they have some; their bytes are not touched."""
-    if not pa.types.is_struct(images.type):
-        return [None] * len(images)
-    return pa.chunked_array([chunk.field("path") for chunk in images.chunks], pa.string()).to_pylist()
+    return [record or {} for record in objects or []]

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face `datasets` library: off the hub, or a folder (imagefolder, parquet, save_to_disk)."""
+"""Data sets of the Hugging Face `datasets` library: from the hub, or a folder (imagefolder, parquet, save_to_disk)."""
 
 import json
 import os
@@ -15,37 +15,37 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from direct_pt.data.formats.hub_rows import ROWS, Layout, find_layout
+from direct_pt.data.formats.hub_rows import ROWS_PER_READ, Layout, find_layout
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Chunk
 from direct_pt.errors import InputError
 
-NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}  # what splits are called
-SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
-LOCAL = (*SAVED, "metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet")  # what tells a folder of a data set
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
+LOCAL = (*SAVED, "metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet")  # mark the folder of a data set
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
 class ArrowImages:
-    """The images of a data set, by row."""
+    """The images of a data set, by row: see EncodedImages."""
 
     def __init__(self, rows: datasets.Dataset, column: str, root: Path | None) -> None:
-        """`rows` have an undecoded image `column`; files that it names are read in `root` alone."""
+        """`rows` have an undecoded image `column`; files that it names are read only inside `root`."""
         self.rows = rows
         self.column = column
         self.root = root
 
     @property
     def fingerprint(self) -> str:
-        """The library's: another one for other rows."""
+        """The library's fingerprint of the rows."""
         return str(self.rows._fingerprint)
 
     def content(self, row: int) -> bytes:
-        """What a file of the image would hold. Raises OSError."""
+        """The encoded image. Raises OSError."""
         return image_bytes(self.rows[int(row)][self.column], self.root)
 
     def select(self, rows: np.ndarray) -> "ArrowImages":
-        """Only those of some rows."""
+        """The images of some rows."""
         return ArrowImages(self.rows.select(rows), self.column, self.root)
 
 
@@ -66,14 +66,14 @@ def image_bytes(cell: dict[str, Any] | None, root: Path | None) -> bytes:
 
 @dataclass(frozen=True)
 class ArrowSplit:
-    """One split, read by rows.
+    """One split: see Source.
 
     Attributes:
-        rows: with undecoded images.
+        rows: the rows, with undecoded images.
         layout: of their columns.
-        source: for messages.
-        root: that image files lie in, where the images are files.
-        folder: of none.
+        source: name in messages.
+        root: the folder that image files must lie in.
+        folder: not used, because the images are not files of their own.
     """
 
     rows: datasets.Dataset
@@ -82,18 +82,20 @@ class ArrowSplit:
     root: Path | None
     folder: Path = Path()
 
+    annotation_file = None
+
     @property
     def encoded(self) -> ArrowImages:
         """The images."""
         return ArrowImages(self.rows.select_columns([self.layout.image]), self.layout.image, self.root)
 
     def records(self, problems: Problems) -> Iterator[Chunk]:
-        """As in COCO files."""
+        """The rows as COCO-like records."""
         yield "categories", 0, self.layout.category_records()
         first, first_object = 0, 0
         for key in ("images", "annotations"):
             yield key, 0, []
-        for rows in self.rows.with_format("arrow").iter(ROWS):
+        for rows in self.rows.with_format("arrow").iter(ROWS_PER_READ):
             images, annotations = self.layout.records(rows, first, first_object + 1)
             yield "images", first, images
             yield "annotations", first_object, annotations
@@ -101,7 +103,7 @@ class ArrowSplit:
 
 
 def find_hugging_face(data: Path, bbox_format: str, streaming: bool = False) -> dict[str, ArrowSplit] | None:
-    """The splits of a local folder or of a data set on the hub; None where it is none.
+    """The splits of a local folder or of a data set on the hub; None if it is neither.
 
     Args:
         data: the folder or name.
@@ -109,15 +111,19 @@ def find_hugging_face(data: Path, bbox_format: str, streaming: bool = False) -> 
         streaming: leave out the training split, and read the others into memory; nothing is kept on the disk.
 
     Raises:
-        InputError: it cannot be loaded, or has not the columns of a detection set.
+        InputError: it cannot be loaded, or lacks the columns of a detection set.
     """
     found = load_splits(data, streaming)
     if not found:
         return None
     if streaming:
-        found = {split: _in_memory(rows) for split, rows in found.items() if split != "train"}
+        found = {split: rows for split, rows in found.items() if split != "train"}
         if not found:
             return {}
+        for split, rows in found.items():
+            if not isinstance(rows, datasets.Dataset):  # save_to_disk's sets are not streamed
+                pieces = list(rows.with_format("arrow").iter(ROWS_PER_READ))
+                found[split] = datasets.Dataset(pa.concat_tables(pieces)) if pieces else datasets.Dataset.from_dict({})
     layout = find_layout(next(iter(found.values())).features, str(data), bbox_format, found.values())
     undecoded = datasets.Image(decode=False)
     return {
@@ -126,20 +132,13 @@ def find_hugging_face(data: Path, bbox_format: str, streaming: bool = False) -> 
     }
 
 
-def _in_memory(rows: Any) -> datasets.Dataset:
-    if isinstance(rows, datasets.Dataset):  # of save_to_disk
-        return rows
-    pieces = list(rows.with_format("arrow").iter(ROWS))
-    return datasets.Dataset(pa.concat_tables(pieces)) if pieces else datasets.Dataset.from_dict({})
-
-
 def image_root(data: Path) -> Path | None:
-    """The folder that image files of a local set lie in, without links, as the library names them."""
+    """The folder that image files of a local set must lie in, with links resolved, as the library does."""
     return data.resolve() if data.exists() else None
 
 
 def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
-    """The library's data sets by our names of the splits; nothing where `data` is no name and no folder of one.
+    """The library's data sets by our names of the splits; empty if `data` is neither a hub name nor such a folder.
 
     Raises:
         InputError: it cannot be loaded.
@@ -152,7 +151,7 @@ def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
             loaded = _load_folder(data, streaming) if local else datasets.load_dataset(str(data), streaming=streaming)
     except InputError:
         raise
-    except Exception as error:  # the library has no base class for what its readers raise
+    except Exception as error:  # the library's errors have no common base class
         if not local:
             what = "no such folder, and the hub gives no such data set"
             raise InputError(f"--data {data}: {what} ({_root_cause(error)})") from error
@@ -160,14 +159,14 @@ def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
         raise InputError(f"{damaged_file(data) or f'--data {data}'}: {what}; mend it, or save the set anew") from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    ours = {split: [loaded[name] for name in names if name in loaded] for split, names in NAMES.items()}
-    if not any(ours.values()):
+    found = {split: [loaded[name] for name in names if name in loaded] for split, names in SPLIT_NAMES.items()}
+    if not any(found.values()):
         raise InputError(f"--data {data}: has the splits {', '.join(loaded)}, and none called train or validation")
-    return {split: found[0] for split, found in ours.items() if found}
+    return {split: rows[0] for split, rows in found.items() if rows}
 
 
 def _load_folder(data: Path, streaming: bool) -> Any:
-    """The library's data sets of a local folder, in which all their files lie. Raises InputError, and what it likes."""
+    """The library's data sets of a local folder, with all their files inside. Raises InputError and library errors."""
     if any((data / name).is_file() for name in SAVED):
         loaded = datasets.load_from_disk(str(data))
         for split, rows in loaded.items() if isinstance(loaded, dict) else [("", loaded)]:
@@ -190,14 +189,14 @@ def _require_inside(data: Path, files: Iterable[str], named_by: str) -> None:
 
 
 def _check_metadata(path: Path) -> None:
-    """Look through a metadata.jsonl, of whose faults the library does not say where they are, or nothing.
+    """Check a metadata.jsonl, because the library's errors name no line, and it reads some faults silently.
 
-    A list that begins with null gets the values of other rows from it (pyarrow's JSON reader leaves out the null).
+    It gives a list that begins with null the values of other rows (pyarrow's JSON reader drops the null).
 
     Raises:
         DataError: naming the line.
     """
-    lines: dict[str, int] = {}  # of each image
+    lines: dict[str, int] = {}  # line of each image
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -221,14 +220,14 @@ def _check_metadata(path: Path) -> None:
 
 
 def _begins_with_null(value: Any) -> bool:
-    """Whether that is, or holds, a list whose first element is null."""
+    """Whether a JSON value is, or contains, a list whose first element is null."""
     if isinstance(value, dict):
         return any(map(_begins_with_null, value.values()))
     return isinstance(value, list) and bool(value) and (value[0] is None or any(map(_begins_with_null, value)))
 
 
 def damaged_file(data: Path) -> Path | None:
-    """The first parquet file that is none: the library's errors do not name it."""
+    """The first damaged parquet file: the library's errors do not name it."""
     for path in sorted(data.rglob("*.parquet")):
         try:
             parquet.read_metadata(path)
@@ -239,7 +238,7 @@ def damaged_file(data: Path) -> Path | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The library logs the errors that it raises, too."""
+    """No log messages of the library: it logs the errors that it raises."""
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""What the formats share that keep a label file an image: reading text, and numbering the records."""
+"""Shared by the formats with one label file per image: reading text, and numbering the records."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,13 +8,13 @@ from direct_pt.data.problems import DataError
 from direct_pt.data.records import Chunk, Json
 
 
-def in_chunks(categories: list[Json], images: Iterable[tuple[Json, list[Json]]]) -> Iterator[Chunk]:
-    """The records of one split, some thousand at a time.
+def number_records(categories: list[Json], images: Iterable[tuple[Json, list[Json]]]) -> Iterator[Chunk]:
+    """The records of one split in chunks: see Source.records.
 
     Args:
-        categories: complete.
-        images: an image's record and those of its objects; ids are given here, from 1 in this order, and as area the
-            box's, as these formats have none.
+        categories: complete records.
+        images: the record of each image and those of its objects, without ids and areas, which these formats lack: ids
+            are numbered from 1 in this order, and the area is the box's.
     """
     yield "categories", 0, categories
     waiting: dict[str, list[Json]] = {"images": [], "annotations": []}

@@ -1,4 +1,4 @@
-"""Pascal VOC data sets: one XML file an image, in the devkit's folders or beside the images (as Roboflow exports)."""
+"""Pascal VOC data sets: one XML file per image, in the devkit's folders or beside the images (Roboflow's export)."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
-from direct_pt.data.formats.label_files import in_chunks, read_text
+from direct_pt.data.formats.label_files import number_records, read_text
 from direct_pt.data.images import FORMATS
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
@@ -18,21 +18,21 @@ from direct_pt.data.records import Chunk, Json
 LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}  # in ImageSets/Main
 FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}  # Roboflow's
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-LARGEST_XML = 20 * 10**6  # bytes
+MAX_XML_BYTES = 20 * 10**6
 
 
 @dataclass(frozen=True)
 class VocClasses:
     """The classes of a data set: the names of all objects in its folders of XML files, sorted, so that splits agree.
 
-    Files that cannot be read are passed over here: they are errors of the split that they belong to.
+    Unreadable files are skipped here: the split that they belong to reports them.
     """
 
     folders: tuple[Path, ...]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Read on first use, from all files."""
+        """The sorted names, read from all files on first use."""
         found: set[str] = set()
         for path in (path for folder in self.folders for path in folder.glob("*.xml")):
             try:
@@ -44,14 +44,14 @@ class VocClasses:
 
 @dataclass(frozen=True)
 class VocSplit:
-    """One split of a VOC data set.
+    """One split of a VOC data set: see Source.
 
-    Boxes follow the devkit: pixels are counted from 1 and both corners belong to the box, which so reaches from
-    (xmin - 1, ymin - 1) to (xmax, ymax). Objects marked difficult become crowds: training passes over them, and
-    evaluation counts neither them nor what is found there. Category ids count the sorted names from 1.
+    Boxes follow the devkit: pixels are counted from 1 and both corners belong to the box, so that it reaches from
+    (xmin - 1, ymin - 1) to (xmax, ymax). Objects marked difficult become crowd regions: training ignores them, and
+    evaluation ignores both them and detections in them. Category ids number the sorted names from 1.
 
     Attributes:
-        source: what messages call it.
+        source: name in messages.
         folder: of the images.
         annotations: folder of the XML files.
         listing: file that lists the split's XML files by their names without suffix; None for all of them.
@@ -64,18 +64,20 @@ class VocSplit:
     listing: Path | None
     classes: VocClasses
 
+    encoded = annotation_file = None
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of the XML files' names, objects in the files' order.
 
-        An image has a size where its XML file states one. Raises DataError.
+        An image record has a size if its XML file states one. Raises DataError.
         """
         categories = [{"id": number, "name": name} for number, name in enumerate(self.classes.names, start=1)]
-        return in_chunks(categories, self._images(problems))
+        return number_records(categories, self._images(problems))
 
     def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
         ids = {name: number for number, name in enumerate(self.classes.names, start=1)}
         images: dict[str, list[str]] = {}  # file names by stem
-        taken: dict[str, Path] = {}  # XML file of each image
+        xml_files: dict[str, Path] = {}  # by image
         files: list[Path] = []
         with problems.caught():
             files = self._files(problems)
@@ -94,10 +96,10 @@ class VocSplit:
             with problems.caught():
                 root = _read_xml(path)
                 image = self._image(root, path, images, problems)
-                if image in taken:
-                    text = f"is of the image {image}, as is {taken[image]}; correct its <filename>, or remove one"
+                if image in xml_files:
+                    text = f"is of the image {image}, as is {xml_files[image]}; correct its <filename>, or remove one"
                     raise DataError("duplicate image", path, text, image)
-                taken[image] = path
+                xml_files[image] = path
                 found = {"file_name": image, **_size(root, path)}, _objects(root, path, image, ids, problems)
             if found is not None:
                 yield found
@@ -122,30 +124,31 @@ class VocSplit:
         return sorted(files[name] for name in lines if name in files)
 
     def _image(self, root: Element, path: Path, images: dict[str, list[str]], problems: Problems) -> str:
-        """The image's file name: as stated, else the XML file's with an image's suffix."""
+        """The image's file name: the stated one, or else the XML file's name with an image suffix."""
         stated = _text(root, "filename") or ""
-        name = re.split(r"[/\\]", stated)[-1]  # no path that a file states is followed
+        name = re.split(r"[/\\]", stated)[-1]  # stated paths are never followed
         if name != stated:
             text = f"its <filename> {stated!r} is a path; only {name!r} of it counts"
             problems.add(Problem(NOTE, "filename is a path", str(path), text, name))
         if name in images.get(Path(name).stem, ()):
             return name
-        fitting = images.get(path.stem, [])
-        if len(fitting) != 1:
-            what = f"several images fit ({', '.join(fitting)})" if fitting else f"no {path.stem}.jpg or the like either"
+        matches = images.get(path.stem, [])
+        if len(matches) != 1:
+            what = f"several images fit ({', '.join(matches)})" if matches else f"no {path.stem}.jpg or the like either"
             text = f"its <filename> {name!r} is not in {self.folder}, and {what}; correct it or add the image"
             raise DataError("missing image", path, text, name)
-        return fitting[0]
+        return matches[0]
 
 
 def find_voc(folder: Path) -> dict[str, VocSplit] | None:
-    """The splits ("train", "val", "test") of a VOC data set, None where the folder is none.
+    """The splits ("train", "val", "test") of a VOC data set, None if the folder is not one.
 
-    Either Annotations/, JPEGImages/ and ImageSets/Main/ in the folder or in one VOC... folder of it or of its
-    VOCdevkit/; without lists there all of it is "train". Or train/, valid/ and test/ with XML files beside the images.
+    Either Annotations/, JPEGImages/ and ImageSets/Main/ in the folder, or in one VOC* folder of it or of its
+    VOCdevkit/; without lists in ImageSets/Main/ everything is "train". Or train/, valid/ and test/ with XML files
+    beside the images.
 
     Raises:
-        DataError: there are several trees.
+        DataError: there are several VOC trees.
     """
     places = (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/VOC*")))
     trees = [place for place in places if any((place / "Annotations").glob("*.xml"))]
@@ -176,7 +179,7 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
 
 
 class _Builder(TreeBuilder):
-    """Refuses what could make a small file large in memory, or refer to other files."""
+    """Rejects document types, whose entities can make a small file large in memory, or refer to other files."""
 
     def doctype(self, *_: Any) -> None:
         raise ValueError("it declares a document type; remove the line <!DOCTYPE ...>")
@@ -186,8 +189,8 @@ def _read_xml(path: Path) -> Element:
     """The root element of an XML file."""
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_XML + 1)
-        if len(content) > LARGEST_XML:
+            content = file.read(MAX_XML_BYTES + 1)
+        if len(content) > MAX_XML_BYTES:
             raise ValueError("it is larger than 20 MB")
         parser = XMLParser(target=_Builder())
         parser.feed(content)
@@ -205,7 +208,7 @@ def _text(element: Element, tag: str) -> str | None:
 
 
 def _size(root: Element, path: Path) -> Json:
-    """Height and width, where the file states them: 0 says that they are not known."""
+    """Height and width, if the file states them; 0 means unknown."""
     sides = {side: _text(root, f"size/{side}") or "0" for side in ("height", "width")}
     if not all(re.fullmatch("[0-9]{1,9}", side) for side in sides.values()):
         text = f"its <size> is {sides['width']} x {sides['height']}; expected whole numbers of pixels, or 0"
@@ -225,7 +228,7 @@ def _objects(root: Element, path: Path, image: str, ids: dict[str, int], problem
 
 
 def _object(element: Element, ids: dict[str, int]) -> Json:
-    """category_id, bbox and iscrowd of an <object>. ValueError says what is wrong."""
+    """category_id, bbox and iscrowd of an <object>. Raises ValueError with the reason."""
     name, difficult = _text(element, "name"), _text(element, "difficult") or "0"
     if not name:
         raise ValueError("has no <name>; write its class there")

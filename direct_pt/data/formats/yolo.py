@@ -1,4 +1,4 @@
-"""YOLO data sets as Ultralytics defines them: a YAML file of classes and splits, a text file of objects per image."""
+"""YOLO data sets in Ultralytics' format: a YAML file of classes and splits, a text file of objects per image."""
 
 import os
 import re
@@ -11,35 +11,35 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from direct_pt.data.formats.label_files import in_chunks, read_text
+from direct_pt.data.formats.label_files import number_records, read_text
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 
-FILES = ("data.yaml", "dataset.yaml", "data.yml")
-SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # the keys of each
-DESCRIPTION = re.compile(rb"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE)
-LARGEST_YAML = 10**6  # bytes
-EMPTY: tuple[object, ...] = (None, "", "~", "null", "Null", "NULL", [])
+YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml")
+SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+REQUIRED_KEYS = re.compile(rb"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE)
+MAX_YAML_BYTES = 10**6
+EMPTY_VALUES: tuple[object, ...] = (None, "", "~", "null", "Null", "NULL", [])
 EXPECTED = "expected 'class x_center y_center width height', or a class and 3 or more points 'x y' of a polygon"
 
 
 @dataclass(frozen=True)
 class YoloSplit:
-    """One split of a YOLO data set.
+    """One split of a YOLO data set: see Source.
 
-    A label file has the image's path with its last `images` part replaced by `labels`, and the suffix .txt. Without it,
-    or where it is empty, the image has no objects. Category ids are the class indices, from 0.
+    A label file has the image's path with its last `images` part replaced by `labels`, and the suffix .txt. If it is
+    missing or empty, the image has no objects. Category ids are the class indices, from 0.
 
     Attributes:
-        source: what messages call it.
-        folder: the data set's; nothing outside of it is read (links in it are followed).
+        source: name in messages.
+        folder: the data set's folder; nothing outside of it is read (links in it are followed).
         file: the YAML file.
-        key: of the split there.
-        paths: what the key says: folders, searched recursively but for links in them, or .txt files that list images.
-        root: what the key `path` says: that `paths` and the lines of .txt files are relative to.
+        key: the split's key in the YAML file.
+        paths: the key's value: folders, searched recursively except for links in them, or .txt files that list images.
+        root: the value of the key `path`: `paths` and the lines of .txt files are relative to it.
         class_names: by index.
-        decoding: how image files are read, of which the size is needed.
+        decoding: how image files are read, because their sizes are needed.
     """
 
     source: str
@@ -51,13 +51,15 @@ class YoloSplit:
     class_names: tuple[str, ...]
     decoding: Decoding
 
+    encoded = annotation_file = None
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of their names, objects in the order of their lines.
 
-        Lines that are the same as one before them are left out. Raises DataError.
+        Lines that repeat an earlier one are dropped. Raises DataError.
         """
         categories = [{"id": index, "name": name} for index, name in enumerate(self.class_names)]
-        return in_chunks(categories, self._images(problems))
+        return number_records(categories, self._images(problems))
 
     def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
         names, labelled = self._image_names(problems), 0
@@ -106,10 +108,10 @@ class YoloSplit:
         return root
 
     def _listed(self, root: Path, path: str, problems: Problems) -> list[str]:
-        """The images that one of `paths` stands for. An exported file says ../train/images of what lies beside it."""
+        """The images of one of `paths`. Exported files write ../train/images for a folder beside the YAML file."""
         for written in (path, re.sub(r"^(\.\./)+", "", path)):
             inside = self._inside(root / written)
-            if inside == "." and written != path:  # "../" alone is no place beside the file
+            if inside == "." and written != path:  # "../" alone names no folder beside the file
                 continue
             place = self.folder / (inside or "")
             if inside is not None and os.path.isdir(place):  # noqa: PTH112
@@ -123,7 +125,7 @@ class YoloSplit:
         raise DataError("path", self.file, text)
 
     def _walk(self, place: Path) -> list[str]:
-        """The image files in a folder and the folders in it."""
+        """The image files in a folder and its subfolders."""
 
         def fail(error: OSError) -> None:
             raise DataError("unreadable folder", error.filename, f"cannot be listed ({error.strerror})") from error
@@ -151,12 +153,12 @@ class YoloSplit:
         return found
 
     def _inside(self, path: Path) -> str | None:
-        """A path as relative to the folder, None where it leads out of it. Links are not followed for that."""
+        """A path relative to the data set's folder, None if it leads outside; links are not resolved for that."""
         relative = os.path.relpath(path, self.folder)
         return None if Path(relative).parts[:1] == ("..",) else relative
 
     def _objects(self, image: str, height: int, width: int, problems: Problems) -> list[Json] | None:
-        """The objects of an image's label file, None without one."""
+        """The objects of an image's label file, None if there is no file."""
         path = self.folder / label_name(image)
         if not os.path.lexists(path):
             return None
@@ -180,29 +182,29 @@ class YoloSplit:
 
 
 def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSplit] | None:  # noqa: B008
-    """The splits ("train", "val", "test") of a YOLO data set, None where the folder holds no YAML file of one.
+    """The splits ("train", "val", "test") of a YOLO data set, None if the folder has no YAML file of one.
 
     Args:
         folder: of the YAML file: data.yaml or dataset.yaml, or the only one that has the keys `names` and `train`.
         decoding: how image files are read.
 
     Raises:
-        DataError: the file is not as it should be. What the splits' paths lead to is looked at when they are read.
+        DataError: the YAML file is malformed. The splits' paths are only checked when their records are read.
     """
     file = _find_file(folder)
     if file is None:
         return None
     content = _read_yaml(file)
-    if content.get("kpt_shape") not in EMPTY:
+    if content.get("kpt_shape") not in EMPTY_VALUES:
         text = "has 'kpt_shape': its labels hold keypoints, which are not supported; export boxes or polygons"
         raise DataError("keypoints", file, text)
     class_names = _class_names(content, file)
-    root = None if content.get("path") in EMPTY else content["path"]
+    root = None if content.get("path") in EMPTY_VALUES else content["path"]
     if not isinstance(root, str | None):
         raise DataError("path", file, "its 'path' must be one path")
     splits = {}
-    for split, keys in SPLITS.items():
-        key = next((key for key in keys if content.get(key) not in EMPTY), None)
+    for split, keys in SPLIT_KEYS.items():
+        key = next((key for key in keys if content.get(key) not in EMPTY_VALUES), None)
         if key is None:
             continue
         paths = content[key] if isinstance(content[key], list) else [content[key]]
@@ -215,31 +217,32 @@ def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSp
 
 
 def label_name(image: str) -> str:
-    """Where an image's objects stand: both paths relative to the data set's folder."""
+    """The path of an image's label file; both are relative to the data set's folder."""
     return str(PurePosixPath("/labels/".join(f"/{image}".rsplit("/images/", 1))[1:]).with_suffix(".txt"))
 
 
 def _find_file(folder: Path) -> Path | None:
-    for name in FILES:
+    for name in YAML_FILES:
         if (folder / name).is_file():
             return folder / name
     others = []
     for path in sorted(folder.glob("*.y*ml")):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             with suppress(OSError), path.open("rb") as file:
-                others += [path] if len(set(DESCRIPTION.findall(file.read(LARGEST_YAML)))) == 2 else []
+                others += [path] if len(set(REQUIRED_KEYS.findall(file.read(MAX_YAML_BYTES)))) == 2 else []
     return others[0] if len(others) == 1 else None
 
 
 def _read_yaml(path: Path) -> Json:
-    """The file's mapping; what is no list and no mapping is text.
+    """The file's mapping, with every scalar as text.
 
-    So a class named no is not False, no objects are made, and merge keys, which multiply what they name, do nothing.
+    So a class named no is not False, no Python objects are created, and merge keys, which could multiply the content,
+    have no effect.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_YAML + 1)
-        if len(content) > LARGEST_YAML:
+            content = file.read(MAX_YAML_BYTES + 1)
+        if len(content) > MAX_YAML_BYTES:
             raise ValueError("it is larger than 1 MB")
         loaded = yaml.load(content, yaml.BaseLoader)
     except (OSError, yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
@@ -264,7 +267,7 @@ def _class_names(content: Json, path: Path) -> tuple[str, ...]:
             what = f"{name!r} {count} times" if name.strip() else "an entry without text"
             raise DataError("names", path, f"its 'names' has {what}; give every class a name of its own")
     number = content.get("nc")
-    if number not in (*EMPTY, str(len(names))):
+    if number not in (*EMPTY_VALUES, str(len(names))):
         found = repr(number[:20]) if isinstance(number, str) else "no number"
         text = f"its 'nc' is {found}, but 'names' lists {len(names)} classes; correct one of them"
         raise DataError("names", path, text)
@@ -272,7 +275,7 @@ def _class_names(content: Json, path: Path) -> tuple[str, ...]:
 
 
 def _object(words: list[str], classes: int, height: int, width: int) -> Json:
-    """The object of a label line: category_id, bbox and, of a polygon, segmentation. ValueError says what is wrong."""
+    """category_id, bbox and, for a polygon, segmentation of a label line. Raises ValueError with the reason."""
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
         raise ValueError(f"has {len(words)} fields; {EXPECTED}")
     try:
