@@ -16,7 +16,7 @@ import torch
 Row = dict[str, Any]
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "opencv-python-headless", "pycocotools",
-    "faster-coco-eval",
+    "hotcoco",
 )  # fmt: skip
 
 
