@@ -1,18 +1,16 @@
-"""From a detector and a table to COCO metrics: every image once, over all processes."""
+"""Detections of a whole split over all processes, and their COCO metrics."""
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from faster_coco_eval import COCO, COCOeval_faster
-from pycocotools import mask as coco_mask
+from hotcoco import StreamingEval
+from hotcoco.mask import area as mask_areas
 from tqdm import tqdm
 
 from direct_pt.batch import Batch, Detections
@@ -24,7 +22,8 @@ from direct_pt.models.detector import Detector
 from direct_pt.models.masks import MASK_THRESHOLD, encode_masks, paste_windows
 from direct_pt.transforms import TestPreset
 
-ENCODED_AT_ONCE = 64  # masks
+MASKS_AT_ONCE = 64  # pasted and encoded together
+IMAGES_AT_ONCE = 100  # scored together: their objects and detections take many times the room of the arrays
 
 # The twelve figures of COCO's summary, in its order. -1 where no object is of that size.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -32,16 +31,16 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 @dataclass
 class Predictions:
-    """The detections of a whole split.
+    """The detections of many images.
 
     Attributes:
-        images: [D] int64 rows of the annotation table, rising.
+        images: [D] int64 rows of the data set, rising.
         boxes: [D, 4] float64 (x, y, width, height) in the original images' pixels.
         scores: [D] float64.
-        labels: [D] int64 rows of the table's classes.
+        labels: [D] int64 rows of the classes.
         unreadable: rows of the images that could not be read; they have no detections.
         masks: [D] COCO's compressed run lengths in the original images, {"size": [height, width], "counts": text}; None
-            of box detectors.
+            for box detectors.
     """
 
     images: np.ndarray
@@ -51,12 +50,41 @@ class Predictions:
     unreadable: tuple[int, ...] = ()
     masks: list[dict[str, Any]] | None = None
 
-    def coco(self, table: AnnotationTable) -> list[dict[str, Any]]:
-        """In COCO's results format, with the table's own image and category ids; masks as "segmentation"."""
-        ids = table.image_ids[self.images].tolist()
-        categories = np.array(table.category_ids)[self.labels].tolist()
-        rows = zip(ids, categories, self.boxes.tolist(), self.scores.tolist(), strict=True)
-        results = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in rows]
+    @staticmethod
+    def of_batch(batch: Batch, found: Detections) -> "Predictions":
+        """A batch's detections, which are on the CPU; `labels` are the detector's."""
+        found = found.keep(~torch.isin(batch.indices[found.image], torch.tensor(batch.unreadable, dtype=torch.int64)))
+        corners = found.boxes.numpy()
+        boxes = corners.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        masks = None
+        if found.masks is not None:
+            masks = mask_run_lengths(found.masks.numpy(), corners, batch.original_sizes[found.image].numpy())
+        images, scores = batch.indices[found.image].numpy(), found.scores.numpy().astype(np.float64)
+        return Predictions(images, boxes, scores, found.labels.numpy(), batch.unreadable, masks)
+
+    @staticmethod
+    def concatenate(parts: list["Predictions"]) -> "Predictions":
+        """All detections, sorted by image."""
+        empty = Predictions(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        images, boxes, scores, labels = (
+            np.concatenate([getattr(part, name) for part in (empty, *parts)])
+            for name in ("images", "boxes", "scores", "labels")
+        )
+        order = np.argsort(images, kind="stable")
+        unreadable = tuple(sorted(row for part in parts for row in part.unreadable))
+        masks = None
+        if any(part.masks is not None for part in parts):  # a process that had no images does not know of masks
+            unsorted = [mask for part in parts for mask in part.masks or ()]
+            masks = [unsorted[row] for row in order.tolist()]
+        return Predictions(images[order], boxes[order], scores[order], labels[order], unreadable, masks)
+
+    def coco(self, image_ids: np.ndarray, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """In COCO's results format, with the ids of the rows of images and classes; masks as "segmentation"."""
+        images, categories = image_ids[self.images], np.array(category_ids)[self.labels]
+        columns = (images.tolist(), categories.tolist(), self.boxes.tolist(), self.scores.tolist())
+        names = ("image_id", "category_id", "bbox", "score")
+        results = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         if self.masks is not None:
             for result, mask in zip(results, self.masks, strict=True):
                 result["segmentation"] = mask
@@ -75,33 +103,24 @@ def predict_split(
     """Run the detector over every image of the table once, shared between the processes.
 
     The detector and the table list the same category ids, in any order. Every process must call it; the main
-    one gets all predictions, the others none.
+    one gets all predictions, in terms of the table's rows, the others none.
     """
     loader = evaluation_loader(
         table, preset, micro_batch_size, accelerator.process_index, accelerator.num_processes, num_workers
     )
-    classes = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
     was_training = detector.training
     detector.eval()
     parts = []
     quiet = not accelerator.is_main_process
     with torch.no_grad(), autocast(accelerator), contextlib.closing(read_batches(loader)) as batches:
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False):
-            # Packed as they come: on the device they would pile up, and be gathered as ragged tensors.
             between_batches()
-            parts.append(_pack(batch, detector.detect(batch.to(accelerator.device)).to("cpu"), classes))
+            found = detector.detect(batch.to(accelerator.device)).to("cpu")
+            parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
     detector.train(was_training)
-    merged = gather_to_main(_concatenate(parts), accelerator)
-    everything = _concatenate(merged)
-    order = np.argsort(everything.images, kind="stable")
-    return Predictions(
-        everything.images[order],
-        everything.boxes[order],
-        everything.scores[order],
-        everything.labels[order],
-        tuple(sorted(everything.unreadable)),
-        None if everything.masks is None else [everything.masks[row] for row in order],
-    )
+    predictions = Predictions.concatenate(gather_to_main(Predictions.concatenate(parts), accelerator))
+    class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
+    return replace(predictions, labels=class_rows[predictions.labels])
 
 
 def evaluate(
@@ -115,7 +134,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], Predictions]:
     """A split's metrics, the same on every process, and its predictions, on the main one. Every process must call it.
 
-    `between_batches` is called before each batch, and may raise to end it.
+    `between_batches` is called before each batch, and may raise to end the evaluation.
 
     Raises:
         InputError: the detector finds masks, and objects of the split have none to compare with.
@@ -132,47 +151,65 @@ def evaluate(
 def coco_metrics(table: AnnotationTable, predictions: Predictions) -> dict[str, Any]:
     """COCO's figures: {"bbox": {"AP": ...}, "per_class": {class name: {"bbox": {"AP", "AP50"}, "objects"}}}.
 
-    Where there are masks, also "segm", beside each "bbox". Equal to pycocotools' on the same files. -1 stands where
-    there is no object to find.
+    With masks, also "segm", beside each "bbox". Equal to pycocotools' on the same files. -1 where there is no object
+    to find.
     """
-    areas = {"bbox": predictions.boxes[:, 2] * predictions.boxes[:, 3]}
-    if predictions.masks is not None:  # a detection is as large as its mask then, which its box would hide
-        areas["segm"] = np.array([coco_mask.area(mask) for mask in predictions.masks], np.float64)
-    totals = {kind: COCOeval_faster(iouType=kind) for kind in areas}
-    for total in totals.values():
-        sides = [len(getattr(total.params, name)) for name in ("iouThrs", "recThrs", "areaRng", "maxDets")]
-        shape = (*sides[:2], len(table.class_names), *sides[2:])  # [IoU, recall, class, area, detections]
-        total.eval = {"precision": np.full(shape, -1.0), "recall": np.full(shape[:1] + shape[2:], -1.0)}
-    with _no_cycle_collector():
-        for label, rows, truth, found in _classes(table, predictions):
-            for kind, total in totals.items():
-                for result, area in zip(found.dataset["annotations"], areas[kind][rows].tolist(), strict=True):
-                    result["area"] = area
-                scorer = COCOeval_faster(truth, found, iouType=kind)
-                scorer.evaluate()
-                scorer.accumulate()
-                for name, figures in total.eval.items():
-                    np.moveaxis(figures, -3, 0)[label] = np.moveaxis(scorer.eval[name], -3, 0)[0]
-    for total in totals.values():
-        total.summarize()
-    metrics: dict[str, Any] = {
-        kind: {name: float(value) for name, value in zip(METRICS, total.stats, strict=False)}
-        for kind, total in totals.items()
-    }
-    real = np.bincount(table.labels[~table.crowd], minlength=len(table.class_names))
-    metrics["per_class"] = {
-        name: {
-            kind: {"AP": _mean(precision[:, :, row, 0, -1]), "AP50": _mean(precision[0, :, row, 0, -1])}
-            for kind, precision in ((kind, total.eval["precision"]) for kind, total in totals.items())
-        }
-        | {"objects": int(real[row])}
-        for row, name in enumerate(table.class_names)
-    }
-    return metrics
+    metrics: dict[str, Any] = {}
+    per_class: list[dict[str, Any]] = [{} for _ in table.class_names]
+    for kind, scorer in _match(table, predictions).items():
+        evaluation = scorer.finalize()
+        evaluation.accumulate()
+        evaluation.summary_lines()  # computes `stats`; summarize() would print them too
+        assert evaluation.eval is not None
+        metrics[kind] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+        precision = evaluation.eval["precision"][..., 0, -1]  # [IoU, recall, class]: all sizes, 100 detections
+        for label, figures in enumerate(per_class):
+            figures[kind] = {"AP": _mean(precision[..., label]), "AP50": _mean(precision[0, :, label])}
+    objects = np.bincount(table.labels[~table.crowd], minlength=len(per_class))
+    for figures, count in zip(per_class, objects.tolist(), strict=True):
+        figures["objects"] = count
+    return {**metrics, "per_class": dict(zip(table.class_names, per_class, strict=True))}
+
+
+def _match(table: AnnotationTable, predictions: Predictions) -> dict[str, StreamingEval]:
+    """Scorers that have seen all objects and detections: "bbox", and with masks "segm"."""
+    # The scorer reads ids as floats, in which large ones collide, so it gets numbers from 1. Those of images are in the
+    # order of their ids, as equal scores of two images rank by it.
+    numbers = np.argsort(np.argsort(table.image_ids, kind="stable")) + 1
+    categories = [{"id": number, "name": name} for number, name in enumerate(table.class_names, start=1)]
+    category_ids = tuple(range(1, len(categories) + 1))
+    numbered = replace(table, image_ids=numbers, category_ids=category_ids, encoded=None)
+    kinds = ("bbox",) if predictions.masks is None else ("bbox", "segm")
+    scorers = {kind: StreamingEval(categories, kind) for kind in kinds}
+    for first in range(0, len(table), IMAGES_AT_ONCE):
+        last = min(first + IMAGES_AT_ONCE, len(table))
+        block = numbered.select(np.arange(first, last))
+        rows = slice(*np.searchsorted(predictions.images, [first, last]))
+        images, labels = numbers[predictions.images[rows]], predictions.labels[rows] + 1
+        found = np.column_stack([images, predictions.boxes[rows], predictions.scores[rows], labels])
+        truth = block.coco()
+        scorers["bbox"].update(truth["images"], truth["annotations"], found)
+        if predictions.masks is None:
+            continue
+        truth, corners = block.coco(with_masks=True), block.corner_boxes()
+        # Crowd regions and objects under a pixel may have no outline, as nothing learns from them: their box stands in.
+        for row in np.flatnonzero(~block.segmentations.present()).tolist():
+            x1, y1, x2, y2 = corners[row].tolist()
+            truth["annotations"][row]["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        masks: list[Any] = predictions.masks[rows]
+        found[:, 1:5] = [0, 0, 0, 1]
+        found[:, 3] = mask_areas(masks)  # a detection's area is its row's width x height: here, its mask's area
+        scorers["segm"].update(truth["images"], truth["annotations"], found, segmentation=masks)
+    return scorers
+
+
+def _mean(precision: np.ndarray) -> float:
+    valid = precision[precision > -1]
+    return float(valid.mean()) if valid.size else -1.0
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
-    """The figures and the classes that have objects, for people."""
+    """The figures and those of the classes that have objects, as text."""
     kinds = {"bbox": "box ", "segm": "mask "} if "segm" in metrics else {"bbox": ""}
     width, margin = (max(map(len, names)) for names in (metrics["per_class"], kinds.values()))
     lines = [
@@ -197,110 +234,12 @@ def mask_run_lengths(probabilities: np.ndarray, boxes: np.ndarray, sizes: np.nda
         sizes: [D, 2] (height, width) of those images.
     """
     encoded: list[dict[str, Any]] = []
-    for first in range(0, len(boxes), ENCODED_AT_ONCE):
-        some = slice(first, first + ENCODED_AT_ONCE)
-        windows = paste_windows(probabilities[some], boxes[some], sizes[some])
-        found = [(corner, inside >= MASK_THRESHOLD) for corner, inside in windows]
-        encoded += encode_masks([corner for corner, _ in found], [mask for _, mask in found], sizes[some])
+    for first in range(0, len(boxes), MASKS_AT_ONCE):
+        rows = slice(first, first + MASKS_AT_ONCE)
+        windows = paste_windows(probabilities[rows], boxes[rows], sizes[rows])
+        corners, masks = [], []
+        for corner, inside in windows:
+            corners.append(corner)
+            masks.append(inside >= MASK_THRESHOLD)
+        encoded += encode_masks(corners, masks, sizes[rows])
     return encoded
-
-
-def _classes(table: AnnotationTable, predictions: Predictions) -> Iterator[tuple[int, np.ndarray, COCO, COCO]]:
-    """Each class that has objects: its row, its detections' rows, its objects and its detections for COCO's scorer.
-
-    A class at a time, because Python takes many times the packed size for each detection.
-    """
-    content = table.coco() if predictions.masks is None else _truth_with_masks(table)
-    objects: list[list[dict[str, Any]]] = [[] for _ in table.class_names]
-    for annotation, label in zip(content["annotations"], table.labels.tolist(), strict=True):
-        objects[label].append(annotation)
-    image_of = table.image_of_object()
-    order = np.argsort(predictions.labels, kind="stable")
-    starts = np.searchsorted(predictions.labels[order], np.arange(len(table.class_names) + 1))
-    for label in np.unique(table.labels[~table.crowd]).tolist():
-        rows = order[starts[label] : starts[label + 1]]
-        found_in, present = predictions.images[rows], np.unique(image_of[table.labels == label])
-        results = _results(table, predictions, rows)
-        if predictions.masks is not None:  # the others' are compared with nothing
-            for place in np.flatnonzero(np.isin(found_in, present)).tolist():
-                results[place]["segmentation"] = predictions.masks[rows[place]]
-        shared = {
-            "images": [content["images"][image] for image in np.union1d(found_in, present).tolist()],
-            "categories": [content["categories"][label]],
-        }
-        yield label, rows, COCO({**shared, "annotations": objects[label]}), COCO({**shared, "annotations": results})
-
-
-def _results(table: AnnotationTable, predictions: Predictions, rows: np.ndarray) -> list[dict[str, Any]]:
-    """Some detections' boxes in COCO's results format, numbered from 1 on."""
-    ids = table.image_ids[predictions.images[rows]].tolist()
-    categories = np.array(table.category_ids)[predictions.labels[rows]].tolist()
-    values = zip(ids, categories, predictions.boxes[rows].tolist(), predictions.scores[rows].tolist(), strict=True)
-    return [
-        {"id": number, "image_id": i, "category_id": c, "bbox": b, "score": s}
-        for number, (i, c, b, s) in enumerate(values, start=1)
-    ]
-
-
-@contextlib.contextmanager
-def _no_cycle_collector() -> Iterator[None]:
-    """Python's collector of cycles is off: it would go through every detection again and again, and find none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _truth_with_masks(table: AnnotationTable) -> dict[str, Any]:
-    """The annotations with an outline each, as COCO's tools need it.
-
-    Those may lack one that nothing learns from: crowd regions, and objects under a pixel. Their box stands in.
-    """
-    truth = table.coco(with_masks=True)
-    corners = table.corner_boxes()
-    for row in np.flatnonzero(~table.segmentations.present()):
-        x1, y1, x2, y2 = corners[row].tolist()
-        truth["annotations"][row]["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-    return truth
-
-
-def _mean(precision: np.ndarray) -> float:
-    found = precision[precision > -1]
-    return float(found.mean()) if found.size else -1.0
-
-
-def _pack(batch: Batch, found: Detections, classes: np.ndarray) -> Predictions:
-    """A batch's detections with the images' rows and the `classes` of the table; none of unreadable images."""
-    found = found.keep(~torch.isin(batch.indices[found.image], torch.tensor(batch.unreadable, dtype=torch.int64)))
-    corners = found.boxes.numpy()
-    boxes = corners.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    masks = None
-    if found.masks is not None:
-        masks = mask_run_lengths(found.masks.numpy(), corners, batch.original_sizes[found.image].numpy())
-    return Predictions(
-        batch.indices[found.image].numpy(),
-        boxes,
-        found.scores.numpy().astype(np.float64),
-        classes[found.labels.numpy()],
-        batch.unreadable,
-        masks,
-    )
-
-
-def _concatenate(parts: list[Predictions]) -> Predictions:
-    """One after another. A process without images has none to say whether there are masks: the others do."""
-    masks = [part.masks for part in parts if part.masks is not None]
-    empty = Predictions(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
-    parts = [empty, *parts]
-    return Predictions(
-        np.concatenate([part.images for part in parts]),
-        np.concatenate([part.boxes for part in parts]),
-        np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        tuple(row for part in parts for row in part.unreadable),
-        list(chain.from_iterable(masks)) if masks else None,
-    )

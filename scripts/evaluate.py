@@ -44,8 +44,8 @@ def main() -> None:
         raise InputError(f"--split {args.split}: there are too few training images to hold some out")
     table = tables[args.split]
     config = detector.config
-    classes = [dict(zip(of.category_ids, of.class_names, strict=True)) for of in (config, table)]
-    if classes[0] != classes[1]:
+    trained, listed = (dict(zip(part.category_ids, part.class_names, strict=True)) for part in (config, table))
+    if trained != listed:
         raise InputError(
             f"{table.source}: its categories are not the {len(config.class_names)} classes that {args.checkpoint} was "
             "trained for; evaluate on the data set that it was trained on, with the same --classes"
@@ -60,7 +60,7 @@ def main() -> None:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "metrics.json", metrics)
-        write_json(output / "predictions.json", predictions.coco(table))
+        write_json(output / "predictions.json", predictions.coco(table.image_ids, table.category_ids))
         print(f"{args.split}: {len(table)} images at {preset.long_side}x{preset.short_side}\n{metrics_table(metrics)}")
         for image in predictions.unreadable:
             print(f"unreadable image, no detections: {unreadable_reason(table, image)}")

@@ -8,7 +8,6 @@ in each row.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from tqdm import tqdm
 
 from direct_pt.batch import Detections, Sample, collate
 from direct_pt.checkpoint import from_pretrained
-from direct_pt.coco_eval import mask_run_lengths
+from direct_pt.coco_eval import Predictions
 from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
-from direct_pt.models.detector import DetectorConfig
 from direct_pt.models.masks import paste_masks
 from direct_pt.transforms import TestPreset
 from direct_pt.visualize import draw_detections
@@ -75,41 +73,19 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
     return [(path, picture) for picture, path in found.items()]
 
 
-def results(
-    found: Detections, image_id: int, path: Path, size: tuple[int, int], config: DetectorConfig
-) -> list[dict[str, object]]:
-    """The rows of one image of `size` (height, width) in COCO's results format."""
-    boxes = found.boxes.double().numpy()
-    boxes[:, 2:] -= boxes[:, :2]
-    values = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-    rows: list[dict[str, object]] = [
-        {
-            "image_id": image_id,
-            "file_name": str(path),
-            "category_id": config.category_ids[label],
-            "category_name": config.class_names[label],
-            "bbox": box,
-            "score": score,
-        }
-        for box, score, label in values
-    ]
+def draw(photo: Image.Image, found: Detections, class_names: tuple[str, ...]) -> Image.Image:
+    """One image with its detections."""
+    values = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+    captions = [f"{class_names[label]} {score:.2f}" for label, score in values]
+    boxes, masks = found.boxes.numpy(), None
     if found.masks is not None:
-        masks = mask_run_lengths(found.masks.numpy(), found.boxes.numpy(), np.tile(size, (len(rows), 1)))
-        for row, mask in zip(rows, masks, strict=True):
-            row["segmentation"] = mask
-    return rows
-
-
-def whole_masks(found: Detections, size: tuple[int, int]) -> Iterator[np.ndarray] | None:
-    """One image's masks, [height, width] bool each, made one after another; None of box detectors."""
-    if found.masks is None:
-        return None
-    pairs = zip(found.masks.numpy(), found.boxes.numpy(), strict=True)
-    return (paste_masks(probabilities[None], box[None], size)[0] for probabilities, box in pairs)
+        size, pairs = (photo.height, photo.width), zip(found.masks.numpy(), boxes, strict=True)
+        masks = (paste_masks(probabilities[None], box[None], size)[0] for probabilities, box in pairs)  # one at a time
+    return draw_detections(photo, boxes, found.labels.numpy(), captions, masks)
 
 
 def main() -> None:
-    """Predict."""
+    """Predict, batch by batch: rows are written and pictures drawn before the next one."""
     p = make_parser(__doc__ or "")
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
@@ -132,12 +108,25 @@ def main() -> None:
         ImageFiles([path for path, _ in files], preset, decoding), args.micro_batch_size, collate_fn=collate,
         num_workers=args.num_workers,
     )  # fmt: skip
+    image_ids = np.arange(1, len(files) + 1)
+    class_names = dict(zip(config.category_ids, config.class_names, strict=True))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     partial, unreadable, rows = args.output_dir / ".predictions.json.partial", 0, 0
     with partial.open("w") as file, tqdm(total=len(files), desc="predict", unit="image") as bar:
         for batch in loader:
             with accelerator.autocast():
-                found = detector.detect(batch.to(accelerator.device)).to("cpu")
+                found = detector.detect(batch.to(accelerator.device)).to("cpu").above(args.score_threshold)
+            for result in Predictions.of_batch(batch, found).coco(image_ids, config.category_ids):
+                image_id, category_id = result["image_id"], result["category_id"]
+                row = {
+                    "image_id": image_id,
+                    "file_name": str(files[image_id - 1][0]),
+                    "category_id": category_id,
+                    "category_name": class_names[category_id],
+                    **result,
+                }
+                file.write((",\n" if rows else "[\n") + json.dumps(row))
+                rows += 1
             for position, index in enumerate(batch.indices.tolist()):
                 path, picture = files[index]
                 bar.update()
@@ -145,22 +134,10 @@ def main() -> None:
                     unreadable += 1
                     bar.write(f"unreadable, skipped: {path}")
                     continue
-                mine = found.of_image(position).above(args.score_threshold)
-                height, width = batch.original_sizes[position].tolist()
-                for row in results(mine, index + 1, path, (height, width), config):
-                    file.write((",\n" if rows else "[\n") + json.dumps(row))
-                    rows += 1
-                captions = [
-                    f"{config.class_names[label]} {score:.2f}"
-                    for label, score in zip(mine.labels.tolist(), mine.scores.tolist(), strict=True)
-                ]
                 photo = Image.fromarray(read_image(path, decoding=decoding))
-                drawn = draw_detections(
-                    photo, mine.boxes.numpy(), mine.labels.numpy(), captions, whole_masks(mine, (height, width))
-                )
                 target = args.output_dir / picture
                 target.parent.mkdir(parents=True, exist_ok=True)
-                drawn.save(target, quality=92)
+                draw(photo, found.of_image(position), config.class_names).save(target, quality=92)
         file.write("\n]\n" if rows else "[]\n")
     partial.replace(args.output_dir / "predictions.json")
     if unreadable == len(files):

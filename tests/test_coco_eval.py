@@ -15,8 +15,9 @@ from conftest import CocoFolder, MakeCocoFolder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from direct_pt import coco_eval
 from direct_pt.coco_eval import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
-from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.annotations import AnnotationTable, Segmentations
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.images import read_image
 from direct_pt.data.sources import load_split
@@ -77,7 +78,8 @@ def synthetic_set(folder: CocoFolder, rng: np.random.Generator) -> tuple[dict[st
             box = np.concatenate([rng.uniform(0, 400, 2), rng.uniform(0.5, 1.5, 2) * side]).round(2)
             category = int(rng.choice([3, 3, 3, 9, 20, 21]))
             crowd = int(category == 20 or rng.random() < 0.1)
-            area = float(box[2] * box[3] * rng.uniform(0.4, 1))  # as of a mask
+            odd = rng.choice([0, 1023.99, 1024, 1024.01, 9216, 9216.01, 1e9])  # around the limits of the sizes
+            area = float(odd if rng.random() < 0.3 else box[2] * box[3] * rng.uniform(0.4, 1))  # as of a mask
             annotations.append(
                 {"image_id": image_id, "category_id": category, "bbox": box.tolist(), "area": area, "iscrowd": crowd}
             )
@@ -101,8 +103,10 @@ def synthetic_set(folder: CocoFolder, rng: np.random.Generator) -> tuple[dict[st
     return folder.content, [results[row] for row in rng.permutation(len(results))]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5, 6])
+def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, and in several blocks of images."""
+    monkeypatch.setattr(coco_eval, "IMAGES_AT_ONCE", 3)
     folder = coco_folder([(8, 8)] * 10)
     for image in folder.content["images"]:
         image["height"], image["width"] = SIZE
@@ -113,23 +117,75 @@ def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int) -> None:
     ordered = sorted(results, key=lambda result: table.image_ids.tolist().index(result["image_id"]))
     metrics = coco_metrics(table, predictions)
 
-    expected = pycocotools_figures(truth, ordered)
     assert list(metrics["bbox"]) == list(METRICS)
-    np.testing.assert_allclose(list(metrics["bbox"].values()), expected, rtol=0, atol=1e-12)
+    assert list(metrics["bbox"].values()) == pycocotools_figures(truth, ordered)
     assert 0.05 < metrics["bbox"]["AP"] < 0.9
 
     assert set(metrics["per_class"]) == set(CLASSES.values())
     for category_id, name in CLASSES.items():
         row = metrics["per_class"][name]
-        figures = pycocotools_figures(truth, ordered, category_id)
-        assert [row["bbox"]["AP"], row["bbox"]["AP50"]] == pytest.approx(figures[:2], abs=1e-12)
-        mine = [a for a in truth["annotations"] if a["category_id"] == category_id and not a["iscrowd"]]
-        assert row["objects"] == len(mine)
+        assert [row["bbox"]["AP"], row["bbox"]["AP50"]] == pycocotools_figures(truth, ordered, category_id)[:2]
+        real = [a for a in truth["annotations"] if a["category_id"] == category_id and not a["iscrowd"]]
+        assert row["objects"] == len(real)
         assert (row["bbox"]["AP"] >= 0) == (category_id in PRESENT)
     assert metrics["per_class"]["never found"]["bbox"]["AP"] == 0
     json.dumps(metrics, allow_nan=False)
     text = metrics_table(metrics)
     assert "many" in text and "never there" not in text
+
+
+def test_thousands_of_images() -> None:
+    """To the last bit too. Images lie in another order than their ids, by which equal scores rank."""
+    rng = np.random.default_rng(0)
+    images, classes, objects, detections = 2500, 4, 4000, 30000
+    image_of = np.sort(rng.integers(images, size=objects))
+    boxes = np.concatenate([rng.uniform(0, 400, (objects, 2)), rng.lognormal(4, 1, (objects, 2))], axis=1)
+    labels, crowd = rng.integers(classes - 1, size=objects), rng.random(objects) < 0.05
+    areas = np.where(rng.random(objects) < 0.2, rng.choice([0, 1024, 9216], objects), boxes[:, 2:].prod(axis=1))
+    empty = np.zeros(0)
+    starts, nothing = np.zeros(objects + 1, np.int64), np.zeros(1, np.int64)
+    table = AnnotationTable(
+        source="made up", folder=Path(), file_names=np.zeros(images, "S1"), image_ids=rng.permutation(images) + 10,
+        sizes=np.tile(SIZE, (images, 1)), starts=np.searchsorted(image_of, np.arange(images + 1)), boxes=boxes,
+        labels=labels, areas=areas, crowd=crowd, annotation_ids=np.arange(objects),
+        segmentations=Segmentations(np.zeros((0, 2)), nothing, starts, empty.astype(np.uint8), starts),
+        class_names=tuple("abcd"), category_ids=tuple(range(3, 3 + classes)), repairs={},
+    )  # fmt: skip
+    source = np.sort(rng.integers(objects, size=detections))
+    near = np.abs(boxes[source] * rng.normal(1, rng.choice([0.01, 0.05, 0.3], (detections, 1)), (detections, 4)))
+    found_labels = np.where(rng.random(detections) < 0.8, labels[source], rng.integers(classes, size=detections))
+    scores = rng.random(detections).round(rng.choice([1, 2]))
+    predictions = Predictions(image_of[source], near, scores, found_labels)
+    results = predictions.coco(table.image_ids, table.category_ids)
+    metrics = coco_metrics(table, predictions)
+    assert list(metrics["bbox"].values()) == pycocotools_figures(table.coco(), results)
+    assert 0.1 < metrics["bbox"]["AP"] < 0.9
+    figures = list(metrics["per_class"]["a"]["bbox"].values())
+    assert figures == pycocotools_figures(table.coco(), results, table.category_ids[0])[:2]
+
+
+def test_large_ids_stay_apart(coco_folder: MakeCocoFolder) -> None:
+    """Ids that are the same number as floats: what is found in one image is not found in another."""
+    boxes = [[2.0, 3.0, 10.0, 12.0], [30.0, 5.0, 20.0, 8.0], [5.0, 25.0, 40.0, 10.0]]
+    folder = coco_folder([(40, 60)] * 3)
+    for category in folder.content["categories"]:
+        category["id"] += 10**17
+    for row, image in enumerate(folder.content["images"]):
+        image["id"] = 10**17 + 1 + row
+        folder.content["annotations"].append(
+            {"id": 10**17 + row, "image_id": image["id"], "category_id": 10**17 + 7, "bbox": boxes[row]}
+        )
+    table = folder.load()
+    rows, scores = np.arange(3), np.array([0.9, 0.8, 0.7])
+    metrics = coco_metrics(table, Predictions(rows, np.array(boxes)[[2, 0, 1]], scores, table.labels))
+    assert [metrics["bbox"][name] for name in ("AP", "AP50", "AR1", "AR100")] == [0, 0, 0, 0]
+    right = Predictions(rows, np.array(boxes), scores, table.labels)
+    metrics = coco_metrics(table, right)
+    assert metrics["bbox"]["AR1"] == 1 and metrics["bbox"]["AP"] == pytest.approx(1)
+    results = right.coco(table.image_ids, table.category_ids)
+    assert [(row["image_id"], row["category_id"]) for row in results] == [
+        (10**17 + number, 10**17 + 7) for number in (1, 2, 3)
+    ]
 
 
 def test_perfect_predictions(coco_folder: MakeCocoFolder) -> None:
@@ -147,7 +203,7 @@ def test_no_predictions(coco_folder: MakeCocoFolder) -> None:
     assert [metrics["bbox"][name] for name in ("AP", "AP50", "AR100", "APs", "APm")] == [0, 0, 0, 0, -1]
     assert metrics["per_class"]["seven"] == {"bbox": {"AP": 0, "AP50": 0}, "objects": 1}
     assert metrics["per_class"]["two"] == {"bbox": {"AP": -1, "AP50": -1}, "objects": 0}
-    assert NOTHING.coco(coco_folder([(40, 60)], name="other").load()) == []
+    assert NOTHING.coco(np.array([10]), (2, 7)) == []
 
 
 @pytest.mark.parametrize("found", [0, 3])
@@ -161,7 +217,7 @@ def test_results_carry_the_original_ids(coco_folder: MakeCocoFolder) -> None:
     table = coco_folder([(40, 60)] * 3).load()  # image ids 10, 20, 30; category ids 2, 7
     boxes = np.array([[1.5, 2, 3, 4], [5, 6, 7.25, 8]])
     predictions = Predictions(np.array([0, 2]), boxes, np.array([0.75, 0.5]), np.array([1, 0]))
-    results = predictions.coco(table)
+    results = predictions.coco(table.image_ids, table.category_ids)
     assert results == [
         {"image_id": 10, "category_id": 7, "bbox": [1.5, 2.0, 3.0, 4.0], "score": 0.75},
         {"image_id": 30, "category_id": 2, "bbox": [5.0, 6.0, 7.25, 8.0], "score": 0.5},
@@ -181,7 +237,8 @@ def test_reference_figures(tmp_path: Path) -> None:
     expected = json.loads((REFERENCE / "expected_bbox.json").read_text())["bbox"]
     metrics = coco_metrics(table, predictions)
     assert metrics["bbox"] == pytest.approx(expected, abs=1e-12)
-    assert predictions.coco(table) == sorted(results, key=lambda r: table.image_ids.tolist().index(r["image_id"]))
+    ids = table.image_ids
+    assert predictions.coco(ids, table.category_ids) == sorted(results, key=lambda r: ids.tolist().index(r["image_id"]))
     names = {category["id"]: category["name"] for category in truth["categories"]}
     some = {a["category_id"] for a in truth["annotations"][::40]}
     for category_id in some:

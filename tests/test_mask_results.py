@@ -58,20 +58,18 @@ def result(image_id: int, category_id: int, score: float, mask: np.ndarray) -> J
 
 
 def assert_equal_to_pycocotools(table: AnnotationTable, truth: Json, results: list[Json], every: int = 1) -> Json:
-    """All figures, and those of each class of the truth, or of some of them only: every second, third, ..."""
+    """All figures to the last bit, and those of each class of the truth, or of every second, third, ... of them."""
     images = table.image_ids.tolist()
     results = sorted(results, key=lambda row: images.index(row["image_id"]))  # equal scores rank in this order
     metrics = coco_metrics(table, predictions_of(table, results))
     assert list(metrics) == ["bbox", "segm", "per_class"]
     for kind in ("bbox", "segm"):
         assert list(metrics[kind]) == list(METRICS)
-        expected = pycocotools_figures(truth, results, kind=kind)
-        np.testing.assert_allclose(list(metrics[kind].values()), expected, rtol=0, atol=1e-12)
+        assert list(metrics[kind].values()) == pycocotools_figures(truth, results, kind=kind)
         for category in truth["categories"][::every]:
             figures = metrics["per_class"][category["name"]][kind]
-            expected = pycocotools_figures(truth, results, category["id"], kind)[:2]
             assert list(figures) == ["AP", "AP50"]
-            np.testing.assert_allclose(list(figures.values()), expected, rtol=0, atol=1e-12)
+            assert list(figures.values()) == pycocotools_figures(truth, results, category["id"], kind)[:2]
     json.dumps(metrics, allow_nan=False)
     return metrics
 
@@ -91,9 +89,13 @@ def noisy(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     return moved
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int) -> None:
-    """Polygons in one or several parts, crowds as run lengths of both kinds; results near them, and far too many."""
+@pytest.mark.parametrize("seed", [0, 1, 2, 4, 5])
+def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polygons in one or several parts, crowds as run lengths of both kinds; results near them, and far too many.
+
+    Some objects' areas in the file are not those of their masks, and lie at the limits of the sizes.
+    """
+    monkeypatch.setattr(coco_eval, "IMAGES_AT_ONCE", 3)
     rng = np.random.default_rng(seed)
     folder = coco_folder([(180, 200)] * 7)
     annotations, results = [], []
@@ -110,9 +112,8 @@ def test_equal_to_pycocotools(coco_folder: MakeCocoFolder, seed: int) -> None:
             category = int(rng.choice([2, 7]))
             common = {"image_id": image_id, "category_id": category}
             box = coco_mask.toBbox(encode(mask)).tolist()
-            annotations.append(
-                {**common, "bbox": box, "area": int(mask.sum()), "iscrowd": int(crowd), "segmentation": outline}
-            )
+            area = int(rng.choice([0, 1024, 9216]) if rng.random() < 0.2 else mask.sum())
+            annotations.append({**common, "bbox": box, "area": area, "iscrowd": int(crowd), "segmentation": outline})
             for _ in range(rng.integers(0, 4)):
                 score = round(float(rng.random()), 1)  # many are equal
                 results.append(result(image_id, category, score, noisy(rng, mask)))
@@ -170,7 +171,7 @@ def test_crowd_without_an_outline_counts_with_its_box(coco_folder: MakeCocoFolde
     for row, annotation in enumerate(truth["annotations"]):
         annotation |= {"area": float(table.areas[row]), "iscrowd": int(table.crowd[row])}
     expected = pycocotools_figures(truth, results, kind="segm")
-    np.testing.assert_allclose(list(metrics["segm"].values()), expected, rtol=0, atol=1e-12)
+    assert list(metrics["segm"].values()) == expected
     assert metrics["segm"]["AP50"] == pytest.approx(51 / 101)  # one of two objects found, nothing in its place
 
 
@@ -272,7 +273,7 @@ def test_unreadable_images_and_empty_batches(
     if broken is None:
         detector.roi_head.score_threshold = 1.0
         metrics, found = evaluate(detector, table, TestPreset(64, 96), 2, accelerator, num_workers=0)
-        assert found.masks == [] and found.coco(table) == []
+        assert found.masks == [] and found.coco(table.image_ids, table.category_ids) == []
         expected = []
     else:
         table.path(broken).write_bytes(table.path(broken).read_bytes()[:100])
@@ -299,7 +300,9 @@ def test_shared_between_processes(
             part.device, part.mixed_precision = accelerator.device, accelerator.mixed_precision
             shared = predict_split(detector, table, TestPreset(64, 96), micro_batch_size, part, num_workers=0)
         assert (len(gathered[0].images) == 0) == (micro_batch_size == 8)
-        assert shared.masks is not None and shared.coco(table) == alone.coco(table)
+        assert shared.masks is not None and len(shared.masks) == len(alone.images) > 0
+        rows, expected = (found.coco(table.image_ids, table.category_ids) for found in (shared, alone))
+        assert rows == expected
         gathered.clear()
 
 
@@ -311,7 +314,7 @@ def test_the_order_of_the_classes_is_the_detectors_own(
 
     def categories(by: Detector) -> list[int]:
         found = predict_split(by, table, TestPreset(64, 96), 2, accelerator, num_workers=0)
-        return [row["category_id"] for row in found.coco(table)]
+        return [row["category_id"] for row in found.coco(table.image_ids, table.category_ids)]
 
     one = categories(detector)
     detector.config = replace(detector.config, class_names=("seven", "two"), category_ids=(7, 2))

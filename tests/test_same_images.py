@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
         found = predict_split(from_pretrained(run), table, PRESET, 8, Accelerator(cpu=True), 0)
     content = json.loads((folder / "demo/annotations/instances_train.json").read_text())
     inside = [
-        row for row in found.coco(table)[::7]
+        row for row in found.coco(table.image_ids, table.category_ids)[::7]
         if min(row["bbox"][2:]) > 2 and row["bbox"][0] + row["bbox"][2] < 64 and row["bbox"][1] + row["bbox"][3] < 64
     ]  # fmt: skip
     content["annotations"] = [

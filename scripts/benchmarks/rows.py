@@ -17,7 +17,7 @@ import torch
 Row = dict[str, Any]
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "opencv-python-headless", "pycocotools",
-    "faster-coco-eval",
+    "hotcoco",
 )  # fmt: skip
 
 
