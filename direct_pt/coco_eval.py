@@ -19,10 +19,9 @@ from direct_pt.data.loader import evaluation_loader, read_batches
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
-from direct_pt.models.masks import MASK_THRESHOLD, encode_masks, paste_windows
+from direct_pt.models.mask_encoding import mask_run_lengths
 from direct_pt.transforms import TestPreset
 
-MASKS_AT_ONCE = 64  # pasted and encoded together
 IMAGES_AT_ONCE = 100  # scored together: their objects and detections take many times the room of the arrays
 
 # The twelve figures of COCO's summary, in its order. -1 where no object is of that size.
@@ -223,23 +222,3 @@ def metrics_table(metrics: dict[str, Any]) -> str:
             figures = [f"{row[kind][name]:{len(label)}.3f}" for kind, name, label in columns]
             lines.append("  ".join([f"{class_name:{width}}", f"{row['objects']:7d}", *figures]))
     return "\n".join(lines)
-
-
-def mask_run_lengths(probabilities: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> list[dict[str, Any]]:
-    """Detections' masks as COCO's compressed run lengths.
-
-    Args:
-        probabilities: [D, m, m] inside the boxes.
-        boxes: [D, 4] (x1, y1, x2, y2) in the original images' pixels.
-        sizes: [D, 2] (height, width) of those images.
-    """
-    encoded: list[dict[str, Any]] = []
-    for first in range(0, len(boxes), MASKS_AT_ONCE):
-        rows = slice(first, first + MASKS_AT_ONCE)
-        windows = paste_windows(probabilities[rows], boxes[rows], sizes[rows])
-        corners, masks = [], []
-        for corner, inside in windows:
-            corners.append(corner)
-            masks.append(inside >= MASK_THRESHOLD)
-        encoded += encode_masks(corners, masks, sizes[rows])
-    return encoded

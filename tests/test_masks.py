@@ -17,7 +17,8 @@ from torchvision.ops import roi_align
 from direct_pt import transforms
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
 from direct_pt.models import masks
-from direct_pt.models.masks import MaskHead, encode_masks, mask_targets, paste_mask, paste_masks
+from direct_pt.models.mask_encoding import encode_masks
+from direct_pt.models.masks import MaskHead, mask_targets, paste_mask, paste_masks
 from direct_pt.transforms import Geometry, render
 
 HEIGHT, WIDTH = 480, 640  # of the original images

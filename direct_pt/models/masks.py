@@ -3,12 +3,10 @@
 Semantics follow MMDetection's FCNMaskHead and BitmapMasks.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -180,50 +178,3 @@ def _interpolation(
     weights[np.arange(len(box)), column] = 1 - (places - below)
     weights[np.arange(len(box)), column + 1] = 1 - (below + 1 - places)
     return [weights[end - count : end, 2:-2] for count, end in zip(counts.tolist(), ends.tolist(), strict=True)]
-
-
-def encode_masks(
-    corners: Sequence[tuple[int, int]], masks: Sequence[np.ndarray], sizes: np.ndarray
-) -> list[dict[str, Any]]:
-    """Masks as COCO's compressed run lengths. The time it takes depends on the masks' sizes, not on the images'.
-
-    A mask's run lengths are the distances between its changes: the places, counted down the image's columns, where 0
-    follows 1 or 1 follows 0. They are found in all masks at once.
-
-    Args:
-        corners: D (top, left), where each mask's first pixel lies in its image.
-        masks: D of [h, w] bool.
-        sizes: [D, 2] (height, width) of the images.
-    """
-    # All masks in one array, column by column, with a zero above and below each column.
-    shapes = np.array([mask.shape for mask in masks], np.int64).reshape(-1, 2)
-    heights = shapes[:, 0] + 2
-    ends = np.cumsum(heights * shapes[:, 1])
-    flat = np.zeros(ends[-1] if len(ends) else 0, bool)
-    for mask, height, end in zip(masks, heights.tolist(), ends.tolist(), strict=True):
-        flat[end - height * mask.shape[1] : end].reshape(-1, height)[:, 1:-1] = mask.T
-    places = np.flatnonzero(flat[1:] != flat[:-1])
-    owner = np.searchsorted(ends, places, side="right")  # the mask of each change
-    column, row = np.divmod(places - (ends - heights * shapes[:, 1])[owner], heights[owner])
-    tops, lefts = np.array(corners, np.int64).reshape(-1, 2).T
-    changes = (lefts[owner] + column) * sizes[owner, 0] + tops[owner] + row  # counted in the whole image
-    # A run that ends at the image's bottom joins the next one, if that begins at the top of the next column.
-    joined = (changes[1:-1:2] == changes[2::2]) & (owner[1:-1:2] == owner[2::2])
-    kept = np.ones(len(changes), bool)
-    kept[1:-1] = np.repeat(~joined, 2)
-    changes, owner = changes[kept], owner[kept]
-
-    # Between an edge at 0 and one at the image's end, each mask's changes: the runs are the differences.
-    last = np.cumsum(np.bincount(owner, minlength=len(masks)) + 2) - 1
-    edges = np.zeros(len(changes) + 2 * len(masks), np.int64)
-    edges[np.arange(len(changes)) + 2 * owner + 1] = changes
-    edges[last] = sizes[:, 0] * sizes[:, 1]
-    lengths, encoded, start = np.diff(edges).tolist(), [], 0
-    for size, stop in zip(sizes.tolist(), last.tolist(), strict=True):
-        counts = lengths[start:stop]
-        if len(counts) > 1 and not counts[-1]:  # COCO omits an empty last run
-            counts.pop()
-        run_lengths = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
-        encoded.append({"size": size, "counts": run_lengths["counts"].decode()})
-        start = stop + 1
-    return encoded

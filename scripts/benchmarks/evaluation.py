@@ -33,10 +33,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import Row, in_process, peak_gib, row, seconds
-from direct_pt.coco_eval import METRICS, Predictions, coco_metrics, mask_run_lengths
+from direct_pt.coco_eval import METRICS, Predictions, coco_metrics
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
 from direct_pt.flags import positive_integer
+from direct_pt.models.mask_encoding import mask_run_lengths
 
 HEIGHT, WIDTH = 480, 640
 OBJECTS, DETECTIONS, CLASSES = 7.2, 100, 80  # an image, an image, in all

@@ -25,7 +25,7 @@ from benchmarks.memory import CLASSES, Case, make_training, paper_config
 from benchmarks.rows import Row, row, seconds
 from benchmarks.synthetic import COCO_IMAGES, write_coco_annotations
 from direct_pt.checkpoint import save_model
-from direct_pt.coco_eval import Predictions, mask_run_lengths
+from direct_pt.coco_eval import Predictions
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import SampleOrder
@@ -34,6 +34,7 @@ from direct_pt.distributed.launch import make_accelerator
 from direct_pt.files import write_tensors
 from direct_pt.models.detector import MODELS, Detector
 from direct_pt.models.layers import running_statistics
+from direct_pt.models.mask_encoding import mask_run_lengths
 from direct_pt.recipes import STAGES
 from direct_pt.training.checkpoints import TrainingState, load_training_state, save_training_state
 from direct_pt.training.micro_batch import training_batch
