@@ -8,7 +8,9 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import datasets
-import malformed_coco  # noqa: F401 - each adds its cases to CASES
+import malformed_coco
+import malformed_hub
+import malformed_labels
 import numpy as np
 import pytest
 import small_runs as runs
@@ -26,6 +28,7 @@ FOLLOWING = (  # what follows from an image or a class that is left out
     "'images' is empty; there is nothing to read",
     "none of its images can be read; the errors before this one say why",
 )
+CASE_FILES = (malformed_coco, malformed_hub, malformed_labels)  # each adds its cases to CASES when it is imported
 IN_PROCESSES = ("plain box negative width", "voc billion laughs", "metadata name outside")
 
 
