@@ -22,12 +22,22 @@ from direct_pt.data.sources import load_split
 from direct_pt.distributed.launch import make_accelerator
 from direct_pt.transforms import PretrainPreset
 
-LONGEST = (
-    "test_launch", "test_deepspeed", "test_training", "test_resume", "test_faults", "test_spread", "test_benchmark",
-    "test_skipped_steps", "test_divergence", "test_micro_batch", "test_two_nodes", "test_five_detectors",
-    "test_golden", "test_stream", "test_same_images", "test_odd_sets", "test_malformed", "test_real_data",
-    "test_check_data", "test_image_cache",
+# Launchers, DeepSpeed, two hosts, faults, fuzz, benchmarks, and what else takes minutes: `make test` leaves them out.
+SLOW = (
+    "test_launch", "test_deepspeed", "test_faults", "test_spread", "test_benchmark", "test_two_nodes",
+    "test_five_detectors", "test_stream", "test_same_images", "test_odd_sets", "test_real_data", "test_check_data",
+    "test_image_cache", "test_fuzz", "test_memory", "test_checkpointing", "test_compile", "test_demo_data",
+    "test_import_mmdet", "test_micro_batch", "test_backbones", "test_backbone_weights",
 )  # fmt: skip
+LONGEST = (
+    *SLOW,
+    "test_training",
+    "test_resume",
+    "test_skipped_steps",
+    "test_divergence",
+    "test_golden",
+    "test_malformed",
+)
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 
 
@@ -42,8 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: else one of pytest-xdist's workers would end long before another."""
+    """Mark the slow files' tests; those that take longest come first: else one of pytest-xdist's workers would end long
+    before another."""
     places = {name: place for place, name in enumerate(LONGEST)}
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
