@@ -31,7 +31,14 @@ def saved(run: Path, step: int) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize("launcher", ["plain", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "plain",
+        pytest.param("deepspeed_zero2", marks=pytest.mark.slow),
+        pytest.param("deepspeed_zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_one_process_meets_it_and_both_skip(launcher: str, demo: Path, tmp_path: Path) -> None:
     """Step 2 of 3 changes nothing but the count; step 3 goes on from step 1."""
     run, flags = tmp_path / "run", ("2", "--data", demo, *FLAGS, "--max-steps", 3)
