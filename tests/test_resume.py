@@ -22,6 +22,7 @@ from direct_pt.coco_eval import evaluate
 from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.training import start
 from direct_pt.training.loop import StepOutcome, Trainer
+from direct_pt.training.resume import launcher_id
 from direct_pt.training.signals import ECHO_SECONDS
 
 pytestmark = runs.cpu_only
@@ -280,6 +281,14 @@ def test_a_restart_by_the_launcher_goes_on(
     (run / "config.json").write_text(json.dumps(config))
     train(run, demo, *flags)
     assert_same_run(run, without_batchnorm, 3)
+
+
+def test_a_parent_outside_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process of a container has the parent 0, which is no process there."""
+    own = launcher_id()
+    assert own == launcher_id() and not own.endswith("unknown")
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    assert launcher_id().endswith(" 0 unknown")
 
 
 # Options

@@ -11,6 +11,7 @@ import pytest
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
 from direct_pt.recipes import STAGES, recipe_name
+from direct_pt.training.banner import recipe_text
 from direct_pt.training.plan import Plan, make_plan
 from direct_pt.training.resume import resumed_plan
 from direct_pt.training.settings import FinetuneFlags, PretrainFlags, ScheduleOptions, parse_flags
@@ -190,6 +191,21 @@ def test_the_small_batch_on_many_processes(stage: str, batches: dict[int, tuple[
         seen = {"pretrain": 32_000, "finetune": 4_000}[stage]
         assert p.total_steps * batch == pytest.approx(seen, abs=batch)
         assert batch == alone or any(f"x {batch} / {alone}" in note for note in p.notes)
+
+
+def test_the_banner_names_the_numbers() -> None:
+    """Of the small recipe beside the paper's; of the paper's where flags replace some."""
+    paper = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", False)
+    small = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", False, "small")
+    text = recipe_text(small, paper, plan("pretrain", images=300), is_given=False)
+    assert text == (
+        "small (under 5,000 training images): batch 8, lr 0.01, warm-up 200 steps; the paper's (--recipe paper): 64, "
+        "0.08, 500"
+    )
+    assert recipe_text(paper, paper, plan("pretrain"), is_given=False) == "the paper's"
+    changed = plan("pretrain", "--global-batch-size", 32, "--lr", 0.01, "--warmup-steps", 50)
+    text = recipe_text(paper, paper, changed, is_given=True)
+    assert text == "the paper's (--recipe paper), with batch 32, lr 0.01, warm-up 50 steps"
 
 
 def test_floor_of_the_small_recipe() -> None:

@@ -48,7 +48,7 @@ class Run:
 
     Attributes:
         title: of the stage, "pretrain" or "finetune".
-        options: where it is written, and how often something is saved or said.
+        options: where it is written, and how often something is saved or logged.
         recipe: whose numbers are the plan's defaults.
         plan: batch, steps and learning rate.
         clip_grad_norm: maximum norm of a step's gradient; None for no limit.

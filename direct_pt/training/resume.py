@@ -148,8 +148,12 @@ def check_flags(flags: Flags, path: Path) -> None:
 
 def launcher_id() -> str:
     """Which process started this one: host, number and start time, as numbers are used again."""
-    parent = psutil.Process(os.getppid())
-    return f"{socket.gethostname()} {parent.pid} {parent.create_time():.2f}"
+    number = os.getppid()
+    try:
+        start = f"{psutil.Process(number).create_time():.2f}"
+    except psutil.Error:  # it is outside this container, or has ended
+        start = "unknown"
+    return f"{socket.gethostname()} {number} {start}"
 
 
 def read_launcher(path: Path) -> str | None:

@@ -66,16 +66,16 @@ class DetectorOptions:
     backbone: str | None = flag(
         None, "any timm network with maps at strides 4 to 32 (paper: by --model)", metavar="NAME"
     )
-    norm: str | None = flag(None, "(paper: batch)", choices=["batch", "group"])
+    norm: str | None = flag(None, "normalisation layers (paper: batch)", choices=["batch", "group"])
     box_head: str | None = flag(None, "(paper: 4conv1fc; Cascade R-CNN 2fc)", choices=list(BOX_HEADS))
     channels: int | None = flag(
         None, "width of the pyramid and heads (paper: 256)", whole_number(1, 16_384), metavar="N"
     )
     rois_per_image: int | None = flag(
-        None, "that the second stage learns from (paper: 512)", whole_number(1, 100_000), metavar="N"
+        None, "RoIs of an image that the second stage learns from (paper: 512)", whole_number(1, 100_000), metavar="N"
     )
     proposals: int | None = flag(
-        None, "an image, that leave the RPN (paper: 1000)", whole_number(1, 100_000), metavar="N"
+        None, "boxes of an image that the RPN proposes (paper: 1000)", whole_number(1, 100_000), metavar="N"
     )
 
     def applied_to(self, config: DetectorConfig, short_side: int, long_side: int) -> DetectorConfig:
@@ -126,8 +126,8 @@ class PretrainImageOptions:
 class FinetuneImageOptions:
     """The size that images are fitted into in stage 2."""
 
-    short_side: int = flag(SHORT_SIDE, "images fit in", pixels, metavar="PIXELS")
-    long_side: int = flag(LONG_SIDE, "images fit in", pixels, metavar="PIXELS")
+    short_side: int = flag(SHORT_SIDE, "limit of the shorter side of images", pixels, metavar="PIXELS")
+    long_side: int = flag(LONG_SIDE, "limit of the longer side", pixels, metavar="PIXELS")
 
     def __post_init__(self) -> None:
         if self.short_side > self.long_side:
@@ -186,7 +186,7 @@ class ScheduleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(DeviceOptions):
-    """Where a run is written, how the machine is used, and how often something is saved or said."""
+    """Where a run is written, how the machine is used, and how often something is saved or logged."""
 
     output_dir: Path = flag(MISSING, "the folder that the run is written to", Path, metavar="RUN", on_resume=FREE)
     resume: bool = flag(False, "from the newest checkpoint in --output-dir, if any", on_resume=FREE)
@@ -197,7 +197,7 @@ class RunOptions(DeviceOptions):
     compile: bool = flag(
         False, "compile the backbone in the first steps, which takes minutes: meant for GPUs, no gain on a CPU"
     )
-    seed: int = flag(0, "of weights, order and augmentation", whole_number(0, 2**32 - 1), metavar="N")
+    seed: int = flag(0, "of weights, order of images and augmentation", whole_number(0, 2**32 - 1), metavar="N")
     save_every: int = flag(1000, "between two checkpoints", positive_integer, metavar="STEPS", on_resume=FREE)
     keep_checkpoints: int = flag(2, "the newest that stay", positive_integer, metavar="N", on_resume=FREE)
     log_every: int = flag(20, "between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
