@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import CocoFolder, MakeCocoFolder
 from pycocotools import mask as coco_mask
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from direct_pt.data import table_cache
@@ -22,7 +24,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import load_split
-from direct_pt.data.table_cache import MANIFEST, OUTLINES, ROWS, CachedTable, cache_root
+from direct_pt.data.table_cache import ABOUT, OUTLINES, ROWS, CachedTable, cache_root
 from direct_pt.errors import InputError
 from direct_pt.transforms import PretrainPreset
 
@@ -78,10 +80,10 @@ def uncached(paths: CocoSplit) -> AnnotationTable:
     return table
 
 
-def cached_folder(root: Path) -> Path:
-    """The one folder of a table; nothing else lies beside it."""
-    (folder,) = (root / "annotations").iterdir()
-    return folder
+def cached_file(root: Path) -> Path:
+    """The one file of a table; nothing else lies beside it."""
+    (file,) = (root / "annotations").iterdir()
+    return file
 
 
 def other_content(paths: CocoSplit) -> None:
@@ -149,7 +151,7 @@ def test_the_same_file_under_other_names(
         table = load_split(CocoSplit(Path(name) / "pictures", Path(name) / "labels.json"))
         assert (table.source, table.folder) == (f"{name}/labels.json", Path(name) / "pictures")
         assert area(table) == 33.5 and table.path(0) == Path(f"{name}/pictures/0.png")
-    cached_folder(root)
+    cached_file(root)
 
 
 def test_another_image_folder(folder: CocoFolder, root: Path, tmp_path: Path) -> None:
@@ -167,9 +169,10 @@ def test_a_file_in_place_of_another(folder: CocoFolder, root: Path) -> None:
     """Copied with its time, as rsync and tar do: only as long as path, size and time agree is it taken for the same."""
     paths = folder.write()
     load_split(paths)
-    manifest = json.loads((cached_folder(root) / MANIFEST).read_text())
+    with safe_open(cached_file(root), "np") as file:
+        about = json.loads(file.metadata()[ABOUT])
     status = paths.annotations.stat()
-    assert manifest["made_from"] == {
+    assert about["made_from"] == {
         "annotations": str(paths.annotations.resolve()),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
@@ -230,47 +233,66 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # What is damaged
 
 
-def cut(path: Path, length: int) -> None:
-    path.write_bytes(path.read_bytes()[:length])
+def cut(length: int) -> Callable[[Path], Any]:
+    return lambda file: file.write_bytes(file.read_bytes()[:length])
 
 
-def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change the manifest."""
+def edit(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change the arrays, or what the metadata says about them."""
 
-    def edited(folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        change(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+    def edited(path: Path) -> None:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            about = json.loads(file.metadata()[ABOUT])
+        change(arrays, about)
+        save_file(arrays, path, {ABOUT: json.dumps(about)})
 
     return edited
 
 
+def with_header(text: str) -> Callable[[Path], Any]:
+    return lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "array cut short": (lambda f: cut(f / "boxes.npy", 200), "boxes.npy: "),
-    "array's header cut short": (lambda f: cut(f / "starts.npy", 20), "starts.npy: "),
-    "array empty": (lambda f: cut(f / "labels.npy", 0), "labels.npy: "),
-    "array missing": (lambda f: (f / "coordinates.npy").unlink(), "coordinates.npy is missing"),
+    "empty": (cut(0), "empty"),
+    "header's length cut short": (cut(5), ""),
+    "header cut short": (cut(200), ""),
+    "arrays cut short": (lambda file: file.write_bytes(file.read_bytes()[:-8]), "cannot reshape array"),
+    "no safetensors file": (lambda file: file.write_text("nonsense" * 100), ""),
+    "a length beyond any file": (lambda file: file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:]), ""),
+    "header a list": (with_header("[]"), "its header is damaged: TypeError"),
+    "no metadata": (with_header("{}"), "its header is damaged: KeyError('__metadata__')"),
+    "metadata no JSON": (with_header('{"__metadata__": {"about": "nonsense"}}'), "Expecting value"),
+    "array missing": (edit(lambda arrays, _: arrays.pop("crowd")), "its header is damaged: KeyError('crowd')"),
+    "array of an unknown type": (
+        edit(lambda arrays, _: arrays.update(boxes=arrays["boxes"].astype(np.float16))),
+        "its header is damaged: KeyError('F16')",
+    ),
     "array of another shape": (
-        lambda f: np.save(f / "boxes.npy", np.zeros((5, 4))),
-        "boxes.npy holds <f8 [5, 4] in place of <f8 [4, 4]",
+        edit(lambda arrays, _: arrays.update(boxes=np.zeros((5, 4)))),
+        "boxes is float64 [5, 4] in place of float64 [4, 4]",
     ),
     "array of another type": (
-        lambda f: np.save(f / "boxes.npy", np.zeros((4, 4), np.float32)),
-        "boxes.npy holds <f4 [4, 4] in place of <f8 [4, 4]",
+        edit(lambda arrays, _: arrays.update(boxes=np.zeros((4, 4), np.int64))),
+        "boxes is int64 [4, 4] in place of float64 [4, 4]",
     ),
-    "array pickled": (lambda f: np.save(f / "crowd.npy", np.array([{}] * 4), allow_pickle=True), "crowd.npy: "),
-    "array no array": (lambda f: (f / "areas.npy").write_text("nonsense"), "areas.npy: "),
-    "array a folder": (
-        lambda f: [(f / "areas.npy").unlink(), (f / "areas.npy").mkdir()],
-        "areas.npy",
+    "names of one dimension": (edit(lambda arrays, _: arrays.update(file_names=np.zeros(4, np.uint8))), "IndexError"),
+    "starts that fall": (
+        edit(lambda arrays, _: arrays["starts"].__setitem__(1, 9)),
+        "starts does not rise from 0 to 4",
     ),
-    "manifest cut short": (lambda f: cut(f / MANIFEST, 100), "manifest.json: "),
-    "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json holds no object"),
-    "manifest without arrays": (edit(lambda m: m.pop("arrays")), "manifest.json is damaged: KeyError('arrays')"),
-    "manifest without a name": (edit(lambda m: m["arrays"].pop("crowd")), "manifest.json is damaged: KeyError('crowd"),
-    "manifest with other things": (edit(lambda m: m.update(class_names=3)), "manifest.json is damaged: TypeError"),
-    "another version": (edit(lambda m: m.update(version=99)), "of version 99, this program's is 2"),
-    "no version": (edit(lambda m: m.pop("version")), "of version None"),
+    "starts beyond the end": (
+        edit(lambda arrays, _: arrays["polygon_starts"].__setitem__(-1, 99)),
+        "polygon_starts does not rise from 0 to 8",
+    ),
+    "labels beyond the classes": (
+        edit(lambda arrays, _: arrays["labels"].__setitem__(0, 2)),
+        "labels of other classes than the 2 named",
+    ),
+    "classes that are no list": (edit(lambda _, about: about.update(class_names=3)), "header is damaged: TypeError"),
+    "another version": (edit(lambda _, about: about.update(version=99)), "of version 99, this program's is 3"),
+    "no version": (edit(lambda _, about: about.pop("version")), "its header is damaged: KeyError('version')"),
 }
 
 
@@ -280,24 +302,16 @@ def test_damaged(case: str, folder: CocoFolder, root: Path, capsys: pytest.Captu
     paths = folder.write()
     load_split(paths)
     damage, words = DAMAGES[case]
-    damage(cached_folder(root))
+    damage(cached_file(root))
     assert capsys.readouterr().err == ""
     table = load_split(paths)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {cached_folder(root)}: the cached annotations cannot be used (")
+    assert line.startswith(f"warning: {cached_file(root)}: the cached annotations cannot be used (")
     assert words in line and str(paths.annotations) in line
     assert_equal(table, uncached(paths))
     other_content(paths)
     assert area(load_split(paths)) == 33.5
     assert capsys.readouterr().err == ""
-
-
-def test_a_folder_without_a_manifest(folder: CocoFolder, root: Path) -> None:
-    paths = folder.write()
-    load_split(paths)
-    (cached_folder(root) / MANIFEST).unlink()
-    assert isinstance(load_split(paths), CachedTable)
-    assert (cached_folder(root) / MANIFEST).exists()
 
 
 # Where it cannot be written
@@ -328,14 +342,15 @@ def test_a_file_in_its_place(
     assert (tmp_path / place).is_file()
 
 
-def test_a_file_in_place_of_the_table(folder: CocoFolder, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_place_of_the_table(folder: CocoFolder, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be the user's, so it stays."""
     paths = folder.write()
     load_split(paths)
-    place = cached_folder(root)
-    shutil.rmtree(place)
-    place.touch()
-    assert isinstance(load_split(paths), CachedTable)
-    assert cached_folder(root).is_dir() and capsys.readouterr().err == ""
+    place = cached_file(root)
+    place.unlink()
+    place.mkdir()
+    assert "Is a directory" in refused_to_write(paths, capsys)
+    assert list(place.iterdir()) == []
 
 
 def test_no_home_directory(
@@ -414,7 +429,7 @@ def test_several_write_at_once(folder: CocoFolder, root: Path, capfd: pytest.Cap
         assert worker.exitcode == 0
     assert capfd.readouterr().err == ""
     assert_equal(load_split(paths), uncached(paths))
-    cached_folder(root)
+    cached_file(root)
 
 
 def test_a_table_outlives_its_cache(folder: CocoFolder, root: Path) -> None:
@@ -427,38 +442,23 @@ def test_a_table_outlives_its_cache(folder: CocoFolder, root: Path) -> None:
     os.utime(paths.annotations, ns=(later, later))
     assert area(load_split(paths)) == 44.5
     assert_equal(table, expected)
-    assert_equal(pickle.loads(pickle.dumps(table)), expected)  # no longer by the folder, which is another's
+    assert_equal(pickle.loads(pickle.dumps(table)), expected)  # no longer by the file, which is another's
     shutil.rmtree(root)
     assert_equal(table, expected)
     assert_equal(pickle.loads(pickle.dumps(table)), expected)
 
 
-def test_replaced_while_it_is_opened(folder: CocoFolder, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays of two tables are never mixed."""
+def test_replaced_before_a_worker_opens_it(folder: CocoFolder, root: Path) -> None:
+    """A worker never gets another table than its parent."""
     paths = folder.write()
-    load_split(paths)
-    later = time.time_ns()
-    real = table_cache._map_array
-
-    def slow(path: Path, *about: Any) -> np.ndarray:
-        if path.name == "areas.npy":
-            with monkeypatch.context() as patch:
-                patch.setattr(table_cache, "_map_array", real)
-                other_content(paths)
-                os.utime(paths.annotations, ns=(later, later))
-                load_split(paths)
-        return real(path, *about)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(table_cache, "_map_array", slow)
-        folder_now = cached_folder(root)
-        manifest = json.loads((folder_now / MANIFEST).read_text())
-        with pytest.raises(table_cache._Outdated):
-            table_cache._load(folder_now, manifest["made_from"], paths.annotations, paths.images)
-    assert area(load_split(paths)) == 44.5
+    pickled = pickle.dumps(load_split(paths))
+    assert_equal(pickle.loads(pickled), uncached(paths))
+    edit(lambda arrays, about: about.update(repairs={}))(cached_file(root))
+    with pytest.raises(OSError, match="another process replaced it"):
+        pickle.loads(pickled)
 
 
-def test_pickled_by_its_folder(coco_folder: MakeCocoFolder) -> None:
+def test_pickled_by_its_file(coco_folder: MakeCocoFolder) -> None:
     boxes = [{"image_id": 10, "bbox": [1, 1, 5, 5], "segmentation": SQUARE} for _ in range(1000)]
     paths = coco_folder(SIZES, boxes).write()
     table = load_split(paths)

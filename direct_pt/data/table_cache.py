@@ -1,7 +1,7 @@
 """The table of a large annotation file, kept on disk between runs and mapped into memory.
 
-A cached table is a folder: an .npy file per array, and manifest.json, which says from what file it was made and what it
-contains. Reading it takes milliseconds, and all processes of a machine share the same pages of memory.
+A cached table is a safetensors file: the arrays, and as metadata which annotation file it was made from. Opening it
+takes a millisecond, and all processes of a machine share the same pages of memory.
 """
 
 import hashlib
@@ -16,15 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable
 from direct_pt.data.outlines import Segmentations
 
-VERSION = 2  # of the cache's format; caches of other versions are not read
+VERSION = 3  # of the cache's format; caches of other versions are not read
 MIN_BYTES = 8 * 2**20  # smaller annotation files are read in less than a second, and not cached
-MANIFEST = "manifest.json"
-ROWS = ("file_names", "image_ids", "sizes", "starts", "boxes", "labels", "areas", "crowd", "annotation_ids")
-OUTLINES = ("coordinates", "polygon_starts", "object_polygons", "run_lengths", "run_length_starts")
+ABOUT = "about"  # the key of the file's metadata: the table's origin and what is no array, as JSON
+TYPES = {"BOOL": "?", "U8": "u1", "I32": "i4", "I64": "i8", "F64": "f8"}  # safetensors' names, numpy's
+# The arrays' types and shapes: N images, M objects, P polygons, K corners, R bytes of run lengths, W bytes a file name.
+ROWS = {
+    "file_names": "u1 N W",
+    "image_ids": "i8 N",
+    "sizes": "i4 N 2",
+    "starts": "i8 N+1",
+    "boxes": "f8 M 4",
+    "labels": "i8 M",
+    "areas": "f8 M",
+    "crowd": "? M",
+    "annotation_ids": "i8 M",
+}
+OUTLINES = {
+    "coordinates": "f8 K 2",
+    "polygon_starts": "i8 P+1",
+    "object_polygons": "i8 M+1",
+    "run_lengths": "u1 R",
+    "run_length_starts": "i8 M+1",
+}
+LENGTHS = {"starts": "M", "polygon_starts": "K", "object_polygons": "P", "run_length_starts": "R"}  # what starts end at
 Json = dict[str, Any]
 
 
@@ -48,55 +69,57 @@ def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationT
     made_from = _identity(annotations, images)  # before reading, so that a change in the meantime is noticed
     if made_from["size"] < MIN_BYTES:
         return read()
-    folder, problem = None, ""
+    file, problem = None, ""
     try:
         key = hashlib.sha256(f"{made_from['annotations']}\n{made_from['images']}".encode(errors="surrogatepass"))
-        name = f"{Path(made_from['annotations']).stem[:50]}-{key.hexdigest()[:16]}"
-        folder = cache_root() / "annotations" / name
-        return _load(folder, made_from, annotations, images)
+        name = f"{Path(made_from['annotations']).stem[:50]}-{key.hexdigest()[:16]}.safetensors"
+        file = cache_root() / "annotations" / name
+        return _load(file, made_from, annotations, images)
     except (FileNotFoundError, NotADirectoryError, _Outdated):
         pass
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
         problem = f"the cached annotations cannot be used ({error}); reading {annotations} instead"
     table = read()
-    if folder is not None and SIZES_FROM_FILES not in table.repairs:  # sizes may change without the annotation file
+    if file is not None and SIZES_FROM_FILES not in table.repairs:  # sizes may change without the annotation file
         try:
-            _save(table, folder, made_from)
-        except OSError as error:
-            reason = error if error.errno else f"is the disk full? {error}"
+            _save(table, file, made_from)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error  # without the name of the temporary file
             problem = f"the annotations cannot be cached ({reason}); every start will read {annotations}"
         else:
             with suppress(OSError, ValueError, _Outdated):
-                table = _load(folder, made_from, annotations, images)  # frees the memory of the table that was read
+                table = _load(file, made_from, annotations, images)  # frees the memory of the table that was read
     if problem:
-        print(f"warning: {folder or 'cache'}: {problem}", file=sys.stderr, flush=True)
+        print(f"warning: {file or 'cache'}: {problem}", file=sys.stderr, flush=True)
     return table
 
 
 @dataclass
 class CachedTable(AnnotationTable):
-    """A table whose arrays are mapped from files, read-only.
+    """A table whose arrays are mapped from a file, read-only.
 
-    It is pickled as the name of its folder, so that spawned worker processes map the same files. Tables made from it by
+    It is pickled as the name of its file, so that spawned worker processes map the same file. Tables made from it by
     dataclasses.replace are pickled as ordinary tables.
 
     Attributes:
-        cache: the folder.
-        manifest: the content of its manifest.json.
+        cache: the file.
+        header: the file's header, as bytes.
     """
 
     cache: Path | None = field(default=None, init=False, repr=False)
-    manifest: Json = field(default_factory=dict, init=False, repr=False)
+    header: bytes = field(default=b"", init=False, repr=False)
 
     def __getstate__(self) -> Json:
-        if self.cache is not None and _has_manifest(self.cache, self.manifest):
-            return {name: getattr(self, name) for name in ("cache", "manifest", "source", "folder", "decoding")}
+        if self.cache is not None and _read_header(self.cache) == self.header:
+            return {name: getattr(self, name) for name in ("cache", "header", "source", "folder", "decoding")}
         return self.__dict__
 
     def __setstate__(self, state: Json) -> None:
         if "boxes" not in state:
-            mapped = vars(_map(state["cache"], state["manifest"], state["source"], state["folder"]))
-            state = {**mapped, "decoding": state["decoding"]}
+            mapped = _map(state["cache"], state["source"], state["folder"])
+            if mapped.header != state["header"]:
+                raise OSError(f"{state['cache']}: another process replaced it; start again")
+            state = {**vars(mapped), "decoding": state["decoding"]}
         self.__dict__.update(state)
 
 
@@ -115,99 +138,98 @@ def _identity(annotations: Path, images: Path) -> Json:
     }
 
 
-def _load(folder: Path, made_from: Json, annotations: Path, images: Path) -> CachedTable:
-    """The table in `folder`.
+def _load(file: Path, made_from: Json, annotations: Path, images: Path) -> CachedTable:
+    """The table in `file`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no cached table.
         _Outdated: it is of an earlier state of the annotation file.
         OSError, ValueError: it is damaged, or of another version.
     """
-    manifest = _read_manifest(folder)
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"they are of version {manifest.get('version')}, this program's is {VERSION}")
-    if manifest.get("made_from") != made_from:
+    table = _map(file, str(annotations), images)
+    if json.loads(json.loads(table.header)["__metadata__"][ABOUT])["made_from"] != made_from:
         raise _Outdated
-    return _map(folder, manifest, str(annotations), images)
+    return table
 
 
-def _map(folder: Path, manifest: Json, source: str, images: Path) -> CachedTable:
-    """The table in `folder`, whose manifest is known. Raises OSError, ValueError or _Outdated."""
+def _map(file: Path, source: str, images: Path) -> CachedTable:
+    """The table in `file`, of whatever state of the annotation file. Raises OSError or ValueError."""
+    with file.open("rb") as stream:
+        content = np.memmap(stream, np.uint8, mode="r").view(np.ndarray)  # slicing a memmap is slow
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     try:
-        arrays: Json = {
-            name: _map_array(folder / f"{name}.npy", *manifest["arrays"][name]) for name in (*ROWS, *OUTLINES)
-        }
+        header = json.loads(content[8:start].tobytes())
+        about = json.loads(header["__metadata__"][ABOUT])
+        if about["version"] != VERSION:
+            raise ValueError(f"they are of version {about['version']}, this program's is {VERSION}")
+        arrays: Json = {}
+        for name in (*ROWS, *OUTLINES):
+            first, last = header[name]["data_offsets"]
+            values = content[start + first : start + last].view(TYPES[header[name]["dtype"]])
+            arrays[name] = values.reshape(header[name]["shape"])
+        _check(arrays, len(about["class_names"]))
+        arrays["file_names"] = arrays["file_names"].view(f"S{arrays['file_names'].shape[1]}")[:, 0]
         table = CachedTable(
             source=source,
             folder=images,
             **{name: arrays[name] for name in ROWS},
             segmentations=Segmentations(**{name: arrays[name] for name in OUTLINES}),
-            class_names=tuple(manifest["class_names"]),
-            category_ids=tuple(manifest["category_ids"]),
-            repairs=dict(manifest["repairs"]),
+            class_names=tuple(about["class_names"]),
+            category_ids=tuple(about["category_ids"]),
+            repairs=dict(about["repairs"]),
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} is damaged: {error!r}") from error
-    if not _has_manifest(folder, manifest):  # another process replaced it while the files were opened
-        raise _Outdated
-    table.cache, table.manifest = folder, manifest
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"its header is damaged: {error!r}") from error
+    table.cache, table.header = file, content[8:start].tobytes()
     return table
 
 
-def _map_array(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
-    """The array in an .npy file, which must be of this type and shape."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.name} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    if [array.dtype.str, list(array.shape)] != [dtype, shape]:
-        raise ValueError(f"{path.name} holds {array.dtype.str} {list(array.shape)} in place of {dtype} {shape}")
-    return np.asarray(array)  # the same memory; slicing a memmap is slow
+def _check(arrays: dict[str, np.ndarray], num_classes: int) -> None:
+    """Raise ValueError where an array has another type or shape than it should have, or refers to nothing."""
+    counts = {"N": len(arrays["image_ids"]), "M": len(arrays["labels"]), "K": len(arrays["coordinates"])}
+    counts |= {
+        "P": len(arrays["polygon_starts"]) - 1,
+        "R": len(arrays["run_lengths"]),
+        "W": arrays["file_names"].shape[1],
+    }
+    for name, layout in (ROWS | OUTLINES).items():
+        dtype, *sides = layout.split()
+        shape = [int(side) if side.isdigit() else counts[side[0]] + side.count("+") for side in sides]
+        found = arrays[name]
+        if (found.dtype, list(found.shape)) != (dtype, shape):
+            raise ValueError(f"{name} is {found.dtype} {list(found.shape)} in place of {np.dtype(dtype)} {shape}")
+    for name, of in LENGTHS.items():
+        starts = arrays[name]
+        if starts[0] != 0 or starts[-1] != counts[of] or (np.diff(starts) < 0).any():
+            raise ValueError(f"{name} does not rise from 0 to {counts[of]}")
+    labels = arrays["labels"]
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(f"labels of other classes than the {num_classes} named")
 
 
-def _save(table: AnnotationTable, folder: Path, made_from: Json) -> None:
-    """Write `table` beside `folder`, then rename it, so that `folder` is always complete or absent."""
-    arrays = {name: getattr(table, name) for name in ROWS}
-    arrays |= {name: getattr(table.segmentations, name) for name in OUTLINES}
-    manifest = {
+def _save(table: AnnotationTable, file: Path, made_from: Json) -> None:
+    """Replace the file as a whole; processes that have mapped the old one keep it. Raises OSError, SafetensorError."""
+    arrays = {name: np.ascontiguousarray(getattr(table, name)) for name in ROWS}
+    arrays |= {name: np.ascontiguousarray(getattr(table.segmentations, name)) for name in OUTLINES}
+    arrays["file_names"] = arrays["file_names"][:, None].view(np.uint8)
+    about = {
         "version": VERSION,
         "made_from": made_from,
-        "arrays": {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()},
         "class_names": list(table.class_names),
         "category_ids": list(table.category_ids),
         "repairs": table.repairs,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as beside:
-        new, old = Path(beside, "new"), Path(beside, "old")
-        new.mkdir()
-        for name, array in arrays.items():
-            np.save(new / f"{name}.npy", array, allow_pickle=False)
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        with suppress(FileNotFoundError):
-            folder.rename(old)  # deleted with the temporary folder; processes that have mapped its files keep them
-        try:
-            new.rename(folder)
-        except OSError:
-            if not _has_manifest(folder, manifest):  # otherwise another process wrote the same table first
-                raise
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{file.name}.", dir=file.parent, ignore_cleanup_errors=True) as beside:
+        temporary = Path(beside, file.name)
+        save_file(arrays, temporary, {ABOUT: json.dumps(about)})
+        temporary.replace(file)
 
 
-def _read_manifest(folder: Path) -> Json:
+def _read_header(file: Path) -> bytes:
+    """The header of the file as it is now; empty if it cannot be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{MANIFEST} holds no object")
-    return manifest
-
-
-def _has_manifest(folder: Path, manifest: Json) -> bool:
-    """Whether the folder exists, with this manifest."""
-    try:
-        return _read_manifest(folder) == manifest
-    except (OSError, ValueError):
-        return False
+        with file.open("rb") as stream:
+            return stream.read(int.from_bytes(stream.read(8), "little"))
+    except OSError:
+        return b""
