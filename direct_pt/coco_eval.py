@@ -1,6 +1,7 @@
 """Detections of a whole split over all processes, and their COCO metrics."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,8 +112,9 @@ def predict_split(
     detector.eval()
     parts = []
     quiet = not accelerator.is_main_process
+    total = math.ceil(len(table) / (micro_batch_size * accelerator.num_processes))
     with torch.no_grad(), autocast(accelerator), contextlib.closing(read_batches(loader)) as batches:
-        for batch in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False):
+        for batch in tqdm(batches, desc="evaluate", total=total, unit="batch", disable=quiet, leave=False):
             between_batches()
             found = detector.detect(batch.to(accelerator.device)).to("cpu")
             parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then

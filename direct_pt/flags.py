@@ -105,18 +105,29 @@ def to_json(value: Any) -> Any:
 
 
 def to_arguments(values: dict[str, Any], options: type) -> list[str]:
-    """The command line that says what JSON `values` say of an options class, but for what the defaults say."""
+    """The command line that says what JSON `values` say of an options class, but for what the defaults say.
+
+    Raises:
+        InputError: a value that no flag can say.
+    """
     arguments: list[str] = []
     for one in fields(options):
         name, value = flag_name(one.name), values.get(one.name)
         if value is None or value is False or value == to_json(one.default):
             continue
+        items = value if isinstance(value, list) else [value]
+        if one.default is False and value is not True:
+            raise InputError(f"{one.name} is {value!r:.60}: write true or false")
+        if any(isinstance(item, dict | list) for item in items):
+            raise InputError(f"{one.name} is {value!r:.60}: write one value, or a list of values")
         if value is True:
             arguments.append(name)
-        elif isinstance(value, list) and one.metadata["many"]:
-            arguments += [name, *map(str, value)]
+        elif one.metadata["many"]:
+            arguments += [name, *(f"./{item}" if str(item).startswith("-") else str(item) for item in items)]
+        elif isinstance(value, list) and any("," in str(item) for item in items):
+            raise InputError(f"{one.name} has a name with a comma, which {name} cannot say: rename it in the data")
         else:  # a list that is one word, as --classes a,b
-            arguments.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+            arguments.append(f"{name}={','.join(map(str, items))}")
     return arguments
 
 

@@ -156,17 +156,16 @@ class PretrainPreset(Preset):
 
 
 @dataclass(frozen=True)
-class FinetunePreset(Preset):
-    """Stage 2: fit into (long_side, short_side), flip half of the images, pad to a multiple of 32."""
+class ResizePreset(Preset):
+    """Fit the whole image into (long_side, short_side), pad to a multiple of 32."""
 
     short_side: int = 800
     long_side: int = 1333
-    flip: float = 0.5
 
     def geometry(self, size: tuple[int, int], objects: Objects, rng: np.random.Generator) -> Geometry:
-        """The whole image, perhaps flipped."""
+        """The whole image."""
         resized = fit(size, self.short_side, self.long_side)
-        return Geometry(size, resized, (0, 0), resized, flip=bool(rng.random() < self.flip))
+        return Geometry(size, resized, (0, 0), resized, flip=False)
 
     def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The next multiples of 32."""
@@ -174,11 +173,21 @@ class FinetunePreset(Preset):
 
 
 @dataclass(frozen=True)
-class TestPreset(FinetunePreset):
-    """Testing: as in stage 2, never flipped."""
+class FinetunePreset(ResizePreset):
+    """Stage 2: the resized image, half of the images flipped."""
+
+    flip: float = 0.5
+
+    def geometry(self, size: tuple[int, int], objects: Objects, rng: np.random.Generator) -> Geometry:
+        """The whole image, perhaps flipped."""
+        return replace(super().geometry(size, objects, rng), flip=bool(rng.random() < self.flip))
+
+
+@dataclass(frozen=True)
+class TestPreset(ResizePreset):
+    """Testing: as in stage 2, without anything random."""
 
     __test__ = False  # pytest would take a class of this name for a test case
-    flip: float = 0.0
 
     def sample(self, size: tuple[int, int], read: Callable[[tuple[int, int]], np.ndarray]) -> Sample:
         """The sample of an image without objects.
@@ -187,7 +196,7 @@ class TestPreset(FinetunePreset):
             size: (height, width) of the image.
             read: returns the image [h, w, 3] uint8 RGB, or a smaller copy that has at least the given (height, width).
         """
-        geometry = self.geometry(size, Objects.none(), np.random.default_rng(0))  # nothing random: flip is 0
+        geometry = self.geometry(size, Objects.none(), np.random.default_rng(0))
         return render(read(geometry.resized), Objects.none(), geometry, self.padded_size(geometry.size))
 
     def black_sample(self, size: tuple[int, int]) -> Sample:

@@ -23,7 +23,7 @@ from direct_pt.recipes import STAGES, recipe_name
 from direct_pt.reports.data_report import report_text, write_pictures
 from direct_pt.reports.duplicates import LEAK, find_duplicates
 from direct_pt.reports.image_check import check_images
-from direct_pt.reports.survey import anchor_figures, describe, proposals
+from direct_pt.reports.survey import advice, anchor_figures, describe
 from direct_pt.training.plan import make_plan
 from direct_pt.training.settings import ScheduleOptions
 
@@ -66,7 +66,7 @@ def main() -> None:
         "duplicates": duplicates,
         "anchors": anchors,
         "schedules": schedules(len(train)) if train else {},
-        "proposals": leaks + proposals(tables, anchors),
+        "advice": leaks + advice(tables, anchors),
     }
     with writing(folder):
         report["pictures"] = write_pictures(tables, prints, folder) if tables else []
@@ -85,7 +85,7 @@ def schedules(images: int) -> dict[str, Any]:
         recipe = stage.recipe("faster_rcnn_r50_fpn", False, recipe_name("auto", images))
         plan = make_plan(ScheduleOptions(), recipe, images, processes=1)
         found[name] = {
-            "recipe": recipe.name, "steps": plan.total_steps, "images_a_step": plan.global_batch_size,
+            "recipe": recipe.name, "steps": plan.total_steps, "images_per_step": plan.global_batch_size,
             "epochs": round(plan.epochs, 1), "lr": plan.lr, "warmup_steps": plan.warmup_steps,
             "notes": list(plan.notes),
         }  # fmt: skip

@@ -1,6 +1,6 @@
 """Measure a trained detector: COCO metrics and predictions of one split.
 
-  accelerate launch scripts/evaluate.py --checkpoint RUN --data DIR [--split val] [--output-dir DIR]
+  accelerate launch --quiet scripts/evaluate.py --checkpoint RUN --data DIR [--split val] [--output-dir DIR]
 
 Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
 Writes metrics.json and predictions.json (COCO results format, with the data set's own ids), for boxes and, where the
@@ -16,7 +16,7 @@ from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.files import write_json
-from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
+from direct_pt.flags import add_flags, make_parser, pixels, positive_integer, read_flags
 from direct_pt.transforms import TestPreset
 
 
@@ -25,9 +25,9 @@ def main() -> None:
     p = make_parser(__doc__ or "")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
     add_flags(p, DataOptions, "data")
-    p.add_argument("--split", choices=SPLITS, default="val")
-    p.add_argument("--short-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
-    p.add_argument("--long-side", type=positive_integer, metavar="PIXELS", help="(default: the detector's own)")
+    p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
+    p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
+    p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DeviceOptions)
     p.add_argument("--output-dir", type=Path, metavar="DIR", help="(default: the checkpoint's folder)")
@@ -35,7 +35,8 @@ def main() -> None:
 
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
-        raise InputError("--output-dir is missing: where to write the metrics of a model from the hub")
+        text = "no such folder; for a model from the hub, say with --output-dir where to write its metrics"
+        raise InputError(f"--checkpoint {args.checkpoint}: {text}")
     if output.is_file():
         raise InputError(f"--output-dir {output}: is a file")
     detector = from_pretrained(args.checkpoint)

@@ -24,7 +24,7 @@ from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
-from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags
+from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags, share
 from direct_pt.models.masks import paste_masks
 from direct_pt.transforms import TestPreset
 from direct_pt.visualize import draw_detections
@@ -87,10 +87,10 @@ def draw(photo: Image.Image, found: Detections, class_names: tuple[str, ...]) ->
 def main() -> None:
     """Predict, batch by batch: rows are written and pictures drawn before the next one."""
     p = make_parser(__doc__ or "")
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
     p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
-    p.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
-    p.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
+    p.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="where to write")
+    p.add_argument("--score-threshold", type=share, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)

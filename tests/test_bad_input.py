@@ -330,7 +330,11 @@ def test_evaluate_arguments(demo: Path, copy: Path, pretrained: Path, output: Pa
     assert "--micro-batch-size" in refused("evaluate", "--data", demo, *flags, "--micro-batch-size", 0)
     assert "--checkpoint" in refused("evaluate", "--data", demo)
     message = refused("evaluate", "--data", demo, "--checkpoint", "somebody/model")
-    assert message.startswith("--output-dir is missing")
+    assert message.startswith(
+        "--checkpoint somebody/model: no such folder; for a model from the hub, say with --output"
+    )
+    message = refused("evaluate", "--data", demo, *flags, "--streaming")
+    assert message.startswith(f"--data {demo}: --streaming reads Hugging Face data sets alone")
 
 
 def test_predict_arguments(demo: Path, pretrained: Path, output: Path, tmp_path: Path) -> None:
@@ -339,6 +343,7 @@ def test_predict_arguments(demo: Path, pretrained: Path, output: Path, tmp_path:
     flags = ("--checkpoint", pretrained, "--output-dir", output)
     assert "no image files there (.jpg" in refused("predict", tmp_path / "empty", *flags)
     assert "IMAGE_OR_FOLDER" in refused("predict", *flags)
+    assert "--score-threshold" in refused("predict", photo, *flags, "--score-threshold", 5)
     assert "--checkpoint" in refused("predict", photo, "--output-dir", output)
     assert "no such folder" in refused("predict", photo, "--checkpoint", tmp_path / "no", "--output-dir", output)
     assert f"{demo}: holds no model" in refused("predict", photo, "--checkpoint", demo, "--output-dir", output)

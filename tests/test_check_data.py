@@ -27,7 +27,7 @@ from direct_pt.reports.duplicates import (
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ORIENTATION_TAG = 0x0112
-KEYS = {"data", "splits", "counts", "problems", "duplicates", "anchors", "schedules", "proposals", "pictures"}
+KEYS = {"data", "splits", "counts", "problems", "duplicates", "anchors", "schedules", "advice", "pictures"}
 
 
 def picture(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
@@ -164,7 +164,7 @@ def test_a_sound_set(splits: tuple[CocoFolder, CocoFolder], capsys: pytest.Captu
     assert set(report["anchors"]) == {"448x448", "1333x800"}
     assert report["anchors"]["448x448"]["RPN"]["all"]["objects"] == 3
     pretrain = report["schedules"]["pretrain"]
-    assert (pretrain["recipe"], pretrain["steps"], pretrain["images_a_step"]) == ("small", 4000, 8)
+    assert (pretrain["recipe"], pretrain["steps"], pretrain["images_per_step"]) == ("small", 4000, 8)
     assert pretrain["notes"][0] == "48 epochs of 3 images are 18 steps: raised to 4000 steps"
     folder = train.paths.images.parent / "report"
     names = ["object_sizes.png", "image_sizes.png", "classes.png", "samples_train.jpg", "samples_val.jpg"]
@@ -216,7 +216,7 @@ def test_leaks_and_duplicates_are_noted(splits: tuple[CocoFolder, CocoFolder]) -
     ]  # fmt: skip
     assert leak["splits"] == near["splits"] == ["train", "val"]
     assert leak["bits"] is None and 0 < near["bits"] <= MAX_BITS
-    assert report["proposals"][0].startswith("1 image(s) occur in two splits")
+    assert report["advice"][0].startswith("1 image(s) occur in two splits")
 
 
 def test_what_the_files_hold(splits: tuple[CocoFolder, CocoFolder]) -> None:
@@ -291,7 +291,7 @@ def test_exit_status_and_one_line(splits: tuple[CocoFolder, CocoFolder], tmp_pat
     assert process.returncode == 2 and "Traceback" not in err, err
     last = err.splitlines()[-1]
     assert last.startswith("error: 4 error(s) in the data") and "labels.json" in last
-    assert "errors: 4" in out and "annotation 900" in out and "proposals" in out
+    assert "errors: 4" in out and "annotation 900" in out and "advice" in out
 
 
 def test_nothing_left_to_look_at(splits: tuple[CocoFolder, CocoFolder]) -> None:

@@ -26,7 +26,7 @@ from direct_pt.models.anchors import Anchors, inside_images
 from direct_pt.models.boxes import best_detections, clip, decode, encode, grouped_nms, overlaps
 from direct_pt.models.detector import STRIDES, Detector, RetinaNet, TwoStage
 from direct_pt.models.layers import batchnorms
-from direct_pt.models.masks import mask_targets, paste_mask, paste_masks
+from direct_pt.models.masks import mask_targets, paste_masks, paste_windows
 from direct_pt.models.matching import Matches, Matching, Sampling, match, sample
 from direct_pt.models.mmdet_weights import detector_from_mmdet, from_mmdet, mmdet_state_dict, to_mmdet
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
@@ -284,7 +284,9 @@ def assert_detections(found: Detections, expected: Detections, score_error: floa
 def assert_mask_areas(found: Detections, rows: Tensor, areas: np.ndarray, size: tuple[int, int]) -> None:
     """Pasted masks of `found` against the file's `areas` [n] in pixels; `rows` [n] says whose each is, -1 of none."""
     assert found.masks is not None and len(areas) == len(rows)
-    pasted = [paste_mask(found.masks[row].numpy(), found.boxes[row].numpy(), size)[1] for row in rows[rows >= 0]]
+    kept = rows[rows >= 0]
+    sizes = np.tile(size, (len(kept), 1))
+    pasted = [mask for _, mask in paste_windows(found.masks[kept].numpy(), found.boxes[kept].numpy(), sizes)]
     mine = np.array([np.count_nonzero(inside >= 0.5) for inside in pasted])
     doubtful = np.array([np.count_nonzero(np.abs(inside - 0.5) <= DOUBTFUL) for inside in pasted])
     errors = np.abs(mine - areas[(rows >= 0).numpy()])
@@ -383,7 +385,8 @@ def test_masks(case: Case, image: int, evaluation: Evaluation) -> None:
     best = found.keep(rows[: len(theirs)])
     pasted = paste_masks(best.masks.numpy(), best.boxes.numpy(), golden.SIZES[image])
     for mine, other, probability, box in zip(pasted, theirs, best.masks, best.boxes, strict=True):
-        (top, left), inside = paste_mask(probability.numpy(), box.numpy(), golden.SIZES[image])
+        sizes = np.array([golden.SIZES[image]])
+        (top, left), inside = next(paste_windows(probability.numpy()[None], box.numpy()[None], sizes))
         sure = np.ones(mine.shape, bool)
         sure[top : top + inside.shape[0], left : left + inside.shape[1]] = np.abs(inside - 0.5) > DOUBTFUL
         assert np.array_equal(mine & sure, other & sure)
@@ -589,7 +592,7 @@ def test_paste(ops: Arrays) -> None:
     assert np.array_equal(paste_masks(probabilities, boxes, size), expected)
 
     dense = ops["paste_prob0"].copy()
-    (top, left), inside = paste_mask(probabilities[0], boxes[0], size)
+    (top, left), inside = next(paste_windows(probabilities[:1], boxes[:1], np.array([size])))
     window = dense[top : top + inside.shape[0], left : left + inside.shape[1]]
     assert largest_error(inside, window) <= 1e-5
     window[:] = 0

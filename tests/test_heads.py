@@ -24,9 +24,32 @@ from direct_pt.batch import Batch
 from direct_pt.models import rpn
 from direct_pt.models.boxes import decode
 from direct_pt.models.detector import Detector, RetinaNet, TwoStage, build_detector
+from direct_pt.models.fpn import FPN
 from direct_pt.models.masks import mask_targets
 from direct_pt.models.roi_align import pyramid_roi_align
 from direct_pt.models.roi_heads import SampledRoIs
+
+# The pyramid
+
+
+@pytest.mark.parametrize("height", [1, 2, 5])
+def test_gradients_of_levels_one_pixel_wide(height: int) -> None:
+    """In bf16 a stride-2 convolution of such a map took uninitialised memory for a part of its gradient."""
+    torch.manual_seed(0)
+    fpn, feature = FPN([32], 32, convolved_levels=2), torch.randn(2, 32, height, 1)
+    gradients = []
+    for enabled in (False, *[True] * 5):
+        fpn.zero_grad()
+        litter = [torch.full((2**20,), 3e18) for _ in range(8)]
+        del litter
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            levels = fpn([feature])
+        assert [level.shape[-1] for level in levels] == [1, 1, 1]
+        torch.stack([level.float().square().sum() for level in levels]).sum().backward()
+        gradients.append(fpn.output[1].weight.grad.clone())
+    for found in gradients[1:]:
+        assert (found - gradients[0]).abs().max() < 0.1 * gradients[0].abs().max()
+
 
 # RPN and sampled RoIs
 

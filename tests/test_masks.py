@@ -18,7 +18,7 @@ from direct_pt import transforms
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
 from direct_pt.models import masks
 from direct_pt.models.mask_encoding import encode_masks
-from direct_pt.models.masks import MaskHead, mask_targets, paste_mask, paste_masks
+from direct_pt.models.masks import MaskHead, mask_targets, paste_masks, paste_windows
 from direct_pt.transforms import Geometry, render
 
 HEIGHT, WIDTH = 480, 640  # of the original images
@@ -542,7 +542,7 @@ def test_pasting_is_bilinear_sampling(size: tuple[int, int]) -> None:
     assert len(boxes) > 12
     for box in boxes:
         probabilities = rng.random((CELLS, CELLS)).astype(np.float32) ** 0.3
-        (top, left), found = paste_mask(probabilities, box, size)
+        (top, left), found = next(paste_windows(probabilities[None], box[None], np.array([size])))
         expected = on_whole_image(probabilities, box, size)
         window = expected[top : top + found.shape[0], left : left + found.shape[1]]
         assert found.dtype == np.float32 and found.shape == window.shape
@@ -567,7 +567,8 @@ def test_masks_of_several_boxes() -> None:
 
 def test_boxes_without_extent_paste_nothing() -> None:
     for box in ([5.0, 5, 5, 9], [5, 5, 5, 5], [80, 3, 80, 9], [0, 60, 9, 60], [4.5, 4.5, 4.5, 8.5]):
-        _, found = paste_mask(np.ones((CELLS, CELLS), np.float32), np.array(box, np.float32), (60, 80))
+        ones, sizes = np.ones((1, CELLS, CELLS), np.float32), np.array([[60, 80]])
+        _, found = next(paste_windows(ones, np.array([box], np.float32), sizes))
         assert np.isfinite(found).all() and found.size <= 5
         assert paste_masks(np.ones((1, CELLS, CELLS), np.float32), np.array([box], np.float32), (60, 80)).sum() <= 5
 

@@ -2,6 +2,7 @@
 
 import resource
 from dataclasses import replace
+from multiprocessing import spawn
 from pathlib import Path
 
 import psutil
@@ -57,6 +58,13 @@ def test_sizes_that_keep_the_global_batch() -> None:
     assert micro_batch_sizes(64, 1) == [64, 32, 16, 8, 4, 2, 1]
     assert micro_batch_sizes(12, 2) == [6, 3, 2, 1]
     assert micro_batch_sizes(64, 3) == []
+
+
+def test_a_trial_that_ends_for_another_reason(table: AnnotationTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is not blamed for an interpreter that does not start."""
+    monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
+    with pytest.raises(InputError, match=r"fit \(the process that tried it ended with status 1\)"):
+        fitting(table, PretrainPreset(64), [1])
 
 
 def test_what_is_tried_is_the_heaviest(table: AnnotationTable) -> None:

@@ -115,11 +115,13 @@ def test_accumulation_keeps_the_global_batch(processes: int, flags: tuple[object
     ("stage", "processes", "flags", "remedy"),
     [
         ("pretrain", 3, (), "use --global-batch-size 48 or 72"),
-        ("pretrain", 1, ("--global-batch-size", 4), "use --global-batch-size 8, or --micro-batch-size 1 or 2 or 4"),
+        ("pretrain", 1, ("--global-batch-size", 4), "use --global-batch-size 8, or --micro-batch-size 2 or 4"),
         ("pretrain", 1, ("--global-batch-size", 12, "--micro-batch-size", 5),
-         "use --global-batch-size 10 or 15, or --micro-batch-size 4 or 6 or 12"),
+         "use --global-batch-size 10 or 15, or --micro-batch-size 4 or 6"),
         ("finetune", 2, ("--micro-batch-size", 3),
-         "use --global-batch-size 12 or 18, or --micro-batch-size 2 or 4 or 8"),
+         "use --global-batch-size 12 or 18, or --micro-batch-size 2 or 4"),
+        ("pretrain", 1, ("--global-batch-size", 64, "--micro-batch-size", 7),
+         "use --global-batch-size 63 or 70, or --micro-batch-size 4 or 8"),
         ("finetune", 32, (), "use --global-batch-size 64"),
     ],
 )  # fmt: skip
@@ -357,6 +359,9 @@ def test_bad_config(tmp_path: Path) -> None:
         '{"detector": {}}': "cannot be read as a run's config.json",
         '{"settings": {"stage": "finetune"}}': "of the other stage",
         '{"settings": {"stage": "pretrain", "learning_rate": 1}}': "unknown settings: learning_rate",
+        '{"settings": {"streaming": "yes"}}': "streaming is 'yes': write true or false",
+        '{"settings": {"data": {"a": 1}}}': "data is {'a': 1}: write one value, or a list of values",
+        '{"settings": {"classes": ["a,b"]}}': "classes has a name with a comma",
     }
     for content, message in cases.items():
         config.write_text(content)
@@ -364,6 +369,9 @@ def test_bad_config(tmp_path: Path) -> None:
             parse("pretrain", "--config", config)
         assert str(config) in str(error.value)
         assert_one_line(error.value)
+    config.write_text(json.dumps({"settings": {"train_images": ["-x"], "train_annotations": ["a", "-b"]}}))
+    data = parse("pretrain", "--config", config).data
+    assert (data.train_images, data.train_annotations) == ((Path("-x"),), (Path("a"), Path("-b")))
     with pytest.raises(InputError, match=r"absent\.json: cannot be read"):
         parse("pretrain", "--config", tmp_path / "absent.json")
 

@@ -31,12 +31,12 @@ from tqdm import tqdm
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.images import Size, UnreadableImage, decode_jpeg
 from direct_pt.data.table_cache import cache_root
-from direct_pt.transforms import fit
+from direct_pt.transforms import PretrainPreset, fit
 
 VERSION = 1
 # The longest side of the copies, in crop sizes. JPEGs are as large as the largest resize; raw copies are a little
 # smaller, so that COCO train2017 takes less than 30 GB.
-KINDS = {"jpeg": 1.2, "raw": 1.05}
+KINDS = {"jpeg": PretrainPreset.scale_range[1], "raw": 1.05}
 BYTES_PER_PIXEL = {"jpeg": 0.4, "raw": 1.5}  # JPEG's is a cautious estimate, to check the free space on the disk
 CHUNK = 256  # images between two writes of the index
 RECORD = np.dtype([("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4")])

@@ -224,7 +224,7 @@ class Feed(Protocol):
     def describe(self) -> str:
         """Its size and settings, for the start banner."""
 
-    def objects_a_class(self) -> list[int] | None:
+    def objects_per_class(self) -> list[int] | None:
         """Objects of each class; None if they were not counted."""
 
     def batches(self, share: Share, state: dict[str, Any] | None = None) -> Generator[Batch, None, None]:
@@ -284,7 +284,7 @@ class TableFeed:
             copies = f"; out of {self.cache.gigabytes:.2g} GB of {kind} copies in {where}"
         return self.table.describe() + repeated + copies
 
-    def objects_a_class(self) -> list[int]:
+    def objects_per_class(self) -> list[int]:
         """Objects of each class, without crowd regions."""
         labels = self.table.labels[~self.table.crowd]
         return np.bincount(labels, minlength=len(self.table.class_names)).tolist()

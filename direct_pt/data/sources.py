@@ -38,7 +38,7 @@ def exif_flag() -> Any:
 
 def alpha_flag() -> Any:
     """A field for --alpha."""
-    return flag("black", "behind transparent pixels", choices=["black", "white"])
+    return flag("black", "background of transparent pixels", choices=["black", "white"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class DataOptions:
     train_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
     val_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True)
     val_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
-    classes: tuple[str, ...] | None = flag(None, "learn these alone (all)", names, metavar="A,B,...")
+    classes: tuple[str, ...] | None = flag(None, "use only these classes (all)", names, metavar="A,B,...")
     val_share: float = flag(
         0.1, "of the training images, held out where there is no validation split; 0: no evaluation", share, metavar="X"
     )
@@ -127,6 +127,9 @@ def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
         return found
     if not data.exists():
         raise InputError(f"--data {data}: no such folder")
+    if options.streaming:
+        text = "--streaming reads Hugging Face data sets alone (on the hub, or a folder of parquet files): leave it out"
+        raise InputError(f"--data {data}: {text}")
     raise InputError(
         f"--data {data}: holds none of: COCO's annotations/instances_train2017.json (with images in train2017/) or "
         "annotations/instances_train.json (with images in images/), Roboflow's train/_annotations.coco.json, YOLO's "

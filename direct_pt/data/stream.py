@@ -283,7 +283,7 @@ class StreamFeed:
             f"{self.stream.window} shuffled at a time"
         )
 
-    def objects_a_class(self) -> None:
+    def objects_per_class(self) -> None:
         """Not counted: that would take reading the whole stream."""
 
     def check(self) -> None:

@@ -30,8 +30,10 @@ class DeviceOptions:
     """How the machine is used."""
 
     mixed_precision: str = flag(
-        "auto", "auto: the launcher's, else fp16 on a GPU, and bf16 on a CPU that computes in it", choices=PRECISIONS,
-        on_resume=CHANGEABLE,
+        "auto",
+        "auto: the launcher's fp16 or bf16; where it says no, as it does by default, fp16 on a GPU, and bf16 on a CPU "
+        "that computes in it",
+        choices=PRECISIONS, on_resume=CHANGEABLE,
     )  # fmt: skip
     num_workers: int = flag(2, "processes that read images", not_negative_integer, metavar="N", on_resume=FREE)
 

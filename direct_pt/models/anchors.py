@@ -16,7 +16,7 @@ class Anchors(nn.Module):
     """Boxes of fixed scales and ratios, centred on the (x * stride, y * stride) grid of every level.
 
     Args:
-        strides: pixels a cell, one a level.
+        strides: pixels per cell, one per level.
         scales: an anchor's side at ratio 1, in strides.
         ratios: height / width, at constant area.
     """
@@ -48,7 +48,7 @@ class Anchors(nn.Module):
         """Whether each anchor's cell lies within its own image's padded size (MMDetection's valid_flags).
 
         Args:
-            features: the pyramid, [B, C, h, w] a level.
+            features: the pyramid, [B, C, h, w] per level.
             padded_sizes: [B, 2] (h, w) that each image alone would be padded to.
 
         Returns:
@@ -88,9 +88,9 @@ def decode_best(
     """Decode each level's `count` best pairs of an anchor and a class.
 
     Args:
-        anchors: [h * w * A, 4] a level.
-        logits: [B, A * num_classes, h, w] a level.
-        deltas: [B, 4 A, h, w] a level.
+        anchors: [h * w * A, 4] per level.
+        logits: [B, A * num_classes, h, w] per level.
+        deltas: [B, 4 A, h, w] per level.
         num_classes: 1 for the RPN's objectness.
         count: fewer where a level has fewer pairs.
         sizes: [B, 2] (h, w) of the images, which the boxes are clipped to.

@@ -49,7 +49,7 @@ class DetectorConfig:
             and also after the convolutions of pyramid and heads.
         box_head: one of `BOX_HEADS`.
         channels: of the pyramid and the heads.
-        proposals: how many an image leave the RPN. In training twice as many a level enter its NMS, in testing as many.
+        proposals: per image, after NMS. Candidates per level before NMS: twice as many in training, as many in testing.
         rois_per_image: how many RoIs are sampled for the second stage's loss.
         short_side: test images are resized to fit into (long_side, short_side), in pixels.
         long_side: see above.
@@ -131,7 +131,7 @@ class Detector(nn.Module, ABC):
         return None
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The pyramid, [B, C, h, w] a level."""
+        """The pyramid, [B, C, h, w] per level."""
         return self.fpn(self.backbone(self.normalize(batch)))
 
     def normalize(self, batch: Batch) -> Tensor:
@@ -312,7 +312,7 @@ def build_detector(
 def _rpn(
     config: DetectorConfig, train_proposals: int | None = None, beta: float = 0.0, inside_only: bool = False
 ) -> RPN:
-    """The paper's RPN. `train_proposals` an image leave it in training, as many as in testing if None."""
+    """The paper's RPN. `train_proposals` per image leave it in training, as many as in testing if None."""
     return RPN(
         config.channels,
         Anchors(STRIDES[:5], scales=(8.0,), ratios=RATIOS),

@@ -25,7 +25,7 @@ class MaskHead(nn.Module):
     Args:
         channels: of the RoI features.
         num_classes: without a background.
-        input_size: cells a side of the RoI features; masks have twice as many.
+        input_size: cells per side of the RoI features; masks have twice as many.
     """
 
     def __init__(self, channels: int, num_classes: int, input_size: int = 14) -> None:
@@ -66,7 +66,7 @@ def mask_targets(masks: PackedMasks, rows: Tensor, boxes: Tensor, cells: int) ->
         masks: of a batch.
         rows: [R] int64, the mask of each box.
         boxes: [R, 4] in the images' pixels.
-        cells: a side.
+        cells: per side.
 
     Returns:
         [R, cells, cells] float32, 0 or 1.
@@ -114,25 +114,20 @@ def _unpack(masks: PackedMasks, rows: Tensor, side: int) -> Tensor:
     return (bits[bit_indices] * inside).float()[:, None]
 
 
-def paste_mask(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
-    """A mask of a box in the image: at every pixel's centre, bilinear between the cells' centres.
-
-    Args:
-        probabilities: [m, m].
-        box: (x1, y1, x2, y2) in the image's pixels.
-        size: (height, width) of the image.
-
-    Returns:
-        (top, left) of the pixels that the box touches, and [h, w] float32 probabilities there; elsewhere they are under
-        one half.
-    """
-    return next(paste_windows(probabilities[None], box[None], np.array([size])))
-
-
 def paste_windows(
     probabilities: np.ndarray, boxes: np.ndarray, sizes: np.ndarray
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """`paste_mask` of each of the masks [D, m, m] and `boxes` [D, 4] in images of `sizes` [D, 2] (height, width)."""
+    """Masks in their images: at every pixel's centre, bilinear between the cells' centres.
+
+    Args:
+        probabilities: [D, m, m].
+        boxes: [D, 4] in the images' pixels.
+        sizes: [D, 2] (height, width) of the images.
+
+    Yields:
+        (top, left) of the pixels that a box touches, and [h, w] float32 probabilities there; elsewhere they are under
+        one half.
+    """
     limits, cells = sizes[:, [1, 0]], probabilities.shape[-1]
     first = np.clip(np.floor(boxes[:, :2]), 0, limits).astype(np.int64)
     last = np.clip(np.ceil(boxes[:, 2:]), first, np.maximum(first, limits)).astype(np.int64)

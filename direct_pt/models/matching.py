@@ -33,7 +33,7 @@ class Matching:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many references of an image enter the loss, and at most what share of them positive. None takes all."""
+    """How many references per image enter the loss, and what fraction of them at most is positive. None takes all."""
 
     per_image: int | None
     positive_share: float
@@ -120,7 +120,7 @@ def sample(rule: Sampling, matches: Matches, seeds: Tensor, salt: int) -> tuple[
     Args:
         rule: how many.
         matches: of [B, N] references.
-        seeds: [B] int64, one an image.
+        seeds: [B] int64, one per image.
         salt: a different one for each head that samples.
 
     Returns:

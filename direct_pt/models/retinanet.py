@@ -24,9 +24,9 @@ class RetinaHead(nn.Module):
         anchors: of the pyramid's levels.
         matching: which anchors learn which object.
         score_threshold: detections score strictly more.
-        before_nms: how many detections a level enter NMS.
+        before_nms: how many detections per level enter NMS.
         nms_threshold: IoU with a better detection of the same class, above which a detection is suppressed.
-        max_detections: an image.
+        max_detections: per image.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RetinaHead(nn.Module):
         return match(self.matching, anchors[None], usable, batch.boxes, batch.valid, batch.crowd)
 
     def normalizer(self, matches: Matches) -> Tensor:
-        """What a batch's losses are divided by: its number of positive anchors, at least one an image."""
+        """What a batch's losses are divided by: its number of positive anchors, at least one per image."""
         return matches.positive.sum(dim=1).clamp(min=1).sum()
 
     def loss_weight(self, batch: Batch) -> Tensor:
@@ -115,7 +115,7 @@ class RetinaHead(nn.Module):
 
     @torch.no_grad()
     def detect(self, features: list[Tensor], batch: Batch) -> Detections:
-        """Scored boxes in the original images' frames, at most `max_detections` an image."""
+        """Scored boxes in the original images' frames, at most `max_detections` per image."""
         logits, deltas = self(features)
         boxes, scores, labels, _ = decode_best(
             self.anchors(features), logits, deltas, self.num_classes, self.before_nms, batch.sizes

@@ -25,8 +25,8 @@ def pyramid_roi_align(
     Semantics follow MMDetection's SingleRoIExtractor.
 
     Args:
-        features: [B, C, h, w] a level.
-        strides: pixels a cell, one a level.
+        features: [B, C, h, w] per level.
+        strides: pixels per cell, one per level.
         images: [R] int64, the position in the batch that each box lies in.
         boxes: [R, 4].
         output_size: bins a side.
@@ -42,7 +42,7 @@ def pyramid_roi_align(
 def roi_align_by_levels(
     features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, levels: Tensor, output_size: int
 ) -> Tensor:
-    """`pyramid_roi_align` with torchvision's kernel, one call a level; `levels` [R] are those of the boxes."""
+    """`pyramid_roi_align` with torchvision's kernel, one call per level; `levels` [R] are those of the boxes."""
     order = torch.argsort(levels, stable=True)
     counts = group_sizes(levels, len(features))
     rois = torch.cat([images[:, None].to(boxes.dtype), boxes], dim=1)

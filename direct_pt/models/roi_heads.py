@@ -86,7 +86,7 @@ class Refinement:
 
 @dataclass
 class SampledRoIs:
-    """The RoIs that enter the losses, S an image.
+    """The RoIs that enter the losses, S per image.
 
     Attributes:
         boxes: [B, S, 4]; a slot that is not `sampled` holds a unit box.
@@ -115,7 +115,7 @@ class RoIHead(nn.Module):
         beta: of the smooth L1 box loss, 0 for L1.
         score_threshold: detections score strictly more.
         nms_threshold: IoU with a better detection of the same class, above which a detection is suppressed.
-        max_detections: an image.
+        max_detections: per image.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class RoIHead(nn.Module):
 
     @torch.no_grad()
     def detect(self, features: list[Tensor], proposals: Proposals, batch: Batch) -> Detections:
-        """Scored boxes in the original images' frames, at most `max_detections` an image."""
+        """Scored boxes in the original images' frames, at most `max_detections` per image."""
         max_proposals = int(proposals.valid.sum(dim=1).max())  # slots are filled from the front
         rois, valid = proposals.boxes[:, :max_proposals], proposals.valid[:, :max_proposals]
         scores, boxes = self.score(features, rois, batch)

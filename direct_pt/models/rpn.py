@@ -16,7 +16,7 @@ MAX_NMS_BOXES = 2**16  # in one call: a GPU's NMS takes a bit for each pair of b
 
 @dataclass(frozen=True)
 class ProposalCounts:
-    """How many boxes a level enter NMS, and how many an image leave it."""
+    """How many boxes per level enter NMS, and how many per image leave it."""
 
     before_nms: int
     after_nms: int

@@ -50,10 +50,10 @@ def report_text(report: dict[str, Any]) -> str:
         lines += _problem_lines([problem for problem in report["problems"] if problem["grade"] == grade])
     lines += _anchor_table(report["anchors"])
     for stage, schedule in report["schedules"].items():
-        length = f"{schedule['steps']} steps of {schedule['images_a_step']} images = {schedule['epochs']:g} epochs"
+        length = f"{schedule['steps']} steps of {schedule['images_per_step']} images = {schedule['epochs']:g} epochs"
         lines += ["", f"{stage}: {length}, by the {schedule['recipe']} recipe"]
         lines += [f"    {note}" for note in schedule["notes"]]
-    lines += ["", f"proposals: {len(report['proposals']) or 'none'}", *(f"  * {line}" for line in report["proposals"])]
+    lines += ["", f"advice: {len(report['advice']) or 'none'}", *(f"  * {line}" for line in report["advice"])]
     return "\n".join(lines)
 
 

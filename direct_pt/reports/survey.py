@@ -233,7 +233,7 @@ def summary(tables: Mapping[str, AnnotationTable], preset: Preset) -> list[str]:
     return [*lines, *_small_objects(tables["train"], preset), *_classes(tables), *_splits(tables)][:6]
 
 
-def proposals(tables: Mapping[str, AnnotationTable], recalls: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def advice(tables: Mapping[str, AnnotationTable], recalls: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What to change for this data set, one sentence each.
 
     Args:

@@ -58,7 +58,7 @@ def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -
             f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
             f"{MIN_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
         )
-    counts = run.feed.objects_a_class()
+    counts = run.feed.objects_per_class()
     lines.append(f"  classes    {len(config.class_names)} (id name{': training objects' if counts else ''})")
     names = [f"{number} {name}" for number, name in zip(config.category_ids, config.class_names, strict=True)]
     rows = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)] if counts else names

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -74,7 +75,10 @@ def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Prese
         try:
             answer = receiver.recv()
         except EOFError:
+            process.join()
             answer = "was killed, probably out of memory"
+            if process.exitcode != -signal.SIGKILL:
+                answer = f"the process that tried it ended with status {process.exitcode}"
         process.join()
         if answer == "fits":
             return size

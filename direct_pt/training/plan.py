@@ -48,7 +48,7 @@ class Plan:
         return self.total_steps * self.global_batch_size / self.images
 
     def learning_rate(self, step: int) -> float:
-        """Of optimizer step `step`, from 0."""
+        """The learning rate of optimizer step `step`, counted from 0."""
         lr = self.lr * 0.1 ** sum(step >= decay for decay in self.decay_steps)
         if step < self.warmup_steps:
             lr *= 1 - (1 - step / self.warmup_steps) * (1 - self.warmup_factor)
@@ -105,7 +105,7 @@ def make_plan(
     unit = micro * processes
     if batch % unit:
         near = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
-        micros = micro_batch_sizes(batch, processes)[2::-1]
+        micros = sorted(sorted(micro_batch_sizes(batch, processes), key=lambda size: abs(size - micro))[:2])
         raise InputError(
             f"--global-batch-size {batch} does not divide into micro-batches of {micro} on {processes} process(es); "
             f"use --global-batch-size {' or '.join(map(str, near))}"

@@ -67,7 +67,10 @@ class DetectorOptions:
         None, "any timm network with maps at strides 4 to 32 (paper: by --model)", metavar="NAME"
     )
     norm: str | None = flag(None, "normalisation layers (paper: batch)", choices=["batch", "group"])
-    box_head: str | None = flag(None, "(paper: 4conv1fc; Cascade R-CNN 2fc)", choices=list(BOX_HEADS))
+    box_head: str | None = flag(
+        None, "convolutions and fully connected layers of the box head (paper: 4conv1fc; Cascade R-CNN 2fc)",
+        choices=list(BOX_HEADS),
+    )  # fmt: skip
     channels: int | None = flag(
         None, "width of the pyramid and heads (paper: 256)", whole_number(1, 16_384), metavar="N"
     )
@@ -106,13 +109,13 @@ class FinetuneDetectorOptions(DetectorOptions):
 class PretrainImageOptions:
     """How large images are in stage 1, and where small copies of them are kept."""
 
-    image_size: int = flag(IMAGE_SIZE, "of the crops, a multiple of 32", pixels, metavar="PIXELS")
+    image_size: int = flag(IMAGE_SIZE, "size of the crops, a multiple of 32", pixels, metavar="PIXELS")
     cache: str = flag(
         "none", "keep low-resolution copies: raw is fastest, jpeg a quarter as large and as sharp as the files",
         choices=["none", *KINDS],
     )  # fmt: skip
     cache_dir: Path | None = flag(
-        None, "where (DIRECT_PT_CACHE, else ~/.cache/direct_pt)", Path, metavar="DIR", on_resume=FREE
+        None, "folder of the cache (DIRECT_PT_CACHE, else ~/.cache/direct_pt)", Path, metavar="DIR", on_resume=FREE
     )
 
     def __post_init__(self) -> None:
@@ -147,11 +150,15 @@ class ScheduleOptions:
         "1x: {paper.epochs} epochs (paper; small: at least {small[min_images_seen]:,} images seen)",
         choices=list(SCHEDULES), excludes="length",
     )  # fmt: skip
-    epochs: float | None = flag(None, "in place of --schedule", epoch_count, metavar="N", excludes="length")
-    max_steps: int | None = flag(None, "in place of --schedule", positive_integer, metavar="N", excludes="length")
+    epochs: float | None = flag(
+        None, "train for N epochs, in place of --schedule", epoch_count, metavar="N", excludes="length"
+    )
+    max_steps: int | None = flag(
+        None, "train for N steps, in place of --schedule", positive_integer, metavar="N", excludes="length"
+    )
     global_batch_size: int | None = flag(
         None,
-        "images an optimizer step, over all processes (paper: {paper.global_batch_size}, small: "
+        "images per optimizer step, over all processes (paper: {paper.global_batch_size}, small: "
         "{small[global_batch_size]})",
         batch_size, metavar="N",
     )  # fmt: skip
@@ -162,7 +169,8 @@ class ScheduleOptions:
     )  # fmt: skip
     lr: float | None = flag(
         None,
-        "(paper: {paper.lr:g} for a batch of {paper.global_batch_size}; it follows the batch, AdamW's its root)",
+        "learning rate after the warm-up (paper: {paper.lr:g} for a batch of {paper.global_batch_size}, by detector; "
+        "it follows the batch, AdamW's its root)",
         positive_float, metavar="X", on_resume=CHANGEABLE,
     )  # fmt: skip
     lr_schedule: str = flag(
@@ -170,17 +178,17 @@ class ScheduleOptions:
         choices=["recipe", "cosine"],
     )  # fmt: skip
     warmup_steps: int | None = flag(
-        None, "(paper: {paper.warmup_steps}, small: {small[warmup_steps]})", not_negative_integer, metavar="N",
-        on_resume=CHANGEABLE,
+        None, "steps of linear warm-up (paper: {paper.warmup_steps}, small: {small[warmup_steps]})",
+        not_negative_integer, metavar="N", on_resume=CHANGEABLE,
     )  # fmt: skip
     clip_grad_norm: float | None = flag(
-        None, "scale down gradients that measure more (paper: none)", positive_float, metavar="X", on_resume=CHANGEABLE
+        None, "clip the gradient to this norm (paper: none)", positive_float, metavar="X", on_resume=CHANGEABLE
     )
     ema: float | None = flag(
         None, "evaluate and keep a moving average of the weights, such as 0.999 (paper: none)", decay, metavar="DECAY"
     )
     eval_every: float | None = flag(
-        None, "between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS"
+        None, "epochs between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS"
     )
 
 
@@ -189,7 +197,7 @@ class RunOptions(DeviceOptions):
     """Where a run is written, how the machine is used, and how often something is saved or logged."""
 
     output_dir: Path = flag(MISSING, "the folder that the run is written to", Path, metavar="RUN", on_resume=FREE)
-    resume: bool = flag(False, "from the newest checkpoint in --output-dir, if any", on_resume=FREE)
+    resume: bool = flag(False, "continue from the newest checkpoint in --output-dir, if any", on_resume=FREE)
     gradient_checkpointing: bool = flag(
         False, "compute the backbone's activations again in the backward pass: less memory, the same gradients, slower",
         on_resume=FREE,
@@ -197,11 +205,15 @@ class RunOptions(DeviceOptions):
     compile: bool = flag(
         False, "compile the backbone in the first steps, which takes minutes: meant for GPUs, no gain on a CPU"
     )
-    seed: int = flag(0, "of weights, order of images and augmentation", whole_number(0, 2**32 - 1), metavar="N")
-    save_every: int = flag(1000, "between two checkpoints", positive_integer, metavar="STEPS", on_resume=FREE)
-    keep_checkpoints: int = flag(2, "the newest that stay", positive_integer, metavar="N", on_resume=FREE)
-    log_every: int = flag(20, "between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
-    report_to: str = flag("none", "besides metrics.jsonl", choices=["none", "tensorboard"], on_resume=FREE)
+    seed: int = flag(
+        0, "random seed of weights, order of images and augmentation", whole_number(0, 2**32 - 1), metavar="N"
+    )
+    save_every: int = flag(1000, "steps between two checkpoints", positive_integer, metavar="STEPS", on_resume=FREE)
+    keep_checkpoints: int = flag(
+        2, "how many of the newest checkpoints to keep", positive_integer, metavar="N", on_resume=FREE
+    )
+    log_every: int = flag(20, "steps between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
+    report_to: str = flag("none", "also log to this tracker", choices=["none", "tensorboard"], on_resume=FREE)
 
     @property
     def resumes(self) -> bool:
@@ -311,8 +323,8 @@ def parse_flags(kind: type[SomeFlags], description: str, argv: list[str] | None 
         given, _ = parser.parse_known_args(argv, type(args)(**dict.fromkeys(LENGTHS)))
         if any(getattr(given, name) is not None for name in LENGTHS):  # it replaces the saved one, of whatever kind
             saved = {name: value for name, value in saved.items() if name not in LENGTHS}
-        arguments = [text for options in groups.values() for text in to_arguments(saved, options)]
         try:
+            arguments = [text for options in groups.values() for text in to_arguments(saved, options)]
             defaults = parser.parse_args(arguments)
         except InputError as error:
             raise InputError(f"--config {args.config}: {error}") from error

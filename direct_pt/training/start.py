@@ -1,4 +1,4 @@
-"""What the pages of both stages share: from flags, data and a detector to a run under way. What can be refused is
+"""What the two training scripts share: from flags, data and a detector to a run under way. What can be refused is
 refused here, before the first step."""
 
 import os

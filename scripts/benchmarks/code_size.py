@@ -9,14 +9,6 @@ from benchmarks.rows import Row, row
 ROOT = Path(__file__).parents[2]
 HEADING = "Read it in an evening"
 MAX_EVENING_LINES = 3_900
-MODELS = (
-    "detector", "backbone", "fpn", "anchors", "matching", "boxes", "rpn", "roi_heads", "roi_align", "masks", "retinanet"
-)  # fmt: skip
-EVENING_PATH = (  # what the README lists, in its order; used while it has no such section
-    "scripts/pretrain.py", "direct_pt/recipes.py", "direct_pt/training/plan.py", "direct_pt/training/loop.py",
-    "direct_pt/batch.py", "direct_pt/transforms.py", "direct_pt/data/annotations.py", "direct_pt/data/loader.py",
-    *(f"direct_pt/models/{name}.py" for name in MODELS), "direct_pt/coco_eval.py",
-)  # fmt: skip
 
 
 def measure_code() -> list[Row]:
@@ -57,7 +49,7 @@ def evening_path() -> list[Path]:
     text = (ROOT / "README.md").read_text().partition(f" {HEADING}\n")[2]
     section = re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
     named = re.findall(r"\b(?:direct_pt|scripts)/[\w/]+\.py\b", section)
-    return [ROOT / name for name in dict.fromkeys(named or EVENING_PATH)]
+    return [ROOT / name for name in dict.fromkeys(named)]
 
 
 def count_lines(path: Path) -> int:
