@@ -20,11 +20,11 @@ from tqdm import tqdm
 from direct_pt.batch import Detections, Sample, collate
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import Predictions
-from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, run_program
 from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags, share
+from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.models.masks import paste_masks
 from direct_pt.transforms import TestPreset
 from direct_pt.visualize import draw_detections

@@ -18,10 +18,10 @@ from malformed import CASES, Case
 from malformed_sets import AREA, COCO, FINE, SIZES, UNREADABLE, Object, Tree
 
 from direct_pt.data.annotations import AnnotationTable, decode_name
-from direct_pt.data.images import UnreadableImage
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.errors import InputError, printable, run_program
+from direct_pt.images import UnreadableImage
 
 FOLLOWING = (  # what follows from an image or a class that is left out
     "all splits must list the same",

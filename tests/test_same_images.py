@@ -14,10 +14,10 @@ from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import coco_metrics, predict_split
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import find_coco
-from direct_pt.data.images import Decoding
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import DataOptions, load_split, load_tables
 from direct_pt.data.stream import StreamFeed, open_stream
+from direct_pt.images import Decoding
 from direct_pt.transforms import PretrainPreset, TestPreset
 
 IMAGES = 200

@@ -6,9 +6,9 @@ import pytest
 from label_trees import HEIGHT, WIDTH, names, read, save_image, write
 
 from direct_pt.data.formats.voc import VocSplit, find_voc
-from direct_pt.data.images import Decoding
 from direct_pt.data.problems import NOTE, DataError, Problems
 from direct_pt.data.records import read_table
+from direct_pt.images import Decoding
 
 SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
 

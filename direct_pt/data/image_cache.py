@@ -29,8 +29,8 @@ from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import Size, UnreadableImage, decode_jpeg
 from direct_pt.data.table_cache import cache_root
+from direct_pt.images import Size, UnreadableImage, decode_jpeg
 from direct_pt.transforms import PretrainPreset, fit
 
 VERSION = 1

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
-from direct_pt.data.images import UnreadableImage
+from direct_pt.images import UnreadableImage
 from direct_pt.transforms import Preset, TestPreset, render
 
 Key = tuple[int, ...]  # (epoch, image), and if it came before in this epoch, how often

@@ -21,9 +21,9 @@ from direct_pt.data.annotations import (
     decode_name,
     encode_name,
 )
-from direct_pt.data.images import Decoding, UnreadableImage, encoded_size, image_size
 from direct_pt.data.outlines import outlines_fit, pop_segmentations, read_outlines
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
+from direct_pt.images import Decoding, UnreadableImage, encoded_size, image_size
 
 Json = dict[str, Any]
 Columns = dict[str, np.ndarray]  # one array per field, for many records

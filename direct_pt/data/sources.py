@@ -14,13 +14,13 @@ from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.formats.voc import find_voc
 from direct_pt.data.formats.yolo import find_yolo
-from direct_pt.data.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, check_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
 from direct_pt.errors import InputError
 from direct_pt.flags import flag, names, positive_integer, share
+from direct_pt.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 
 SPLITS = ("train", "val", "test")
 COCO_TEXT = "COCO in place of --data; several sets are joined by class name"

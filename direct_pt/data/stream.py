@@ -24,11 +24,11 @@ from direct_pt.batch import Batch, Sample
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.formats.hub_rows import Layout, find_layout
 from direct_pt.data.formats.hugging_face import damaged_file, image_bytes, image_root, load_splits
-from direct_pt.data.images import Decoding
 from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
 from direct_pt.errors import InputError
+from direct_pt.images import Decoding
 from direct_pt.transforms import Preset
 
 ROWS_PER_READ = 100

@@ -12,8 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.data.problems import ERROR, NOTE, Problem, Problems
+from direct_pt.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.reports.duplicates import Fingerprints, perceptual_hash, pixel_digest
 
 Checked = tuple[list[Problem], tuple[int, int, np.ndarray] | None]  # problems; row, digest and hash

@@ -49,7 +49,7 @@ from hypothesis.strategies import SearchStrategy
 from odd_data import Files, Make, damage
 from rules import Broken, check_image, check_json, check_run_lengths, check_set, check_stream
 
-from direct_pt.data import images
+from direct_pt import images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder where files are written fast

@@ -17,12 +17,12 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats import json_stream
 from direct_pt.data.formats.hub_rows import find_layout
 from direct_pt.data.formats.hugging_face import image_root, load_splits
-from direct_pt.data.images import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.data.outlines import run_length_totals
 from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables, spot_check
 from direct_pt.data.stream import Place, Stream
 from direct_pt.errors import InputError
+from direct_pt.images import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.reports.survey import describe
 from direct_pt.transforms import PretrainPreset
 

@@ -11,9 +11,9 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 from direct_pt.data.formats.label_files import number_records, read_text
-from direct_pt.data.images import FORMATS
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
+from direct_pt.images import FORMATS
 
 LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}  # in ImageSets/Main
 FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}  # Roboflow's

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from direct_pt.data.formats.label_files import number_records, read_text
-from direct_pt.data.images import FORMATS, Decoding, UnreadableImage, image_size
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
+from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size
 
 YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml")
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
