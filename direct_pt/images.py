@@ -22,9 +22,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 Size = tuple[int, int]
 
-FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = (  # suffixes of files that are taken for images
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".avif", ".jp2", ".j2k",
+)  # fmt: skip
 # Recognised by the content, not by the name. Not all of Pillow's formats: reading some starts other programs.
-READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 20_000 * 20_000
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # the transposition that turns the stored pixels upright, by EXIF orientation
@@ -102,7 +105,7 @@ def decode_image(
     to 255 otherwise. Values outside are clipped, NaN is black. Colour profiles are not applied.
 
     Args:
-        content: of a JPEG, PNG, WebP, TIFF, BMP or GIF file.
+        content: of a file of one of the READABLE formats.
         name: of the file, for messages.
         size: (height, width) that the annotation states. The EXIF orientation is applied unless only the unrotated
             image has this size: then the annotation was made without regard to it.
@@ -218,7 +221,11 @@ def _opened(file: BinaryIO, name: str) -> Iterator[ImageFile]:
         raise
     except UnidentifiedImageError as error:
         empty = not file.seek(0, io.SEEK_END)
-        what = "is empty" if empty else "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged"
+        what = (
+            "is empty"
+            if empty
+            else "is no JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF or JPEG 2000 image, or its header is damaged"
+        )
         raise UnreadableImage(f"{name}: {what}; replace or convert it, or leave it out") from error
     # Damaged bytes make Pillow's plugins raise nearly any exception (struct.error, IndexError, KeyError, EOFError,
     # TypeError, OverflowError, MemoryError ...), and each version others.

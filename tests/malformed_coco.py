@@ -268,6 +268,7 @@ for what, value in {"null": None, "empty": [], "counted": {"counts": [500, 40, 2
 # COCO: names of image files, and the files
 
 LIES = "it must lie in the image folder: give it relative to that, without '..'"
+SPELLING = "images of other spelling taken"
 GONE = "listed in FILE but not there (1 of 2 images are missing); check the image folder"
 LONG, LONGER = "x" * 300 + ".png", "x" * 5000
 for what, value in {"above": "../secret.jpg", "outside": "../../secret.jpg", "aside": "x/../../../secret.jpg",
@@ -282,9 +283,12 @@ for what, value in {"null": None, "a number": 5, "a list": ["a.png"], "empty": "
 add("plain name with NUL", ERROR, put("images", 0, "file_name", "a.png\0"), left=GOOD[2:],
     message="FILE: images[0] (id 1) has file_name 'a.png\\x00'; ...")
 MISSING_NAMES = {
-    "of no file": "c.png", "with other case": "A.PNG", "long": LONG, "longer": LONGER, "half a character": "\ud800.png",
+    "of no file": "c.png", "long": LONG, "longer": LONGER, "half a character": "\ud800.png",
     "a drive's": "C:\\pictures\\a.png", "with backslashes": "sub\\a.png",
 }
+add("plain name with other case", REPAIRED, put("images", 0, "file_name", "A.PNG"), counts={SPELLING: 1}, left=GOOD)
+add("coco2017 name with other case, no size", REPAIRED, counts={SPELLING: 1, SIZES: 1}, left=GOOD,
+    spoil=all_of(put("images", 0, "file_name", "A.PNG"), cut("images", 0, "height")))
 for what, value in MISSING_NAMES.items():
     add(f"plain name {what}", ERROR, put("images", 0, "file_name", value), f"IMAGES/{value}: {GONE}", left=GOOD[2:])
     add(f"coco2017 name {what}, no size", ERROR, left=GOOD[2:], message=f"IMAGES/{value}: {GONE}",
@@ -309,7 +313,7 @@ add("plain image a folder", ERROR, folder("images/a.png"), f"IMAGES/a.png: {GONE
 add("plain image a link to itself", ERROR, loop("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
 add("plain folder in itself", FINE, all_of(lambda tree: (tree.images / "again").symlink_to(tree.images),
     put("images", 0, "file_name", "again/again/again/a.png")))
-NO_IMAGE = "is no JPEG, PNG, WebP, TIFF, BMP or GIF image, or its header is damaged; ..."
+NO_IMAGE = "is no JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF or JPEG 2000 image, or its header is damaged; ..."
 EMPTY = "is empty; replace or convert it, or leave it out"
 TOO_LARGE = "has 60000x60000 = 3600000000 pixels, more than the ..."
 BAD_IMAGES = {

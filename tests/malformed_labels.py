@@ -81,7 +81,8 @@ FINE_LINES: dict[str, tuple[str, list[Object]]] = {
 }
 for what, (value, found) in FINE_LINES.items():
     add(f"yolo {what}", FINE, file("labels/train/a.txt", value), left=[*found, GOOD[2]])
-add("yolo no label file", FINE, lambda tree: tree.drop("labels/train/a.txt"), left=GOOD[2:])
+add("yolo no label file", NOTE, lambda tree: tree.drop("labels/train/a.txt"), left=GOOD[2:],
+    counts={"images without a label file": 1})
 add("yolo no label files", NOTE, lambda tree: tree.drop("labels/train"), left=[], counts={"no label files": 1})
 
 # YOLO: data.yaml and images
@@ -115,7 +116,8 @@ for what, value in BAD_PATHS.items():
     add(f"yolo train {what}", ERROR, file("data.yaml", f"names: [cat, dog]\ntrain: {value}\nval: images/val\n"),
         f"SET/data.yaml: {ELSEWHERE.format(value)}")
 add("yolo path above", ERROR, file("data.yaml", "path: ../\nnames: [cat, dog]\ntrain: images/train"),
-    message="SET/data.yaml: its 'path' '../' lies outside of SET, where nothing is read; remove the line")
+    message="SET/data.yaml: its 'path' '../' lies outside of SET, where nothing is read; copy the file into "
+    "ROOT, and give that folder as --data")
 add("yolo path ignored", NOTE, counts={"path ignored": 1},
     spoil=file("data.yaml", "path: /datasets/mine\nnames: [cat, dog]\ntrain: images/train\nval: images/val\n"))
 add("yolo yaml with byte order mark", FINE,

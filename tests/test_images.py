@@ -190,6 +190,12 @@ KINDS: dict[str, tuple[str, Callable[[], Image.Image], np.ndarray, dict[str, Any
     "tiff, packed": ("a.tif", lambda: Image.fromarray(colours()), colours(), {"compression": "tiff_lzw"}, 0),
     "webp": ("a.webp", lambda: Image.fromarray(colours()), colours(), {"lossless": True}, 0),
     "bmp": ("a.bmp", lambda: Image.fromarray(colours()), colours(), {}, 0),
+    "ppm": ("a.ppm", lambda: Image.fromarray(colours()), colours(), {}, 0),
+    "jpeg 2000": ("a.jp2", lambda: Image.fromarray(colours(16, 24)), colours(16, 24), {}, 0),
+    "avif": ("a.avif", lambda: Image.fromarray(colours(16, 24)), colours(16, 24),
+             {"quality": 100, "subsampling": "4:4:4"}, 3),
+    "jfif": ("a.jfif", lambda: Image.fromarray(colours(16, 24)), colours(16, 24),
+             {"quality": 100, "subsampling": 0}, 3),
     "capital suffix": ("A.JPG", lambda: Image.fromarray(colours(16, 24)), colours(16, 24),
                        {"quality": 100, "subsampling": 0}, 3),
     "another format than its name says": ("a.jpg", lambda: Image.fromarray(colours()), colours(), {"format": "PNG"}, 0),
@@ -482,7 +488,7 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(1000)),
     "text": lambda path: path.write_text("<html>404 Not Found</html>"),
     "drawing": lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"),
-    "another format": lambda path: Image.fromarray(colours()).save(path, "PPM"),
+    "another format": lambda path: Image.fromarray(colours()).save(path, "TGA"),
     "tiff of thirteen colours": lambda path: save_tiff(path, bytes(13 * HEIGHT * WIDTH), 8, 1, samples=13),
     "jpeg's first bytes only": lambda path: path.write_bytes(b"\xff\xd8\xff\xe0"),
     "folder": lambda path: path.mkdir(),
@@ -524,7 +530,7 @@ def test_messages_say_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "a\0.jpg"
     for content, words in {
         b"": "is empty",
-        b"text": "is no JPEG, PNG, WebP, TIFF, BMP or GIF image",
+        b"text": "is no JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF or JPEG 2000 image",
         png(HEIGHT, WIDTH): "cannot be read as an image",
     }.items():
         with pytest.raises(UnreadableImage, match=f"^table.arrow row 7: {words}.*leave it out$"):

@@ -164,8 +164,8 @@ def check_collected(
 def check_listed(case: Case, table: AnnotationTable, problems: list[Problem]) -> None:
     """What is mended and noted: nothing but what the case says. Other files than COCO's state no areas, or no sizes."""
     usual = set() if case.kind in COCO else {AREA} if case.kind in ("yolo", "voc") else {AREA, SIZES}
-    repairs = {kind: count for kind, count in table.repairs.items() if kind not in usual}
-    assert repairs == (case.counts if case.grade == REPAIRED else {})
+    told = {kind.partition(", such as ")[0]: count for kind, count in table.repairs.items() if kind not in usual}
+    assert told == (case.counts if case.grade in (REPAIRED, NOTE) else {})
     listed = Counter((problem.grade, problem.kind) for problem in problems if problem.kind not in usual)
     assert listed == {(case.grade, kind): count for kind, count in case.counts.items()}
     if case.annotation is not None:

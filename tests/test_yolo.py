@@ -285,7 +285,8 @@ SPLITS: dict[str, tuple[dict[str, str | bytes], str, list[str]]] = {
     "long": ({"data.yaml": "train: " + 5000 * "x"}, "{folder}/data.yaml: " + PATH.format(5000 * "x"), []),
     "path outside": (
         {"data.yaml": "path: ..\ntrain: images/train"},
-        "{folder}/data.yaml: its 'path' '..' lies outside of {folder}, where nothing is read; remove the line", [],
+        "{folder}/data.yaml: its 'path' '..' lies outside of {folder}, where nothing is read; copy the file into "
+        "{folder.parent}, and give that folder as --data", [],
     ),
     "empty folder": ({"data.yaml": "train: labels"},
                      "{folder}/data.yaml: its 'train' names {folder}/labels, which holds no images", []),

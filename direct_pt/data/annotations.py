@@ -55,7 +55,7 @@ class AnnotationTable:
         segmentations: the objects' outlines.
         class_names: in the order of the category ids.
         category_ids: the source's own id of each class.
-        repairs: kinds of repairs made while reading, and how often each was.
+        repairs: kinds of repairs and of notes from reading, and how often each was.
         encoded: the images, if they are not files; `file_names` are then their names in messages.
         decoding: how image files become pixels.
     """

@@ -64,6 +64,7 @@ class Problems:
         self.collects = collects
         self.listed: list[Problem] = []
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._first: dict[str, Problem] = {}  # of each kind of notes
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -78,6 +79,8 @@ class Problems:
     def add(self, problem: Problem) -> None:
         """Count one problem, and list it if problems are collected."""
         self._counts[problem.grade, problem.kind] += 1
+        if problem.grade == NOTE:
+            self._first.setdefault(problem.kind, problem)
         if self.collects:
             self.listed.append(problem)
 
@@ -89,6 +92,14 @@ class Problems:
         if self.collects:
             rows = zip(images, annotations, strict=True)
             self.listed += [Problem(grade, kind, file, message, image, number) for image, number in rows]
+
+    def summary(self) -> dict[str, int]:
+        """The number of each kind of repairs and of notes, these with their first file."""
+        notes = {}
+        for kind, count in self.counts(NOTE).items():
+            first = self._first.get(kind)
+            notes[f"{kind}, such as {first.file}" if first else kind] = count
+        return self.counts(REPAIRED) | notes
 
     def counts(self, grade: str) -> dict[str, int]:
         """The number of problems of each kind of one grade."""

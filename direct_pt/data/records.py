@@ -21,6 +21,7 @@ from direct_pt.data.annotations import (
     decode_name,
     encode_name,
 )
+from direct_pt.data.names import Folders
 from direct_pt.data.outlines import outlines_fit, pop_segmentations, read_outlines
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.images import Decoding, UnreadableImage, encoded_size, image_size
@@ -104,7 +105,7 @@ def read_table(source: Source, problems: Problems, decoding: Decoding) -> Annota
     )
     _reject_other_box_formats(table)
     _report_repairs(table, np.isnan(areas), objects["dropped"] > 0, problems)
-    table.repairs = problems.counts(REPAIRED)
+    table.repairs = problems.summary()
     return table
 
 
@@ -284,10 +285,11 @@ def _check_images(
     images = _unique(images, "images", "id", "ids must be unique", source, problems)
     if encoded is None:
         images = _unique(images, "images", "file_name", "join the annotations of the two records", source, problems)
-    images = _fill_in_sizes(images, source, problems, decoding, encoded)
     if encoded is None:
-        images = _select(images, check_files(source, images["file_name"], problems))
-    elif problems.collects:
+        names, exists = find_files(source, images["file_name"], problems)
+        images = _select(images | {"file_name": names}, exists)
+    images = _fill_in_sizes(images, source, problems, decoding, encoded)
+    if encoded is not None and problems.collects:
         encoded = encoded.select(images["row"])
     if not len(images["id"]):
         raise DataError("empty", source.source, "none of its images can be read; the errors before this one say why")
@@ -331,9 +333,6 @@ def _fill_in_sizes(
                 images["size"][row] = encoded_size(encoded.content(images["row"][row]), name, decoding)
             problems.add(Problem(REPAIRED, SIZES_FROM_FILES, source.source, SIZES_FROM_FILES, name))
         except (UnreadableImage, OSError) as error:
-            # os.path, because pathlib raises an OSError if a name is too long.
-            if encoded is None and not os.path.isfile(source.folder / name):  # noqa: PTH113
-                continue  # reported by check_files
             readable[row] = False
             with problems.caught():
                 text = f"image {images['id'][row]} states no width and height, and {error}"
@@ -341,14 +340,23 @@ def _fill_in_sizes(
     return _select(images, readable)
 
 
-def check_files(source: Source, names: np.ndarray, problems: Problems) -> np.ndarray:
-    """[N] bool, whether the image files `names` [N] exist in the source's folder; missing ones are errors."""
-    folder = str(source.folder)
+def find_files(source: Source, names: np.ndarray, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
+    """The names [N] of the image files on the disk, and [N] bool, whether they exist; missing ones are errors.
+
+    A file whose name means the same is taken: see normal_name.
+    """
+    folder, folders = str(source.folder), Folders(source.folder)
     # os.path: pathlib takes several times as long for 100,000 files.
     exists = np.array([os.path.isfile(os.path.join(folder, decode_name(name))) for name in names.tolist()], bool)  # noqa: PTH113, PTH118
-    absent = np.flatnonzero(~exists)
-    for row in absent:
-        name = decode_name(names[row])
+    absent = [(row, decode_name(names[row])) for row in np.flatnonzero(~exists).tolist()]
+    listed = set(names[exists].tolist())
+    for row, name in list(absent):
+        found = folders.find(name)
+        if found is not None and encode_name(found) not in listed and os.path.isfile(source.folder / found):  # noqa: PTH113
+            problems.add(Problem(REPAIRED, "images of other spelling taken", source.source, f"{name} is {found}", name))
+            names, exists[row] = _with_name(names, row, encode_name(found)), True
+            absent.remove((row, name))
+    for _, name in absent:
         remedy = "check the image folder"
         if "\\" in name and os.path.isfile(source.folder / name.replace("\\", "/")):  # noqa: PTH113
             remedy = "write its name with / in place of \\"
@@ -356,7 +364,14 @@ def check_files(source: Source, names: np.ndarray, problems: Problems) -> np.nda
             missing = f"({len(absent)} of {len(names)} images are missing)"
             text = f"listed in {source.source} but not there {missing}; {remedy}"
             raise DataError("missing image", source.folder / name, text, name)
-    return exists
+    return names, exists
+
+
+def _with_name(names: np.ndarray, row: int, name: bytes) -> np.ndarray:
+    """The names with another one, which may be longer than all."""
+    names = names.astype(f"S{max(names.itemsize, len(name))}")
+    names[row] = name
+    return names
 
 
 def _look_up(

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from direct_pt.data.formats.voc import find_voc
 from direct_pt.data.formats.yolo import find_yolo
 from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
-from direct_pt.data.records import Source, check_files, read_table
+from direct_pt.data.records import Source, find_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
 from direct_pt.errors import InputError
 from direct_pt.flags import flag, names, positive_integer, share
@@ -27,6 +28,7 @@ COCO_TEXT = "COCO in place of --data; several sets are joined by class name"
 MAX_HELD_OUT = 5000  # of the training images, if a set has no validation split
 SPOT_CHECKED = 256  # images, spread over the table
 MAX_WRONG_SHARE = 0.01  # of the spot-checked images that training tolerates; one is always tolerated
+COPY = re.compile(rb"\.rf\.[0-9A-Za-z]{16,}(?=\.)")  # what Roboflow puts into the names of augmented copies
 Paths = tuple[Path, ...]
 
 
@@ -70,6 +72,7 @@ class DataOptions:
     val_share: float = flag(
         0.1, "of the training images, held out where there is no validation split; 0: no evaluation", share, metavar="X"
     )
+    subset: str | None = flag(None, "which subset (configuration) of hub data, where there are several", metavar="NAME")
     bbox_format: str = flag("coco", "of hub data: x, y, width, height, or x1, y1, x2, y2", choices=["coco", "voc"])
     exif: str = exif_flag()
     alpha: str = alpha_flag()
@@ -122,7 +125,7 @@ def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
                 return tree
     from direct_pt.data.formats.hugging_face import find_hugging_face  # its library takes a second to load
 
-    found = find_hugging_face(data, options.bbox_format, options.streaming)
+    found = find_hugging_face(data, options.bbox_format, options.streaming, options.subset)
     if found is not None:
         return found
     if not data.exists():
@@ -200,7 +203,7 @@ def load_split(
         return read_table(source, problems, decoding)
     table = cached_table(file, source.folder, lambda: read_table(source, problems, decoding))
     if isinstance(table, CachedTable):
-        check_files(source, table.file_names, problems)
+        table.file_names, _ = find_files(source, table.file_names, problems)
     table.decoding = decoding
     return table
 
@@ -209,11 +212,13 @@ def hold_out(table: AnnotationTable, share: float) -> tuple[AnnotationTable, Ann
     """Training and validation images from one table, the same for every stage, seed and order of the files.
 
     The images whose names have the lowest SHA-256 are held out: `share` of all, at least one of two or more, at most
-    MAX_HELD_OUT.
+    MAX_HELD_OUT. Augmented copies of one photograph (Roboflow's NAME.rf.HASH.jpg) are held out together, or not at all.
     """
-    digests = [hashlib.sha256(name).digest() for name in table.file_names.tolist()]
+    digests = [hashlib.sha256(COPY.sub(b"", name)).digest() for name in table.file_names.tolist()]
     order = sorted(range(len(table)), key=digests.__getitem__)
     count = min(max(1, round(share * len(table))), MAX_HELD_OUT, len(table) - 1)
+    cuts = [row for row in range(1, len(order)) if digests[order[row]] != digests[order[row - 1]]]
+    count = min(cuts, key=lambda cut: (abs(cut - count), cut), default=0) if len(cuts) < len(order) - 1 else count
     held, kept = np.sort(np.array(order[:count], np.int64)), np.sort(np.array(order[count:], np.int64))
     source = f"{table.source} ({share:g} held out)"
     return replace(table.select(kept), source=source), replace(table.select(held), source=source, repairs={})

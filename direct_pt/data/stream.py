@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from direct_pt.batch import Batch, Sample
 from direct_pt.data.annotations import AnnotationTable, decode_name
-from direct_pt.data.formats.hub_rows import Layout, find_layout
+from direct_pt.data.formats.hub_rows import Layout, find_layouts
 from direct_pt.data.formats.hugging_face import damaged_file, image_bytes, image_root, load_splits
 from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
 from direct_pt.data.problems import ERROR, DataError, Problems
@@ -139,13 +139,13 @@ class Stream:
                 yield piece.take(pa.array(own)), Place(start.epoch, number, row)
 
 
-def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int) -> Stream:
+def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int, subset: str | None = None) -> Stream:
     """The training split of a data set on the hub, or of a folder of parquet or image files.
 
     Raises:
         InputError: it cannot be streamed.
     """
-    splits = load_splits(data, streaming=True)
+    splits = load_splits(data, True, subset)
     if not splits:
         raise InputError(f"--streaming: --data {data} is no data set on the hub, and no folder of parquet files")
     if "train" not in splits:
@@ -153,16 +153,16 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int) -
     rows = splits["train"]
     if not isinstance(rows, datasets.IterableDataset):
         raise InputError(f"--streaming: --data {data} was written by save_to_disk: read it without --streaming")
-    layout = find_layout(rows.features or {}, str(data), bbox_format, splits.values())
+    layout = find_layouts(splits, str(data), bbox_format)["train"]
     stated = (rows.info.splits or {}).get(str(rows.split))
-    images = stated.num_examples if stated is not None else _rows_of_files(data, str(rows.split))
+    images = stated.num_examples if stated is not None else _rows_of_files(data, str(rows.split), subset)
     undecoded = rows.cast_column(layout.image, datasets.Image(decode=False))
     return Stream(undecoded, layout, f"{data} (train)", images, image_root(data), decoding, window)
 
 
-def _rows_of_files(data: Path, split: str) -> int:
+def _rows_of_files(data: Path, split: str, subset: str | None) -> int:
     """Rows of a local split's parquet files; 0 if it has other files."""
-    files = (datasets.load_dataset_builder(str(data)).config.data_files or {}).get(split, [])
+    files = (datasets.load_dataset_builder(str(data), subset).config.data_files or {}).get(split, [])
     paths = [Path(str(file)) for file in files]
     if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
         return 0

@@ -55,7 +55,9 @@ def load_data(
         from direct_pt.data.stream import open_stream  # its library takes a second to load
 
         assert options.data is not None
-        stream = open_stream(options.data, options.bbox_format, options.decoding, options.shuffle_buffer)
+        stream = open_stream(
+            options.data, options.bbox_format, options.decoding, options.shuffle_buffer, options.subset
+        )
         return stream, load_tables(options, ["val"]).get("val")
 
     def load() -> dict[str, AnnotationTable]:

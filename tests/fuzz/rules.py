@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats import json_stream
-from direct_pt.data.formats.hub_rows import find_layout
+from direct_pt.data.formats.hub_rows import find_layouts
 from direct_pt.data.formats.hugging_face import image_root, load_splits
 from direct_pt.data.outlines import run_length_totals
 from direct_pt.data.problems import ERROR, Problems
@@ -107,7 +107,7 @@ def check_stream(folder: Path, files: Files) -> bool:
     options = options_for(folder, files)
     try:
         rows = load_splits(folder)["train"]
-        layout = find_layout(rows.features, str(folder), options.bbox_format, [rows])
+        layout = find_layouts({"train": rows}, str(folder), options.bbox_format)["train"]
         undecoded = rows.cast_column(layout.image, datasets.Image(decode=False)).to_iterable_dataset()
         stream = Stream(undecoded, layout, f"{folder} (train)", 0, image_root(folder), options.decoding, window=1000)
         _, window = next(stream.windows(Place(), seed=0, rank=0, world=1))

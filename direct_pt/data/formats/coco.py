@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from direct_pt.data.formats.json_stream import NotAnObject, read_members
+from direct_pt.data.names import Folder, split_folders
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Chunk
 
@@ -15,7 +16,6 @@ LAYOUTS = (  # annotation file, folder of its images
     ("annotations/instances_{split}.json", "images"),
 )
 ROBOFLOW_FILE = "_annotations.coco.json"  # beside the images
-ROBOFLOW_FOLDERS = {"train": "train", "val": "valid", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,25 @@ class CocoSplit:
 
 
 def find_coco(folder: Path) -> dict[str, CocoSplit]:
-    """The splits of a folder in the layout of COCO 2017, the plain one, or Roboflow's export; empty if it has none."""
-    splits = {}
-    for split, exported in ROBOFLOW_FOLDERS.items():
-        for annotations, images in (*LAYOUTS, (f"{exported}/{ROBOFLOW_FILE}", exported)):
+    """The splits of a folder in the layout of COCO 2017, the plain one, or Roboflow's export; empty if it has none.
+
+    Where splits have folders of their own, each has its annotation file beside its images, or beside their folder: any
+    name, if it is the only JSON file there.
+    """
+    splits, own_folders = {}, split_folders(folder)
+    for split in ("train", "val", "test"):
+        for annotations, images in LAYOUTS:
             path = folder / annotations.format(split=split)
             if path.is_file():
                 splits[split] = CocoSplit(folder / images.format(split=split), path)
                 break
+        place = own_folders.get(split)
+        if split in splits or place is None:
+            continue
+        files = [name for name in sorted(Folder(place).names) if name.lower().endswith(".json")]
+        name = ROBOFLOW_FILE if ROBOFLOW_FILE in files else files[0] if len(files) == 1 else None
+        if name is not None:
+            splits[split] = CocoSplit(place / "images" if (place / "images").is_dir() else place, place / name)
     return splits
 
 

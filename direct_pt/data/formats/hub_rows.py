@@ -4,7 +4,7 @@ The layout is the usual one on the hub: an image column, and a column `objects` 
 `area`, `iscrowd` and `segmentation`, as a dictionary of lists or as a list of objects.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from direct_pt.errors import InputError
 
+IMAGES = ("image", "img", "images", "picture", "photo")  # that is taken if there are several
 OBJECTS = ("objects", "annotations")
 BOXES = ("bbox", "bboxes", "boxes")
 CATEGORIES = ("category", "categories", "category_id", "label", "labels", "class")
@@ -35,7 +36,7 @@ class Layout:
         boxes: field of the objects' boxes.
         categories: field of the objects' categories.
         classes: {id: name}.
-        ids: {name: id} if the categories are names.
+        ids: from what the rows hold, names or a split's own numbers, to ids; None if they hold ids.
         corners: whether boxes are (x1, y1, x2, y2).
     """
 
@@ -44,7 +45,7 @@ class Layout:
     boxes: str
     categories: str
     classes: dict[int, str]
-    ids: dict[str, int] | None
+    ids: dict[Any, int] | None
     corners: bool
 
     def category_records(self) -> list[Json]:
@@ -79,10 +80,12 @@ class Layout:
             images.append({"id": ids[place], "file_name": f"row {first + place}{name}", **sides})
             for found in _list(objects):
                 category: Any = found.get(self.categories)
+                if self.ids is not None and isinstance(category, int | str):
+                    category = self.ids.get(category, category if isinstance(category, str) else min(-1, category))
                 record = {
                     "id": first_object + len(annotations),
                     "image_id": ids[place],
-                    "category_id": category if self.ids is None else self.ids.get(category, category),
+                    "category_id": category,
                     "bbox": self._box(found.get(self.boxes)),
                 }
                 annotations.append(record | {key: found[key] for key in OPTIONAL if found.get(key) is not None})
@@ -101,52 +104,95 @@ class Layout:
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def find_layout(features: datasets.Features, source: str, bbox_format: str, splits: Iterable[Any]) -> Layout:
-    """The layout of a data set's columns.
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of one split, and of what kind its categories are: ClassLabel, or the type of a value."""
+
+    image: str
+    objects: str
+    boxes: str
+    categories: str
+    kind: Any
+
+    @property
+    def kind_name(self) -> str:
+        """ "int" or "string", or another type that classes cannot have."""
+        dtype = str(getattr(self.kind, "dtype", self.kind))
+        return "int" if dtype.startswith(("int", "uint")) else "string" if dtype.endswith("string") else dtype
+
+
+def find_layouts(splits: Mapping[str, Any], source: str, bbox_format: str) -> dict[str, Layout]:
+    """The layout of each split's columns, all with the same classes: those of the first split, then those of others.
 
     Args:
-        features: of all splits.
+        splits: the data sets. Their rows are searched for classes if the features do not name them.
         source: name in messages.
         bbox_format: "coco" or "voc", for boxes that are lists.
-        splits: their rows are searched for classes if the features do not name them.
 
     Raises:
         InputError: naming the columns that exist.
     """
+    columns = {
+        split: _find_columns(rows.features or {}, f"--data {source}{f' ({split})' if len(splits) > 1 else ''}")
+        for split, rows in splits.items()
+    }
+    named = {split: c.kind.names for split, c in columns.items() if isinstance(c.kind, datasets.ClassLabel)}
+    kinds = {c.kind_name for split, c in columns.items() if split not in named}
+    first = next(iter(columns.values()))
+    where = f"--data {source}: '{first.objects}.{first.categories}'"
+    for own in columns.values():
+        if own.kind_name not in ("int", "string") and not isinstance(own.kind, datasets.ClassLabel):
+            raise InputError(f"{where} is of the type {own.kind!s:.60}; classes are whole numbers or names")
+    if "int" in kinds and (named or "string" in kinds):
+        raise InputError(f"{where} holds numbers in one split, names in another; give all splits the same classes")
+    found = {split: _values(splits[split], c, source) for split, c in columns.items() if split not in named}
+    if kinds == {"int"}:
+        values = sorted(value for value in set().union(*found.values()) if value >= 0)  # the library's -1 is no class
+        classes = {value: str(value) for value in values}
+    else:
+        names = list(dict.fromkeys(name for own in named.values() for name in own))
+        names += sorted({name for own in found.values() for name in own if name.strip()} - set(names))
+        classes = dict(enumerate(names))
+    if not classes:
+        raise InputError(f"{where} has no class in any row: whole numbers from 0 on, or names")
+    ids = {name: number for number, name in classes.items()}
+    layouts = {}
+    for split, own in columns.items():
+        own_ids: dict[Any, int] | None = ids if kinds != {"int"} else None
+        if split in named:
+            numbers = {number: ids[name] for number, name in enumerate(named[split])}
+            own_ids = None if numbers == {number: number for number in classes} else numbers
+        layouts[split] = Layout(
+            own.image, own.objects, own.boxes, own.categories, classes, own_ids, bbox_format == "voc"
+        )
+    return layouts
+
+
+def _find_columns(features: Mapping[str, Any], where: str) -> _Columns:
+    """The columns of one split with these features. Raises InputError, beginning with `where`."""
     columns = f"its columns are {', '.join(features)}"
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     if not images and set(_fields(features.get("image"))) == {"bytes", "path"}:
         images = ["image"]
     if not images:
         remedy = "put the images beside the file that names them" if "file_name" in features else "cast one to Image()"
-        raise InputError(f"--data {source}: has no image column ({columns}); {remedy}")
+        raise InputError(f"{where}: has no image column ({columns}); {remedy}")
+    image = images[0] if len(images) == 1 else next((name for name in IMAGES if name in images), None)
+    if image is None:
+        raise InputError(f"{where}: has the image columns {', '.join(images)}; rename the one to learn from to 'image'")
     objects = next((name for name in OBJECTS if name in features), None)
     if objects is None:
-        raise InputError(f"--data {source}: has no column 'objects' with 'bbox' and 'category' ({columns})")
+        raise InputError(f"{where}: has no column 'objects' with 'bbox' and 'category' ({columns})")
     fields = _fields(features[objects])
     boxes = next((name for name in BOXES if name in fields), None)
     categories = next((name for name in CATEGORIES if name in fields), None)
     if boxes is None or categories is None:
         missing, present = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
-        raise InputError(f"--data {source}: its '{objects}' lack '{missing}'; they have {present}")
+        raise InputError(f"{where}: its '{objects}' lack '{missing}'; they have {present}")
     kind = fields[categories]
     if isinstance(features[objects], dict):  # a dictionary of lists
         kind = getattr(kind, "feature", kind)
-    where, ids = f"--data {source}: '{objects}.{categories}'", None
-    if isinstance(kind, datasets.ClassLabel):
-        classes = dict(enumerate(kind.names))
-    elif str(getattr(kind, "dtype", kind)).startswith(("int", "uint")):
-        found = _values(splits, objects, categories, source)
-        classes = {value: str(value) for value in sorted(found) if value >= 0}  # the library writes -1 for no class
-    elif str(getattr(kind, "dtype", kind)).endswith("string"):
-        names = sorted(name for name in _values(splits, objects, categories, source) if name.strip())
-        classes = dict(enumerate(names))
-        ids = {name: number for number, name in classes.items()}
-    else:
-        raise InputError(f"{where} is of the type {kind!s:.60}; classes are whole numbers or names")
-    if not classes:
-        raise InputError(f"{where} has no class in any row: whole numbers from 0 on, or names")
-    return Layout(images[0], objects, boxes, categories, classes, ids, bbox_format == "voc")
+    return _Columns(image, objects, boxes, categories, kind)
 
 
 def _fields(feature: Any) -> Json:
@@ -157,17 +203,17 @@ def _fields(feature: Any) -> Json:
     return dict(feature) if isinstance(feature, dict) else {}
 
 
-def _values(splits: Iterable[Any], objects: str, field: str, source: str) -> set[Any]:
-    """All categories of all splits."""
+def _values(rows: Any, columns: _Columns, source: str) -> set[Any]:
+    """All categories of a split."""
+    if isinstance(rows, datasets.IterableDataset):
+        raise InputError(
+            f"--data {source}: the classes are not named in its features, and --streaming does not look at all "
+            f"rows first; cast '{columns.objects}.{columns.categories}' to datasets.ClassLabel"
+        )
     found: set[Any] = set()
-    for rows in splits:
-        if isinstance(rows, datasets.IterableDataset):
-            raise InputError(
-                f"--data {source}: the classes are not named in its features, and --streaming does not look at all "
-                f"rows first; cast '{objects}.{field}' to datasets.ClassLabel"
-            )
-        for piece in rows.select_columns([objects]).with_format("arrow").iter(ROWS_PER_READ):
-            found.update(record.get(field) for cell in piece[objects].to_pylist() for record in _list(cell))
+    for piece in rows.select_columns([columns.objects]).with_format("arrow").iter(ROWS_PER_READ):
+        cells = piece[columns.objects].to_pylist()
+        found.update(record.get(columns.categories) for cell in cells for record in _list(cell))
     return found - {None}
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from direct_pt.data.formats.hub_rows import ROWS_PER_READ, Layout, find_layout
+from direct_pt.data.formats.hub_rows import ROWS_PER_READ, Layout, find_layouts
+from direct_pt.data.names import is_no_data
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Chunk
 from direct_pt.errors import InputError
@@ -23,6 +24,7 @@ from direct_pt.errors import InputError
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
 LOCAL = (*SAVED, "metadata.jsonl", "*/metadata.jsonl", "*.parquet", "*/*.parquet")  # mark the folder of a data set
+PATTERN = "*?["
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
@@ -102,34 +104,35 @@ class ArrowSplit:
             first, first_object = first + len(images), first_object + len(annotations)
 
 
-def find_hugging_face(data: Path, bbox_format: str, streaming: bool = False) -> dict[str, ArrowSplit] | None:
+def find_hugging_face(
+    data: Path, bbox_format: str, streaming: bool = False, subset: str | None = None
+) -> dict[str, ArrowSplit] | None:
     """The splits of a local folder or of a data set on the hub; None if it is neither.
 
     Args:
         data: the folder or name.
         bbox_format: "coco" or "voc".
         streaming: leave out the training split, and read the others into memory; nothing is kept on the disk.
+        subset: which of several; the library calls them configurations.
 
     Raises:
         InputError: it cannot be loaded, or lacks the columns of a detection set.
     """
-    found = load_splits(data, streaming)
+    found = load_splits(data, streaming, subset)
     if not found:
         return None
+    for split, rows in found.items():
+        if split != "train" and not isinstance(rows, datasets.Dataset):  # save_to_disk's sets are not streamed
+            pieces = list(rows.with_format("arrow").iter(ROWS_PER_READ))
+            found[split] = datasets.Dataset(pa.concat_tables(pieces)) if pieces else datasets.Dataset.from_dict({})
+    layouts = find_layouts(found, str(data), bbox_format)
     if streaming:
-        found = {split: rows for split, rows in found.items() if split != "train"}
-        if not found:
-            return {}
-        for split, rows in found.items():
-            if not isinstance(rows, datasets.Dataset):  # save_to_disk's sets are not streamed
-                pieces = list(rows.with_format("arrow").iter(ROWS_PER_READ))
-                found[split] = datasets.Dataset(pa.concat_tables(pieces)) if pieces else datasets.Dataset.from_dict({})
-    layout = find_layout(next(iter(found.values())).features, str(data), bbox_format, found.values())
-    undecoded = datasets.Image(decode=False)
-    return {
-        split: ArrowSplit(rows.cast_column(layout.image, undecoded), layout, f"{data} ({split})", image_root(data))
-        for split, rows in found.items()
-    }
+        found.pop("train", None)
+    splits = {}
+    for split, rows in found.items():
+        undecoded = rows.cast_column(layouts[split].image, datasets.Image(decode=False))
+        splits[split] = ArrowSplit(undecoded, layouts[split], f"{data} ({split})", image_root(data))
+    return splits
 
 
 def image_root(data: Path) -> Path | None:
@@ -137,7 +140,7 @@ def image_root(data: Path) -> Path | None:
     return data.resolve() if data.exists() else None
 
 
-def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
+def load_splits(data: Path, streaming: bool = False, subset: str | None = None) -> dict[str, Any]:
     """The library's data sets by our names of the splits; empty if `data` is neither a hub name nor such a folder.
 
     Raises:
@@ -148,10 +151,19 @@ def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
         return {}
     try:
         with _quiet():
-            loaded = _load_folder(data, streaming) if local else datasets.load_dataset(str(data), streaming=streaming)
+            if local:
+                loaded = _load_folder(data, streaming, subset)
+            else:
+                loaded = datasets.load_dataset(str(data), subset, streaming=streaming)
     except InputError:
         raise
     except Exception as error:  # the library's errors have no common base class
+        if subsets := re.search(r"available configs: \[(.*?)\]|not found\. Available: \[(.*?)\]", str(error)):
+            there = ", ".join(re.findall(r"'([^']*)'", "".join(filter(None, subsets.groups()))))
+            if subset is not None:
+                raise InputError(f"--subset {subset}: --data {data} has none of this name, only {there}") from error
+            text = f"has several subsets: choose one with --subset, of {there}"
+            raise InputError(f"--data {data}: {text}") from error
         if not local:
             what = "no such folder, and the hub gives no such data set"
             raise InputError(f"--data {data}: {what} ({_root_cause(error)})") from error
@@ -165,18 +177,48 @@ def load_splits(data: Path, streaming: bool = False) -> dict[str, Any]:
     return {split: rows[0] for split, rows in found.items() if rows}
 
 
-def _load_folder(data: Path, streaming: bool) -> Any:
-    """The library's data sets of a local folder, with all their files inside. Raises InputError and library errors."""
+def _load_folder(data: Path, streaming: bool, subset: str | None) -> Any:
+    """The library's data sets of a local folder, with all their files inside. Raises InputError and library errors.
+
+    Each split is loaded alone: together, all would be read with the columns and class numbers of the first.
+    """
     if any((data / name).is_file() for name in SAVED):
         loaded = datasets.load_from_disk(str(data))
         for split, rows in loaded.items() if isinstance(loaded, dict) else [("", loaded)]:
             _require_inside(data, (file["filename"] for file in rows.cache_files), f"{split}/state.json".lstrip("/"))
         return loaded
     for path in sorted(data.rglob("metadata.jsonl")):
-        _check_metadata(path)
-    files = datasets.load_dataset_builder(str(data)).config.data_files or {}
+        if not any(map(is_no_data, path.relative_to(data).parts)):
+            _check_metadata(path)
+    if wild := set(PATTERN) & set(os.path.abspath(data)):  # noqa: PTH100
+        text = f"the datasets library takes {' '.join(sorted(wild))} in a path for a pattern; rename the folder"
+        raise InputError(f"--data {data}: {text}")
+    builder = datasets.load_dataset_builder(str(data), subset)
+    files: dict[Any, list[str]] = dict(builder.config.data_files or {})
     _require_inside(data, chain.from_iterable(files.values()), "README.md")
-    return datasets.load_dataset(str(data), streaming=streaming)
+    kind = type(builder).__module__.rpartition(".")[2]
+    loaded = {}
+    for split, names in files.items():
+        escaped = [re.sub("([*?[])", r"[\1]", name) for name in names]
+        loaded[str(split)] = datasets.load_dataset(
+            kind, data_files={str(split): escaped}, split=str(split), streaming=streaming
+        )
+        _check_classes(names, loaded[str(split)].features)
+    return loaded
+
+
+def _check_classes(files: Iterable[str], features: datasets.Features | None) -> None:
+    """Raise DataError where a parquet file numbers its classes otherwise than the first: the library does not look."""
+    for name in files:
+        if name.endswith(".parquet") and features is not None:
+            try:
+                schema = parquet.read_schema(name)
+            except (pa.ArrowException, OSError):
+                continue  # reported where its rows are read
+            own = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+            if any(column in own and own[column] != kind for column, kind in features.items()):
+                text = "its columns or classes are not those of the split's first file; save all of the split anew"
+                raise DataError("columns", name, text)
 
 
 def _require_inside(data: Path, files: Iterable[str], named_by: str) -> None:

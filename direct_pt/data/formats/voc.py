@@ -11,12 +11,12 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 from direct_pt.data.formats.label_files import number_records, read_text
-from direct_pt.data.problems import NOTE, DataError, Problem, Problems
+from direct_pt.data.names import Folder, is_image, normal_name, split_files, split_folders
+from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 from direct_pt.images import FORMATS
 
-LISTS = {"train": ("train", "trainval"), "val": ("val",), "test": ("test",)}  # in ImageSets/Main
-FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}  # Roboflow's
+LISTS = ("ImageSets/Main", "ImageSets")  # folders of lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 20 * 10**6
 
@@ -34,7 +34,7 @@ class VocClasses:
     def names(self) -> tuple[str, ...]:
         """The sorted names, read from all files on first use."""
         found: set[str] = set()
-        for path in (path for folder in self.folders for path in folder.glob("*.xml")):
+        for path in (path for folder in self.folders for path in xml_files(folder)):
             try:
                 found |= {_text(element, "name") or "" for element in _read_xml(path).iterfind("object")}
             except DataError:
@@ -55,6 +55,7 @@ class VocSplit:
         folder: of the images.
         annotations: folder of the XML files.
         listing: file that lists the split's XML files by their names without suffix; None for all of them.
+        without: another such file, whose names are not of the split.
         classes: of all splits.
     """
 
@@ -63,6 +64,7 @@ class VocSplit:
     annotations: Path
     listing: Path | None
     classes: VocClasses
+    without: Path | None = None
 
     encoded = annotation_file = None
 
@@ -77,7 +79,7 @@ class VocSplit:
     def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
         ids = {name: number for number, name in enumerate(self.classes.names, start=1)}
         images: dict[str, list[str]] = {}  # file names by stem
-        xml_files: dict[str, Path] = {}  # by image
+        found_for: dict[str, Path] = {}  # XML files by image
         files: list[Path] = []
         with problems.caught():
             files = self._files(problems)
@@ -87,8 +89,8 @@ class VocSplit:
                 text = f"no such image folder (the images of {self.annotations})"
                 raise DataError("missing folder", self.folder, text) from error
             for name in names:
-                if name.lower().endswith(FORMATS):
-                    images.setdefault(Path(name).stem, []).append(name)
+                if is_image(self.folder / name, problems):
+                    images.setdefault(normal_name(Path(name).stem), []).append(name)
             if not images:
                 raise DataError("no images", self.folder, f"holds no images (those of {self.annotations})")
         for path in files if images else ():
@@ -96,32 +98,55 @@ class VocSplit:
             with problems.caught():
                 root = _read_xml(path)
                 image = self._image(root, path, images, problems)
-                if image in xml_files:
-                    text = f"is of the image {image}, as is {xml_files[image]}; correct its <filename>, or remove one"
+                if image in found_for:
+                    text = f"is of the image {image}, as is {found_for[image]}; correct its <filename>, or remove one"
                     raise DataError("duplicate image", path, text, image)
-                xml_files[image] = path
+                found_for[image] = path
                 found = {"file_name": image, **_size(root, path)}, _objects(root, path, image, ids, problems)
             if found is not None:
                 yield found
+        if self.listing is None:
+            stems = {normal_name(path.stem) for path in files}
+            unlabelled = [name for stem, same in images.items() if stem not in stems for name in same]
+            for image in sorted(set(unlabelled) - set(found_for)):
+                text = (
+                    f"is left out: no XML file in {self.annotations} is of it; an image without objects needs one too"
+                )
+                problems.add(Problem(NOTE, "images without an XML file", str(self.folder / image), text, image))
 
     def _files(self, problems: Problems) -> list[Path]:
         """The split's XML files, sorted by name."""
-        files = {path.stem: path for path in sorted(self.annotations.glob("*.xml"))}
+        files = {normal_name(path.stem): path for path in xml_files(self.annotations)}
         if self.listing is None:
             return list(files.values())
-        lines: dict[str, int] = {}
-        for number, line in enumerate(read_text(self.listing).splitlines(), start=1):
-            with problems.caught():
-                for name in line.split()[:1]:
-                    if lines.setdefault(name, number) < number:
-                        text = f"lists {name!r} again, after line {lines[name]}; remove one"
-                        raise DataError("listed twice", f"{self.listing}:{number}", text)
-                    if name not in files:
-                        text = f"lists {name!r}, but {self.annotations} has no {name}.xml; add it or remove the line"
-                        raise DataError("missing XML", f"{self.listing}:{number}", text)
-        if not lines:
+        listed = self._listed(self.listing, files, problems)
+        if self.without is not None:
+            listed -= self._listed(self.without, files, Problems(collects=True))
+        if not listed:
             raise DataError("no images", self.listing, "lists no images; write a name without suffix on each line")
-        return sorted(files[name] for name in lines if name in files)
+        return sorted(listed)
+
+    def _listed(self, listing: Path, files: dict[str, Path], problems: Problems) -> set[Path]:
+        """The XML files that a list names, one a line: perhaps with a suffix, a folder, or 1 or -1 behind."""
+        lines: dict[str, int] = {}
+        found = set()
+        for number, line in enumerate(map(str.strip, read_text(listing).splitlines()), start=1):
+            with problems.caught():
+                if not line:
+                    continue
+                whole = re.split(r"[/\\]", line)[-1]
+                spellings = [whole, re.sub(r"\s+-?[01]$", "", whole)]
+                spellings += [stem for name in spellings for stem, suffix in [os.path.splitext(name)]  # noqa: PTH122
+                              if suffix.lower() in (".xml", *FORMATS)]  # fmt: skip
+                name = next((name for name in map(normal_name, spellings) if name in files), None)
+                if name is None:
+                    text = f"lists {line!r}, but {self.annotations} has no {whole}.xml; add it or remove the line"
+                    raise DataError("missing XML", f"{listing}:{number}", text)
+                if lines.setdefault(name, number) < number:
+                    text = f"lists {whole!r} again, after line {lines[name]}; remove one"
+                    raise DataError("listed twice", f"{listing}:{number}", text)
+                found.add(files[name])
+        return found
 
     def _image(self, root: Element, path: Path, images: dict[str, list[str]], problems: Problems) -> str:
         """The image's file name: the stated one, or else the XML file's name with an image suffix."""
@@ -130,9 +155,16 @@ class VocSplit:
         if name != stated:
             text = f"its <filename> {stated!r} is a path; only {name!r} of it counts"
             problems.add(Problem(NOTE, "filename is a path", str(path), text, name))
-        if name in images.get(Path(name).stem, ()):
+        same = images.get(normal_name(Path(name).stem), [])
+        if name in same:
             return name
-        matches = images.get(path.stem, [])
+        same = [other for other in same if normal_name(other) == normal_name(name)]
+        if len(same) == 1:
+            problems.add(
+                Problem(REPAIRED, "images of other spelling taken", str(path), f"its image is {same[0]}", name)
+            )
+            return same[0]
+        matches = images.get(normal_name(path.stem), [])
         if len(matches) != 1:
             what = f"several images fit ({', '.join(matches)})" if matches else f"no {path.stem}.jpg or the like either"
             text = f"its <filename> {name!r} is not in {self.folder}, and {what}; correct it or add the image"
@@ -144,38 +176,43 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
     """The splits ("train", "val", "test") of a VOC data set, None if the folder is not one.
 
     Either Annotations/, JPEGImages/ and ImageSets/Main/ in the folder, or in one VOC* folder of it or of its
-    VOCdevkit/; without lists in ImageSets/Main/ everything is "train". Or train/, valid/ and test/ with XML files
-    beside the images.
+    VOCdevkit/; without lists everything is "train". trainval.txt stands in for train.txt, without the images of
+    val.txt. Or train/, valid/ and test/ with XML files beside the images.
 
     Raises:
         DataError: there are several VOC trees.
     """
     places = (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/VOC*")))
-    trees = [place for place in places if any((place / "Annotations").glob("*.xml"))]
+    trees = [place for place in places if xml_files(place / "Annotations")]
     if len(trees) > 1 and trees[0] != folder:
         names = ", ".join(str(tree.relative_to(folder)) for tree in trees)
         raise DataError("several trees", folder, f"holds several VOC trees ({names}); name one with --data {trees[0]}")
     if not trees:
-        found = {
-            split: folder / name
-            for split in FOLDERS
-            for name in reversed(FOLDERS[split])
-            if any((folder / name).glob("*.xml"))
-        }
+        found = {split: place for split, place in split_folders(folder).items() if xml_files(place)}
         classes = VocClasses(tuple(found.values()))
         return {split: VocSplit(str(place), place, place, None, classes) for split, place in found.items()} or None
-    annotations, lists = trees[0] / "Annotations", trees[0] / "ImageSets" / "Main"
-    listed: dict[str, Path | None] = {
-        split: lists / f"{name}.txt"
-        for split in LISTS
-        for name in reversed(LISTS[split])
-        if (lists / f"{name}.txt").is_file()
-    }
-    classes = VocClasses((annotations,))
+    annotations, classes = trees[0] / "Annotations", VocClasses((trees[0] / "Annotations",))
+    listed: dict[str, Path | None] = {}
+    listed |= next((lists for name in LISTS if (lists := split_files(trees[0] / name, ".txt"))), {})
+    without = None
+    if "trainval" in listed and "train" not in listed:
+        listed["train"], without = listed["trainval"], listed.get("val")
+    if not any(split in listed for split in ("train", "val", "test")):
+        listed = {}
     return {
-        split: VocSplit(f"{trees[0]} ({split})", trees[0] / "JPEGImages", annotations, listing, classes)
+        split: VocSplit(
+            f"{trees[0]} ({split})", trees[0] / "JPEGImages", annotations, listing, classes,
+            without if split == "train" else None,
+        )
         for split, listing in (listed or {"train": None}).items()
-    }
+        if split != "trainval"
+    }  # fmt: skip
+
+
+def xml_files(folder: Path) -> list[Path]:
+    """The XML files in a folder, but for hidden ones, sorted by name; none if there is no such folder."""
+    names = Folder(folder).names
+    return [folder / name for name in sorted(names) if name.lower().endswith(".xml")]
 
 
 class _Builder(TreeBuilder):

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import yaml
 
-from direct_pt.data.formats.label_files import number_records, read_text
+from direct_pt.data.formats.label_files import LabelFiles, number_records, read_text
+from direct_pt.data.names import Folders, walk_images
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
-from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size
+from direct_pt.images import Decoding, UnreadableImage, image_size
 
 YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml")
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
@@ -62,7 +63,8 @@ class YoloSplit:
         return number_records(categories, self._images(problems))
 
     def _images(self, problems: Problems) -> Iterator[tuple[Json, list[Json]]]:
-        names, labelled = self._image_names(problems), 0
+        names, folders = self._image_names(problems)
+        labels = LabelFiles(self.folder, problems)
         for name in names:
             found = None
             with problems.caught():
@@ -71,28 +73,39 @@ class YoloSplit:
                 except UnreadableImage as error:
                     text = str(error).removeprefix(f"{self.folder / name}: ")
                     raise DataError("unreadable image", self.folder / name, text, name) from error
-                objects = self._objects(name, height, width, problems)
-                found = {"file_name": name, "height": height, "width": width}, objects or []
-                labelled += objects is not None
+                path = labels.of_image(name)
+                objects = self._objects(path, name, height, width, problems) if path else []
+                found = {"file_name": name, "height": height, "width": width}, objects
             if found is not None:
                 yield found
-        if names and not labelled:
-            text = f"none of its {len(names)} images has a label file, such as {self.folder / label_name(names[0])}"
-            problems.add(Problem(NOTE, "no label files", self.source, text))
+        with problems.caught():
+            labels.report(self.source, len(names), folders)
 
-    def _image_names(self, problems: Problems) -> list[str]:
-        """The split's images, relative to the folder, sorted."""
+    def _image_names(self, problems: Problems) -> tuple[list[str], list[str]]:
+        """The split's images, sorted, and the folders among its paths; all relative to the data set's folder."""
         found: list[str] = []
+        folders: list[str] = []
         with problems.caught():
             root = self._root(problems)
             for path in self.paths:
                 with problems.caught():
-                    found += self._listed(root, path, problems)
+                    place = self._place(root, path)
+                    if place.endswith(".txt") and os.path.isfile(self.folder / place):  # noqa: PTH113
+                        found += self._lines(root, self.folder / place, problems)
+                        continue
+                    images = [
+                        os.path.relpath(image, self.folder) for image in walk_images(self.folder / place, problems)
+                    ]
+                    if not images:
+                        text = f"its '{self.key}' names {self.folder / place}, which holds no images"
+                        raise DataError("no images", self.file, text)
+                    found += images
+                    folders.append(place)
         for name, count in Counter(found).items():
             if count > 1:
                 text = f"its '{self.key}' lists {name} {count} times; it counts once"
                 problems.add(Problem(REPAIRED, "images listed again left out", str(self.file), text, name))
-        return sorted(set(found))
+        return sorted(set(found)), folders
 
     def _root(self, problems: Problems) -> Path:
         if self.root is None:
@@ -103,48 +116,37 @@ class YoloSplit:
             problems.add(Problem(NOTE, "path ignored", str(self.file), text))
             return self.folder
         if self._inside(root) is None:
-            text = f"its 'path' {self.root!r} lies outside of {self.folder}, where nothing is read; remove the line"
+            text = (
+                f"its 'path' {self.root!r} lies outside of {self.folder}, where nothing is read; copy the file into "
+                f"{os.path.normpath(root)}, and give that folder as --data"
+            )
             raise DataError("path", self.file, text)
         return root
 
-    def _listed(self, root: Path, path: str, problems: Problems) -> list[str]:
-        """The images of one of `paths`. Exported files write ../train/images for a folder beside the YAML file."""
+    def _place(self, root: Path, path: str) -> str:
+        """The folder or .txt file that one of `paths` means. Exports write ../train/images for one beside the YAML."""
         for written in (path, re.sub(r"^(\.\./)+", "", path)):
             inside = self._inside(root / written)
-            if inside == "." and written != path:  # "../" alone names no folder beside the file
+            if inside is None or (inside == "." and written != path):  # "../" alone names no folder beside the file
                 continue
-            place = self.folder / (inside or "")
-            if inside is not None and os.path.isdir(place):  # noqa: PTH112
-                found = self._walk(place)
-                if not found:
-                    raise DataError("no images", self.file, f"its '{self.key}' names {place}, which holds no images")
-                return found
-            if inside is not None and place.suffix == ".txt" and os.path.isfile(place):  # noqa: PTH113
-                return self._lines(root, place, problems)
+            place = self.folder / inside
+            if os.path.isdir(place) or (place.suffix == ".txt" and os.path.isfile(place)):  # noqa: PTH112, PTH113
+                return inside
         text = f"its '{self.key}' {path!r} is no folder and no .txt file in {self.folder}; write a path relative to it"
+        if self.key not in SPLIT_KEYS["train"]:
+            text += f", or remove the line '{self.key}'"
         raise DataError("path", self.file, text)
-
-    def _walk(self, place: Path) -> list[str]:
-        """The image files in a folder and its subfolders."""
-
-        def fail(error: OSError) -> None:
-            raise DataError("unreadable folder", error.filename, f"cannot be listed ({error.strerror})") from error
-
-        return [
-            os.path.normpath(f"{os.path.relpath(folder, self.folder)}/{name}")
-            for folder, _, names in os.walk(place, onerror=fail)
-            for name in names
-            if name.lower().endswith(FORMATS)
-        ]
 
     def _lines(self, root: Path, path: Path, problems: Problems) -> list[str]:
         """The image files that a .txt file lists."""
-        found = []
+        found, folders = [], Folders(self.folder)
         lines = read_text(path).splitlines()
         for number, line in enumerate(map(str.strip, lines), start=1):
             with problems.caught():
                 name = self._inside(root / line)
-                if line and (name is None or not os.path.isfile(self.folder / name)):  # noqa: PTH113
+                if name is not None and not os.path.isfile(self.folder / name):  # noqa: PTH113
+                    name = folders.find(name)
+                if line and name is None:
                     text = f"lists {line!r}, which is no file in {self.folder}; write paths relative to {root}"
                     raise DataError("missing image", f"{path}:{number}", text, line)
                 found += [name] if line and name else []
@@ -157,11 +159,8 @@ class YoloSplit:
         relative = os.path.relpath(path, self.folder)
         return None if Path(relative).parts[:1] == ("..",) else relative
 
-    def _objects(self, image: str, height: int, width: int, problems: Problems) -> list[Json] | None:
-        """The objects of an image's label file, None if there is no file."""
-        path = self.folder / label_name(image)
-        if not os.path.lexists(path):
-            return None
+    def _objects(self, path: Path, image: str, height: int, width: int, problems: Problems) -> list[Json]:
+        """The objects of an image's label file."""
         objects = []
         first: dict[tuple[str, ...], int] = {}  # line of each content
         for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -214,11 +213,6 @@ def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSp
     if not splits:
         raise DataError("path", file, "needs the key 'train' or 'val' with the folder of its images")
     return splits
-
-
-def label_name(image: str) -> str:
-    """The path of an image's label file; both are relative to the data set's folder."""
-    return str(PurePosixPath("/labels/".join(f"/{image}".rsplit("/images/", 1))[1:]).with_suffix(".txt"))
 
 
 def _find_file(folder: Path) -> Path | None:

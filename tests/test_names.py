@@ -1,0 +1,258 @@
+"""Label files and images whose names do not agree, folders that are no data, lists and splits of other names."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MakeCocoFolder
+from label_trees import HEIGHT, WIDTH, save_image, write
+from PIL import Image
+
+from direct_pt.data.annotations import AnnotationTable, decode_name
+from direct_pt.data.problems import ERROR, NOTE, REPAIRED, DataError, Problems
+from direct_pt.data.sources import DataOptions, hold_out, load_tables
+from direct_pt.images import DEFAULT_DECODING
+
+CENTRED = "0 .5 .5 .5 .5\n"
+BOX = [WIDTH / 4, HEIGHT / 4, WIDTH / 2, HEIGHT / 2]
+
+
+def load(folder: Path, split: str = "train", collect: bool = False) -> tuple[AnnotationTable, Problems]:
+    """A split as training reads it, and its problems as check_data lists them."""
+    options = DataOptions(data=folder, val_share=0)
+    problems = {name: Problems(collects=True) for name in ("train", "val", "test")}
+    collected = load_tables(options, [split], problems)
+    tables = collected if collect else load_tables(options, [split])
+    return tables[split], problems[split]
+
+
+def images_and_objects(table: AnnotationTable) -> dict[str, int]:
+    """How many objects each image has."""
+    return dict(zip(map(decode_name, table.file_names.tolist()), np.diff(table.starts).tolist(), strict=True))
+
+
+def kinds(problems: Problems, grade: str) -> dict[str, int]:
+    return problems.counts(grade)
+
+
+# YOLO: label files
+
+
+def yolo(folder: Path, images: dict[str, str | None], prefix: str = "images/train/") -> Path:
+    """A set with these images, below images/train; the values are their label files, below labels/train."""
+    write(folder / "data.yaml", "names: [cat]\ntrain: images/train\n")
+    for image, label in images.items():
+        save_image(folder / "images/train" / image)
+        if label is not None:
+            write(folder / "labels/train" / label, CENTRED)
+    return folder
+
+
+NFC, NFD = (unicodedata.normalize(form, "décran é") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("décran.jpg", "d%C3%A9cran.txt"),
+        ("a.jpg", "a.jpg.txt"),
+        ("a.jpg", "a.TXT"),
+        ("Photo.jpg", "photo.txt"),
+        ("photo.JPG", "PHOTO.txt"),
+        (f"{NFC}.png", f"{NFD}.txt"),
+        (f"{NFD}.png", f"{NFC}.txt"),
+        ("a b.jpg", "a%20b.txt"),
+    ],
+)
+def test_label_files_of_other_names(tmp_path: Path, image: str, label: str) -> None:
+    """They are taken, and counted: an image that has a label file never becomes a negative."""
+    table, problems = load(yolo(tmp_path, {image: label, "other.jpg": "other.txt"}))
+    assert images_and_objects(table) == {f"images/train/{image}": 1, "images/train/other.jpg": 1}
+    assert kinds(problems, REPAIRED) == {"label files of other names taken": 1} == table.repairs
+    assert not kinds(problems, NOTE)
+
+
+def test_the_exact_name_wins(tmp_path: Path) -> None:
+    """Two images whose names mean the same do not share a label file."""
+    folder = yolo(tmp_path, {"a.jpg": "a.txt", "A.jpg": None})
+    assert images_and_objects(load(folder)[0]) == {"images/train/A.jpg": 0, "images/train/a.jpg": 1}
+    write(folder / "labels/train/A.txt", CENTRED + "0 .2 .2 .1 .1\n")
+    assert images_and_objects(load(folder)[0]) == {"images/train/A.jpg": 2, "images/train/a.jpg": 1}
+
+
+def test_labels_beside_the_images(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, {"a.jpg": None, "b.jpg": None})
+    write(folder / "images/train/a.txt", CENTRED)
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/a.jpg": 1, "images/train/b.jpg": 0}
+    assert kinds(problems, REPAIRED) == {"label files of other names taken": 1}
+
+
+def test_label_files_without_an_image(tmp_path: Path) -> None:
+    """Each is listed; training says how many there are, and names one."""
+    images = {f"{n}.jpg": f"{n}.txt" for n in range(20)}
+    folder = yolo(tmp_path, images)
+    for name in ("typo.txt", "deep/lost.txt", "classes.txt"):
+        write(folder / "labels/train" / name, CENTRED)
+    table, problems = load(folder)
+    assert kinds(problems, NOTE) == {"label files without an image": 2}
+    assert {problem.file for problem in problems.listed} == {
+        str(folder / "labels/train/typo.txt"), str(folder / "labels/train/deep/lost.txt")
+    }  # fmt: skip
+    (text,) = table.repairs
+    assert text.startswith(f"label files without an image, such as {folder}/labels/train/") and text in table.describe()
+
+
+def test_label_files_of_another_split_are_no_strays(tmp_path: Path) -> None:
+    """Splits by lists share their folders."""
+    folder = yolo(tmp_path, {f"{n}.jpg": f"{n}.txt" for n in range(4)})
+    write(folder / "data.yaml", "names: [cat]\ntrain: train.txt\nval: val.txt\n")
+    write(folder / "train.txt", "images/train/0.jpg\nimages/train/1.jpg\n")
+    write(folder / "val.txt", "images/train/2.jpg\nimages/train/3.jpg\n")
+    for split in ("train", "val"):
+        table, problems = load(folder, split)
+        assert len(table) == 2 and not problems.listed
+
+
+def test_many_images_without_label_files(tmp_path: Path) -> None:
+    nine = {f"{n}.jpg": f"{n}.txt" for n in range(9)}
+    assert not load(yolo(tmp_path / "few", nine | {"x.jpg": None}))[1].listed
+    table, problems = load(yolo(tmp_path / "many", nine | {"x.jpg": None, "y.jpg": None}))
+    assert kinds(problems, NOTE) == {"images without a label file": 1}
+    assert "2 of 11 images have no label file" in problems.listed[0].message
+    assert any("images without a label file" in text for text in table.repairs)
+
+
+def test_no_label_file_fits(tmp_path: Path) -> None:
+    """Training on nothing but negatives is refused where label files lie there."""
+    folder = yolo(tmp_path, {"a.jpg": "one.txt", "b.jpg": "two.txt"})
+    with pytest.raises(DataError, match=r"none of its 2 images has a label file.*but 2 label files have no image"):
+        load_tables(DataOptions(data=folder, val_share=0))
+    _, problems = load(folder, collect=True)
+    assert kinds(problems, ERROR) == {"label names": 1}
+
+
+# Folders and files that are no data
+
+
+CLUTTER = [".ipynb_checkpoints", "@eaDir", ".thumbnails", "__MACOSX", ".Trash-0", "$RECYCLE.BIN"]
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_folders_that_are_no_data(tmp_path: Path, name: str) -> None:
+    """Copies of images in them are no negatives."""
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    save_image(folder / "images/train" / name / "a-checkpoint.jpg")
+    save_image(folder / "images/train/deep/b.jpg")
+    write(folder / "labels/train/deep/b.txt", CENTRED)
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/a.jpg": 1, "images/train/deep/b.jpg": 1}
+    assert [problem.file for problem in problems.listed] == [str(folder / "images/train" / name)]
+    assert list(table.repairs) == [f"folders left out, such as {folder}/images/train/{name}"]
+
+
+def test_hidden_files(tmp_path: Path) -> None:
+    """macOS writes ._a.jpg beside a.jpg on other file systems."""
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    for name in ("images/train/._a.jpg", "labels/train/._a.txt"):
+        write(folder / name, "no picture")
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/a.jpg": 1}
+    assert kinds(problems, NOTE) == {"hidden images left out": 1}
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jfif", "jpe", "ppm", "avif", "jp2", "JPEG"])
+def test_every_suffix_that_is_read(tmp_path: Path, suffix: str) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    kind = {"jfif": "JPEG", "jpe": "JPEG", "jp2": "JPEG2000"}.get(suffix)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / f"images/train/b.{suffix}", kind)
+    write(folder / "labels/train/b.txt", CENTRED)
+    table, problems = load(folder)
+    assert images_and_objects(table)[f"images/train/b.{suffix}"] == 1 and not problems.listed
+    assert table.read_image(1).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("suffix", ["heic", "HEIF", "dng", "psd"])
+def test_images_that_are_not_read(tmp_path: Path, suffix: str) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    write(folder / f"images/train/b.{suffix}", "an image of a format that Pillow does not read")
+    table, problems = load(folder)
+    assert len(table) == 1 and kinds(problems, NOTE) == {"images of other formats left out": 1}
+    assert "convert it to JPEG or PNG" in problems.listed[0].message
+
+
+def test_a_label_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    """Its images are no negatives. (A loop of links fails as a folder without permission does, also for root.)"""
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    shutil.rmtree(folder / "labels/train")
+    (folder / "labels/train").symlink_to(folder / "labels/train")
+    with pytest.raises(DataError, match="labels/train: cannot be listed"):
+        load_tables(DataOptions(data=folder, val_share=0))
+
+
+# COCO: names and folders
+
+
+@pytest.mark.parametrize(("listed", "stored"), [(NFC, NFD), (NFD, NFC), ("Photo", "photo"), ("a%20b", "a b")])
+def test_coco_images_of_other_spelling(coco_folder: MakeCocoFolder, listed: str, stored: str) -> None:
+    made = coco_folder([(20, 30)] * 3, [{"image_id": 10, "bbox": [1, 2, 10, 5]}])
+    made.content["images"][0]["file_name"] = f"sub/{listed}.png"
+    paths = made.write()
+    (paths.images / "Sub").mkdir()
+    (paths.images / "0.png").rename(paths.images / "Sub" / f"{stored}.png")
+    table = made.load()
+    assert decode_name(table.file_names[0]) == f"Sub/{stored}.png" and table.read_image(0).shape == (20, 30, 3)
+    assert table.repairs["images of other spelling taken"] == 1
+
+
+def test_two_records_never_get_one_image(coco_folder: MakeCocoFolder) -> None:
+    made = coco_folder([(20, 30)] * 2)
+    made.content["images"][0]["file_name"] = "A.png"
+    made.content["images"][1]["file_name"] = "a.png"
+    paths = made.write()
+    (paths.images / "0.png").rename(paths.images / "a.png")
+    with pytest.raises(DataError, match=r"A\.png: listed in .* but not there"):
+        made.load()
+
+
+def coco_split(folder: Path, place: str, file: str, images: str = ".") -> None:
+    """A split of one image in a folder of its own."""
+    save_image(folder / place / images / "a.jpg")
+    record = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
+    content = {"images": [record], "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}
+    write(folder / place / file, json.dumps(content))
+
+
+@pytest.mark.parametrize("val", ["valid", "val", "validation", "Validation", "dev"])
+@pytest.mark.parametrize(("file", "images"), [("_annotations.coco.json", "."), ("labels.json", "images")])
+def test_coco_trees_with_folders_of_splits(tmp_path: Path, val: str, file: str, images: str) -> None:
+    """No part of the training images is held out where there is a validation folder."""
+    for place in ("train", val):
+        coco_split(tmp_path, place, file, images)
+    tables = load_tables(DataOptions(data=tmp_path))
+    assert [len(tables[split]) for split in ("train", "val")] == [1, 1]
+    assert tables["val"].path(0) == tmp_path / val / images / "a.jpg"
+
+
+# Copies of one photograph
+
+
+def test_copies_of_one_photograph_stay_on_one_side(coco_folder: MakeCocoFolder) -> None:
+    """Roboflow's augmentation writes NAME.rf.HASH.jpg; other names are held out as ever."""
+    made = coco_folder([(8, 8)] * 60)
+    for row, record in enumerate(made.content["images"]):
+        record["file_name"] = f"photo{row // 3}_jpg.rf.{row:032x}.png"
+    paths = made.write()
+    for row, record in enumerate(made.content["images"]):
+        (paths.images / f"{row}.png").rename(paths.images / record["file_name"])
+    table = made.load()
+    train, val = hold_out(table, 0.1)
+    sides = [{decode_name(name).split(".rf.")[0] for name in part.file_names.tolist()} for part in (train, val)]
+    assert not sides[0] & sides[1] and len(train) + len(val) == 60 and 4 <= len(val) <= 8
+    single = table.select(np.arange(3))  # copies of one photograph alone cannot be split
+    assert [len(part) for part in hold_out(single, 0.1)] == [3, 0]
+    assert DEFAULT_DECODING.exif
