@@ -256,3 +256,83 @@ def test_copies_of_one_photograph_stay_on_one_side(coco_folder: MakeCocoFolder) 
     single = table.select(np.arange(3))  # copies of one photograph alone cannot be split
     assert [len(part) for part in hold_out(single, 0.1)] == [3, 0]
     assert DEFAULT_DECODING.exif
+
+
+# Splits that are found and not used
+
+
+def unused(folder: Path) -> set[str]:
+    """What is named; training says it as check_data does."""
+    table, problems = load(folder)
+    found = [problem for problem in problems.listed if problem.kind == "splits that are not used"]
+    assert sum(count for text, count in table.repairs.items() if text.startswith("splits that")) == len(found)
+    return {str(Path(problem.file).relative_to(folder)) for problem in found}
+
+
+def test_unused_splits_of_coco(tmp_path: Path) -> None:
+    for place in ("train", "valid"):
+        coco_split(tmp_path, place, "_annotations.coco.json")
+    assert unused(tmp_path) == set()
+    save_image(tmp_path / "test/a.jpg")  # without annotations
+    coco_split(tmp_path, "val", "_annotations.coco.json")  # beside valid/
+    assert unused(tmp_path) == {"test", "valid"}
+
+
+def test_unused_splits_of_yolo(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    assert unused(folder) == set()
+    save_image(folder / "images/val/b.jpg")
+    write(folder / "test.txt", "images/val/b.jpg\n")
+    assert unused(folder) == {"images/val", "test.txt"}
+    write(folder / "data.yaml", "names: [cat]\ntrain: ../images/train\nval: images/val\ntest: test.txt\n")
+    assert unused(folder) == set()
+
+
+def voc(folder: Path, images: tuple[str, ...], lists: dict[str, str]) -> Path:
+    for image in images:
+        save_image(folder / "JPEGImages" / image)
+        box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+        content = f"<annotation><filename>{image}</filename><object><name>cat</name>{box}</object></annotation>"
+        write(folder / "Annotations" / f"{Path(image).stem}.xml", content)
+    for name, content in lists.items():
+        write(folder / "ImageSets/Main" / f"{name}.txt", content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lists", "train", "val"),
+    [
+        ({"train": "a b\na\n", "val": "c"}, "a b.jpg a.jpg", "c.jpg"),
+        ({"train": "a b 1\nc -1\n", "val": "a"}, "a b.jpg c.jpg", "a.jpg"),
+        ({"trainval": "a\na b\nc", "val": "c"}, "a b.jpg a.jpg", "c.jpg"),
+        ({"trainval": "a\na b\nc", "train": "a", "val": "c"}, "a.jpg", "c.jpg"),
+        ({"Train": "a\nc", "Validation": "a b"}, "a.jpg c.jpg", "a b.jpg"),
+        ({"train": "a\nc", "valid": "a b"}, "a.jpg c.jpg", "a b.jpg"),
+        ({"train": "a.jpg\nJPEGImages/c.JPG", "val": "a b.xml"}, "a.jpg c.jpg", "a b.jpg"),
+    ],
+)
+def test_voc_lists(tmp_path: Path, lists: dict[str, str], train: str, val: str) -> None:
+    """Names with spaces are whole, and no validation image is trained on."""
+    folder = voc(tmp_path, ("a.jpg", "a b.jpg", "c.jpg"), lists)
+    tables = load_tables(DataOptions(data=folder))
+    for split, expected in (("train", train), ("val", val)):
+        found = sorted(map(decode_name, tables[split].file_names.tolist()))
+        assert " ".join(found) == expected
+
+
+def test_unused_lists_of_voc(tmp_path: Path) -> None:
+    folder = voc(tmp_path, ("a.jpg", "b.jpg"), {"train": "a", "val": "b", "cat_train": "a 1", "trainval": "a\nb"})
+    assert unused(folder) == {"ImageSets/Main/trainval.txt"}
+    write(folder / "ImageSets/Main/valid.txt", "a")
+    assert unused(folder) == {"ImageSets/Main/trainval.txt", "ImageSets/Main/valid.txt"}
+
+
+def test_voc_images_without_an_xml_file(tmp_path: Path) -> None:
+    folder = voc(tmp_path, ("a.jpg", "décran.jpg"), {})
+    (folder / "Annotations/décran.xml").rename(folder / f"Annotations/{unicodedata.normalize('NFD', 'décran')}.xml")
+    for name in ("b.jpg", "._a.jpg", "c.heic"):
+        write(folder / "JPEGImages" / name, "no picture")
+    table, problems = load(folder)
+    assert len(table) == 2 and kinds(problems, NOTE) == {
+        "images without an XML file": 1, "hidden images left out": 1, "images of other formats left out": 1
+    }  # fmt: skip

@@ -1,9 +1,11 @@
 """Which files of a folder are data, and file names that mean the same although they are spelt otherwise."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,6 +26,11 @@ SPLIT_NAMES = {  # that folders and lists of a split have, in any case; the firs
     "test": ("test", "testing"),
     "trainval": ("trainval",),
 }
+
+LIST_FOLDERS = ("ImageSets/Main", "ImageSets")  # Pascal VOC's
+SPLIT = re.compile(
+    rf"(instances_)?({'|'.join(chain.from_iterable(SPLIT_NAMES.values()))}|eval)(20\d\d)?(\.json|\.txt)?"
+)
 
 
 def is_no_data(name: str) -> bool:
@@ -136,6 +143,21 @@ def split_folders(folder: Path) -> dict[str, Path]:
 def split_files(folder: Path, suffix: str) -> dict[str, Path]:
     """The files with this suffix in a folder that are named as splits."""
     return _named_as_splits(folder, suffix, Path.is_file)
+
+
+def report_unused_splits(data: Path, used: Iterable[Path], problems: Problems) -> None:
+    """Note the folders and lists that are named as splits of the data set in `data`, and are none of those `used`."""
+    used = list(used)
+    roots = {data, *(path.parent for path in used if path.is_relative_to(data))}
+    places = {folder / name for folder in roots for name in ("", "images", "annotations", *LIST_FOLDERS)}
+    for place in sorted(places):
+        for name in sorted(Folder(place).names):
+            path = place / name
+            if not SPLIT.fullmatch(name.lower()) or not (path.is_dir() or path.suffix in (".json", ".txt")):
+                continue
+            if not any(path == one or path in one.parents or one in path.parents for one in used):
+                text = "is named as a split, but is not used: it is not part of the layout that was recognised"
+                problems.add(Problem(NOTE, "splits that are not used", str(path), text))
 
 
 def _named_as_splits(folder: Path, suffix: str, is_kind: Callable[[Path], bool]) -> dict[str, Path]:

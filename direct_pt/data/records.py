@@ -52,6 +52,10 @@ class Source(Protocol):
     def annotation_file(self) -> Path | None:
         """The one file with all annotations, whose table can be cached; None if there is no such file."""
 
+    @property
+    def paths_read(self) -> tuple[Path, ...]:
+        """The files and folders that belong to it, to tell others from them; empty if unknown."""
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """The records of "categories", "images" and "annotations", a few thousand at a time."""
 

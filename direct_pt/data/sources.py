@@ -15,6 +15,7 @@ from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.formats.voc import find_voc
 from direct_pt.data.formats.yolo import find_yolo
+from direct_pt.data.names import report_unused_splits
 from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, find_files, read_table
@@ -174,6 +175,16 @@ def load_tables(
             parts = [load_split(source, options.decoding, split_problems) for source in sources[split]]
             tables[split] = parts[0] if len(parts) == 1 else join(parts, like=tables.get("train"))
     first = next(iter(tables.values()), None)
+    if first is not None and options.data is not None:
+        notes = problems[next(iter(tables))] if problems else Problems()
+        used = [path for parts in sources.values() for source in parts for path in source.paths_read]
+        if any(path.suffix == ".txt" for path in used):  # the folders of listed images
+            for table in tables.values():
+                folders = {name.rpartition(b"/")[0] for name in table.file_names.tolist()}
+                used += [table.folder / decode_name(folder) for folder in folders]
+        if used:
+            report_unused_splits(options.data, used, notes)
+            first.repairs = first.repairs | notes.summary()
     for split, table in tables.items():
         if first is not None and _classes(table) != _classes(first):
             text = f"its categories (id and name) differ from those of {first.source}; all splits must list the same"

@@ -182,6 +182,7 @@ class Window:
     folder: Path = Path()
 
     annotation_file = None
+    paths_read = ()
 
     @property
     def source(self) -> str:

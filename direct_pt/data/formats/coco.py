@@ -38,6 +38,11 @@ class CocoSplit:
         return self.images
 
     @property
+    def paths_read(self) -> tuple[Path, ...]:
+        """The folder of the images and the annotation file."""
+        return self.images, self.annotations
+
+    @property
     def annotation_file(self) -> Path:
         """The annotation file."""
         return self.annotations

@@ -85,6 +85,7 @@ class ArrowSplit:
     folder: Path = Path()
 
     annotation_file = None
+    paths_read = ()  # the library finds the files
 
     @property
     def encoded(self) -> ArrowImages:

@@ -11,12 +11,11 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 from direct_pt.data.formats.label_files import number_records, read_text
-from direct_pt.data.names import Folder, is_image, normal_name, split_files, split_folders
+from direct_pt.data.names import LIST_FOLDERS, Folder, is_image, normal_name, split_files, split_folders
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 from direct_pt.images import FORMATS
 
-LISTS = ("ImageSets/Main", "ImageSets")  # folders of lists
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 20 * 10**6
 
@@ -67,6 +66,12 @@ class VocSplit:
     without: Path | None = None
 
     encoded = annotation_file = None
+
+    @property
+    def paths_read(self) -> tuple[Path, ...]:
+        """Its folders and lists."""
+        lists = [path for path in (self.listing, self.without) if path is not None]
+        return self.folder, self.annotations, *lists
 
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of the XML files' names, objects in the files' order.
@@ -193,7 +198,7 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
         return {split: VocSplit(str(place), place, place, None, classes) for split, place in found.items()} or None
     annotations, classes = trees[0] / "Annotations", VocClasses((trees[0] / "Annotations",))
     listed: dict[str, Path | None] = {}
-    listed |= next((lists for name in LISTS if (lists := split_files(trees[0] / name, ".txt"))), {})
+    listed |= next((lists for name in LIST_FOLDERS if (lists := split_files(trees[0] / name, ".txt"))), {})
     without = None
     if "trainval" in listed and "train" not in listed:
         listed["train"], without = listed["trainval"], listed.get("val")

@@ -54,6 +54,13 @@ class YoloSplit:
 
     encoded = annotation_file = None
 
+    @property
+    def paths_read(self) -> tuple[Path, ...]:
+        """The folders and lists that the YAML file names, as it may mean them."""
+        written = [text for path in self.paths for text in (path, re.sub(r"^(\.\./)+", "", path))]
+        roots = (self.folder, self.folder / (self.root or ""))
+        return tuple(Path(os.path.normpath(root / path)) for root in roots for path in written)
+
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """COCO-like records: images in the order of their names, objects in the order of their lines.
 
