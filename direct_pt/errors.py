@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 
@@ -40,6 +40,15 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 def first_names(names: Sequence[str], count: int = 3) -> str:
     """The first `count` names of a list, for messages: "a, b, ..."."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def class_differences(found: Mapping[int, str], expected: Mapping[int, str]) -> str:
+    """How the classes {id: name} that are `found` differ from those that are `expected`, for messages."""
+    parts = []
+    for lead, classes in (("has", found.items() - expected.items()), ("lacks", expected.items() - found.items())):
+        if classes:
+            parts.append(f"{lead} {first_names([f'{number} {name!r}' for number, name in sorted(classes)])}")
+    return f"of {len(found)} classes (id, name), it {' and '.join(parts)}"
 
 
 def _report(kind: str, message: Exception, status: int) -> int:

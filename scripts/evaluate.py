@@ -14,7 +14,7 @@ from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError, class_differences, run_program
 from direct_pt.files import write_json
 from direct_pt.flags import add_flags, make_parser, pixels, positive_integer, read_flags
 from direct_pt.transforms import TestPreset
@@ -48,12 +48,14 @@ def main() -> None:
     trained, listed = (dict(zip(part.category_ids, part.class_names, strict=True)) for part in (config, table))
     if trained != listed:
         raise InputError(
-            f"{table.source}: its categories are not the {len(config.class_names)} classes that {args.checkpoint} was "
-            "trained for; evaluate on the data set that it was trained on, with the same --classes"
+            f"{table.source} lists other classes than --checkpoint {args.checkpoint} was trained for: "
+            f"{class_differences(listed, trained)}; give the data that it was trained on, with the same --classes"
         )
     preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
     if preset.short_side > preset.long_side:
-        raise InputError(f"--short-side {preset.short_side} is above --long-side {preset.long_side}: swap them")
+        raise InputError(
+            f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
+        )
 
     accelerator = make_accelerator(args.mixed_precision)
     detector.to(accelerator.device)

@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 
 from direct_pt.checkpoint import History, from_pretrained, read_history
 from direct_pt.distributed.launch import join_processes
-from direct_pt.errors import InputError, first_names, run_program
+from direct_pt.errors import InputError, class_differences, first_names, run_program
 from direct_pt.models.backbone_weights import load_backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.training.resume import open_run
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     options, sides = flags.run, (flags.images.short_side, flags.images.long_side)
 
     # Data: whole images, large.
-    train, val = load_data(flags.data, processes, check_images=not options.resumes)
+    train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
     preset, test_preset = FinetunePreset(*sides), TestPreset(*sides)
 
     # Detector: a pre-trained one, of which BatchNorm, stem and first stage stay as they are.
@@ -98,8 +98,8 @@ def matching_config(
     trained_names = first_names(config.class_names, 5)
     if trained != classes:
         raise InputError(
-            f"--init {options.init}: was trained for the {len(trained)} classes {trained_names}, but {source} has "
-            f"{len(classes)}: {first_names(tuple(classes.values()), 5)}; pre-train on this data set"
+            f"{source} lists other classes than --init {options.init} was trained for: "
+            f"{class_differences(classes, trained)}; give the same classes and ids, or pre-train on this data set"
         )
     if config.category_ids != tuple(classes):
         raise InputError(

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     options, size = flags.run, flags.images.image_size
 
     # Data: the target set itself, in crops of one small size.
-    train, val = load_data(flags.data, processes, check_images=not options.resumes)
+    train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
     preset, test_preset = PretrainPreset(size), TestPreset(size, size)
 
     # Detector: random weights, and all of them train: anything frozen would cost most of the AP.

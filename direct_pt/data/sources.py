@@ -20,8 +20,8 @@ from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, find_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
-from direct_pt.errors import InputError
-from direct_pt.flags import flag, names, positive_integer, share
+from direct_pt.errors import InputError, class_differences
+from direct_pt.flags import FREE, flag, names, positive_integer, share
 from direct_pt.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 
 SPLITS = ("train", "val", "test")
@@ -63,12 +63,12 @@ class DataOptions:
 
     data: Path | None = flag(
         None, "a folder (COCO, Roboflow, YOLO, Pascal VOC or Hugging Face), or a data set on the hub", Path,
-        metavar="DIR|NAME",
+        metavar="DIR|NAME", on_resume=FREE,
     )  # fmt: skip
-    train_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True)
-    train_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
-    val_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True)
-    val_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True)
+    train_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True, on_resume=FREE)
+    train_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True, on_resume=FREE)
+    val_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True, on_resume=FREE)
+    val_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True, on_resume=FREE)
     classes: tuple[str, ...] | None = flag(None, "use only these classes (all)", names, metavar="A,B,...")
     val_share: float = flag(
         0.1, "of the training images, held out where there is no validation split; 0: no evaluation", share, metavar="X"
@@ -187,7 +187,8 @@ def load_tables(
             first.repairs = first.repairs | notes.summary()
     for split, table in tables.items():
         if first is not None and _classes(table) != _classes(first):
-            text = f"its categories (id and name) differ from those of {first.source}; all splits must list the same"
+            differences = class_differences(_classes(table), _classes(first))
+            text = f"its categories differ from those of {first.source}: {differences}; all splits must list the same"
             with (problems[split] if problems else Problems()).caught():
                 raise DataError("categories", table.source, text)
     if options.classes is not None:

@@ -1,20 +1,23 @@
 """How a run resumes: the folder is checked, its newest good checkpoint read by the main process and given to all."""
 
+import hashlib
 import json
 import os
 import socket
 import tempfile
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import psutil
 from accelerate import Accelerator, PartialState
 from timm.utils import ModelEmaV3
 
 from direct_pt.checkpoint import CONFIG, Tensors
+from direct_pt.data.annotations import AnnotationTable
 from direct_pt.distributed.processes import main_decides, share_tensors
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, class_differences
 from direct_pt.flags import CHANGEABLE, FIXED, flag_name, to_json
 from direct_pt.models.detector import Detector
 from direct_pt.training.checkpoints import TrainingState, load_training_state
@@ -22,6 +25,9 @@ from direct_pt.training.plan import Plan, micro_batch_sizes, warmup_notes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
 from direct_pt.training.settings import Flags, ScheduleOptions, is_restart, on_resume, option_groups, read_config
+
+if TYPE_CHECKING:
+    from direct_pt.data.stream import Stream
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
 
@@ -37,6 +43,7 @@ class Resumption:
         micro_batch_size: images at once on a device.
         plan: the run's batch, length, rate and schedule.
         notes: which flags have changed, in words.
+        data: the run's `data_record`, if it has one.
         state: the tensors, on the main process.
     """
 
@@ -46,6 +53,7 @@ class Resumption:
     micro_batch_size: int
     plan: Plan
     notes: list[str]
+    data: dict[str, Any] | None = None
     state: TrainingState | None = None
 
     def load_weights(self, detector: Detector, accelerator: Accelerator) -> None:
@@ -67,6 +75,27 @@ class Resumption:
         first = self.process_logs[0]
         sums = {name: sum(log["losses"][name] for log in self.process_logs) for name in first["losses"]}
         return {**first, "losses": {name: total / len(self.process_logs) for name, total in sums.items()}}
+
+    def compare_data(self, train: "AnnotationTable | Stream", val: AnnotationTable | None) -> None:
+        """Note that the data are not those of the run until now. Raises InputError if the classes are not."""
+        now, before = data_record(train, val), self.data
+        if before is None or now == before:
+            return
+        if now["classes"] != before["classes"]:
+            found, expected = ({int(key): name for key, name in one["classes"].items()} for one in (now, before))
+            raise InputError(
+                f"--resume: {train.source} lists other classes than the run was started with: "
+                f"{class_differences(found, expected)}; give the same data, or choose another --output-dir"
+            )
+        for split in ("train", "val"):
+            if now[split] != before[split]:
+                counts = [
+                    f"{part['images']} images with {part['objects']} objects" if part else "none"
+                    for part in (now[split], before[split])
+                ]
+                same = ", others than before" if counts[0] == counts[1] else f", before {counts[1]}"
+                kept = "; the number of steps stays" if split == "train" else ""
+                self.notes.append(f"resumed with other data: {split} {counts[0]}{same}{kept}")
 
     def differences(self, plan: Plan) -> tuple[str, ...]:
         """What differs from the run until now, in words."""
@@ -107,13 +136,28 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
             return resumed, None
         states.append(state)
         state.progress.resume()
-        plan, logs = read_plan(path), state.of_processes
-        return resumed, Resumption(state.progress, state.scaler, logs, state.micro_batch_size, plan, notes)
+        plan, logs, data = read_plan(path), state.of_processes, json.loads(path.read_text()).get("data")
+        return resumed, Resumption(state.progress, state.scaler, logs, state.micro_batch_size, plan, notes, data)
 
     flags, resumption = main_decides(read, processes)
     if resumption is not None and states:
         resumption.state = states[0]
     return flags, resumption
+
+
+def data_record(train: "AnnotationTable | Stream", val: AnnotationTable | None) -> dict[str, Any]:
+    """What tells data from others, wherever they lie, as JSON: the classes, and each split's images and objects."""
+
+    def record(table: "AnnotationTable | Stream | None") -> dict[str, Any] | None:
+        if not isinstance(table, AnnotationTable):
+            return None  # a stream is not read before
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("file_names", "sizes", "starts", "boxes", "labels", "crowd"):
+            digest.update(np.ascontiguousarray(getattr(table, name)).data)
+        return {"images": len(table), "objects": len(table.boxes), "digest": digest.hexdigest()}
+
+    classes = dict(zip(map(str, train.category_ids), train.class_names, strict=True))
+    return {"classes": classes, "train": record(train), "val": record(val)}
 
 
 def check_folder(folder: Path) -> None:

@@ -134,7 +134,9 @@ class FinetuneImageOptions:
 
     def __post_init__(self) -> None:
         if self.short_side > self.long_side:
-            raise InputError(f"--short-side {self.short_side} is above --long-side {self.long_side}: swap them")
+            raise InputError(
+                f"--short-side {self.short_side} is above --long-side {self.long_side}: give a larger --long-side"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ refused here, before the first step."""
 import os
 import shutil
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -30,16 +30,16 @@ from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.resume import Resumption, launcher_id, resumed_plan
+from direct_pt.training.resume import Resumption, data_record, launcher_id, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
 
 if TYPE_CHECKING:
-    from direct_pt.data.stream import Stream
+    from direct_pt.data.stream import Stream, StreamFeed
 
 
 def load_data(
-    options: TrainingDataOptions, processes: PartialState, check_images: bool
+    options: TrainingDataOptions, processes: PartialState, check_images: bool, resumption: Resumption | None
 ) -> "tuple[AnnotationTable | Stream, AnnotationTable | None]":
     """The training and the validation data. Every process must call it.
 
@@ -47,6 +47,7 @@ def load_data(
         options: which data.
         processes: that load them together.
         check_images: look at some image files, too; a run that resumes may have copies of them.
+        resumption: gets a note where the data are not those that the run was started with.
 
     Raises:
         InputError: they cannot be read, or there is nothing to learn.
@@ -58,7 +59,10 @@ def load_data(
         stream = open_stream(
             options.data, options.bbox_format, options.decoding, options.shuffle_buffer, options.subset
         )
-        return stream, load_tables(options, ["val"]).get("val")
+        val = load_tables(options, ["val"]).get("val")
+        if resumption is not None:
+            resumption.compare_data(stream, val)
+        return stream, val
 
     def load() -> dict[str, AnnotationTable]:
         tables = load_tables(options, required="train")
@@ -70,8 +74,18 @@ def load_data(
     table = tables["train"]
     if not table.targets_per_image().any():
         counts = f"{len(table)} images, {len(table.boxes)} objects"
-        raise InputError(f"{table.source}: no image has an object to learn ({counts}); annotate some")
-    return table.without_empty_images() if options.drop_empty else table, tables.get("val")
+        reason = "annotate some"
+        if len(table.boxes):
+            reason = (
+                "all of them are crowd regions (iscrowd 1, difficult), which nothing learns from"
+                if table.crowd.all()
+                else "those that are no crowd regions are under a pixel in their image"
+            )
+        raise InputError(f"{table.source}: no image has an object to learn ({counts}); {reason}")
+    table = table.without_empty_images() if options.drop_empty else table
+    if resumption is not None:
+        resumption.compare_data(table, tables.get("val"))
+    return table, tables.get("val")
 
 
 def prepare_detector(
@@ -235,7 +249,8 @@ def start_run(
         resumption.load_state(model, average, accelerator)
     progress = resumption.progress if resumption else Progress()
     if progress.step < plan.total_steps:
-        main_decides(lambda: write_config(flags, plan), accelerator.state)
+        record = data_record(feed.table if isinstance(feed, TableFeed) else cast("StreamFeed", feed).stream, val)
+        main_decides(lambda: write_config(flags, plan, record), accelerator.state)
     else:  # its model came out of the flags that stand there
         plan = replace(plan, notes=(*plan.notes, "the run has ended: nothing is trained, config.json stays as it is"))
     stage = {
@@ -264,7 +279,7 @@ def start_run(
     )
 
 
-def write_config(flags: Flags, plan: Plan) -> None:
+def write_config(flags: Flags, plan: Plan, data: dict[str, Any]) -> None:
     """Write a run's config.json. Raises InputError: where the disk is full now, it will be at the first save."""
     path = flags.run.output_dir / CONFIG
     try:
@@ -274,6 +289,7 @@ def write_config(flags: Flags, plan: Plan) -> None:
             {
                 "settings": flags.to_dict(),
                 "plan": asdict(plan),
+                "data": data,
                 "git": git_revision(),
                 "launcher": launcher_id(),
             },
