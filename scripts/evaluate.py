@@ -65,6 +65,8 @@ def main() -> None:
         write_json(output / "metrics.json", metrics)
         write_json(output / "predictions.json", predictions.coco(table.image_ids, table.category_ids))
         print(f"{args.split}: {len(table)} images at {preset.long_side}x{preset.short_side}\n{metrics_table(metrics)}")
+        if not any(row["objects"] for row in metrics["per_class"].values()):
+            print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
         for image in predictions.unreadable:
             print(f"unreadable image, no detections: {unreadable_reason(table, image)}")
         print(f"written: {output / 'metrics.json'}, {output / 'predictions.json'}")

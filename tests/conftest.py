@@ -25,7 +25,7 @@ from direct_pt.transforms import PretrainPreset
 # Launchers, DeepSpeed, two hosts, faults, fuzz, benchmarks, and what else takes minutes: `make test` leaves them out.
 SLOW = (
     "test_launch", "test_deepspeed", "test_faults", "test_spread", "test_benchmark", "test_two_nodes",
-    "test_five_detectors", "test_stream", "test_same_images", "test_odd_sets", "test_real_data", "test_check_data",
+    "test_five_detectors", "test_stream", "test_same_images", "test_odd_sets", "test_real_data",
     "test_image_cache", "test_fuzz", "test_memory", "test_checkpointing", "test_compile", "test_demo_data",
     "test_import_mmdet", "test_micro_batch", "test_backbones", "test_backbone_weights",
 )  # fmt: skip

@@ -177,11 +177,11 @@ def test_masks_to_learn_without_outlines(
     without_outlines("val", 8)
     for script, flags in scripts.items():
         message = refused(script, "--data", copy, *flags, "--output-dir", output)
-        assert message.startswith(f"{annotations(copy, 'val')}: 1 annotation(s), first 8, have no 'segmentation'")
-        assert "box detector" in message and not output.exists()
+        assert message.startswith(f"{annotations(copy, 'val')}: 1 object(s) without 'segmentation'")
+        assert "(id 8)" in message and "box detector" in message and not output.exists()
     without_outlines("train", 5, 6, 30)
     message = refused("pretrain", "--data", copy, *model, "--output-dir", output)
-    assert message.startswith(f"{annotations(copy)}: 3 annotation(s), first 5, have no 'segmentation'")
+    assert message.startswith(f"{annotations(copy)}: 3 object(s) without 'segmentation'")
     elsewhere = output.with_name("boxes")
     runs.call_script("evaluate", "--checkpoint", pretrained, "--data", copy, *runs.MACHINE, "--output-dir", elsewhere)
     assert set(runs.read_json(elsewhere / "metrics.json")) == {"bbox", "per_class"}

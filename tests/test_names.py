@@ -14,7 +14,7 @@ from PIL import Image
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, DataError, Problems
 from direct_pt.data.sources import DataOptions, hold_out, load_tables
-from direct_pt.images import DEFAULT_DECODING
+from direct_pt.errors import InputError
 
 CENTRED = "0 .5 .5 .5 .5\n"
 BOX = [WIDTH / 4, HEIGHT / 4, WIDTH / 2, HEIGHT / 2]
@@ -255,7 +255,6 @@ def test_copies_of_one_photograph_stay_on_one_side(coco_folder: MakeCocoFolder) 
     assert not sides[0] & sides[1] and len(train) + len(val) == 60 and 4 <= len(val) <= 8
     single = table.select(np.arange(3))  # copies of one photograph alone cannot be split
     assert [len(part) for part in hold_out(single, 0.1)] == [3, 0]
-    assert DEFAULT_DECODING.exif
 
 
 # Splits that are found and not used
@@ -336,3 +335,58 @@ def test_voc_images_without_an_xml_file(tmp_path: Path) -> None:
     assert len(table) == 2 and kinds(problems, NOTE) == {
         "images without an XML file": 1, "hidden images left out": 1, "images of other formats left out": 1
     }  # fmt: skip
+
+
+# What is given as --data
+
+
+def refusal(data: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_tables(DataOptions(data=data))
+    return str(error.value)
+
+
+def test_a_yaml_file_stands_for_its_folder(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt", "b.jpg": "b.txt"})
+    assert load(folder / "data.yaml")[0].source == load(folder)[0].source
+    shutil.copy(folder / "data.yaml", folder / "mine.yaml")
+    (folder / "data.yaml").rename(folder / "other.yml")
+    assert len(load(folder / "mine.yaml")[0]) == 2
+    assert refusal(folder).endswith(f"(mine.yaml, other.yml): give one of them, --data {folder}/mine.yaml")
+
+
+def test_what_is_no_folder_of_a_data_set(tmp_path: Path) -> None:
+    folder = yolo(tmp_path / "deep/set", {"a.jpg": "a.txt"})
+    for name in ("labels.json", "set.zip", "notes.txt"):
+        write(tmp_path / name, "{}")
+    assert "is a file: name COCO files with --train-annotations" in refusal(tmp_path / "labels.json")
+    assert "is a file: unpack it, and give the folder" in refusal(tmp_path / "set.zip")
+    assert "is a file: give the folder" in refusal(tmp_path / "notes.txt")
+    assert refusal(folder.parent) == f"--data {folder.parent}: holds no data set itself, but {folder} is one: give that"
+    assert refusal(folder / "images").endswith(f"but {folder} is one: give that")
+    assert "holds none of: COCO's" in refusal(tmp_path)
+    assert refusal(tmp_path / "absent").endswith("absent: no such folder")
+
+
+def test_a_yaml_file_that_names_a_folder_elsewhere(tmp_path: Path) -> None:
+    """One refusal, whose remedy works."""
+    folder = yolo(tmp_path / "pets", {"a.jpg": "a.txt", "b.jpg": "b.txt"})
+    write(tmp_path / "configs/pets.yaml", "path: ../pets\nnames: [cat]\ntrain: images/train\nval: images/absent\n")
+    assert refusal(tmp_path / "configs").endswith(f"copy the file into {folder}, and give that folder as --data")
+    shutil.copy(tmp_path / "configs/pets.yaml", folder / "data.yaml")
+    message = refusal(folder)
+    assert "its 'val' 'images/absent' is no folder" in message and message.endswith("or remove the line 'val'")
+    write(folder / "data.yaml", "path: ../pets\nnames: [cat]\ntrain: images/train\n")
+    assert len(load(folder)[0]) == 2
+
+
+def test_objects_without_an_outline_are_named(tmp_path: Path) -> None:
+    """A label file may mix boxes and polygons; a mask detector learns from polygons alone."""
+    folder = yolo(tmp_path, {"a.jpg": "a.txt", "b.jpg": "b.txt"})
+    polygon = "0 .1 .1 .9 .1 .9 .9\n"
+    write(folder / "labels/train/a.txt", polygon + CENTRED)
+    write(folder / "labels/train/b.txt", polygon)
+    with pytest.raises(
+        InputError, match=rf"1 object\(s\) without .* first object 2 of {folder}/images/train/a\.jpg \(id"
+    ):
+        load(folder)[0].require_masks()

@@ -462,7 +462,14 @@ def test_require_masks(coco_folder: MakeCocoFolder) -> None:
     folder.content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]  # two corners are no polygon
     with pytest.raises(InputError) as error:
         folder.load().require_masks()
-    for word in (str(folder.paths.annotations), "1 annotation(s), first 100", "segmentation", "faster_rcnn"):
+    for word in (
+        str(folder.paths.annotations),
+        "1 object(s) without",
+        "first object 1 of ",
+        "(id 100)",
+        "segmentation",
+        "faster_rcnn",
+    ):
         assert word in str(error.value)
 
 

@@ -145,9 +145,11 @@ class AnnotationTable:
         """Raises InputError unless every training target has an outline."""
         missing = np.flatnonzero(self.without_mask())
         if len(missing):
+            row, image = missing[0], int(self.image_of_object()[missing[0]])
+            first = f"object {row - self.starts[image] + 1} of {self.image_name(image)} (id {self.annotation_ids[row]})"
             raise InputError(
-                f"{self.source}: {len(missing)} annotation(s), first {self.annotation_ids[missing[0]]}, have no "
-                "'segmentation', which a mask detector needs; use a box detector such as faster_rcnn_r50_fpn"
+                f"{self.source}: {len(missing)} object(s) without 'segmentation', which a mask detector needs, first "
+                f"{first}; use a box detector such as faster_rcnn_r50_fpn"
             )
 
     def without_empty_images(self) -> "AnnotationTable":

@@ -4,8 +4,9 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import numpy as np
 from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.formats.voc import find_voc
-from direct_pt.data.formats.yolo import find_yolo
-from direct_pt.data.names import report_unused_splits
+from direct_pt.data.formats.yolo import find_yolo, yaml_files
+from direct_pt.data.names import is_no_data, report_unused_splits
 from direct_pt.data.outlines import Segmentations, starts_of
 from direct_pt.data.problems import DataError, Problems
 from direct_pt.data.records import Source, find_files, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
-from direct_pt.errors import InputError, class_differences
+from direct_pt.errors import InputError, class_differences, first_names
 from direct_pt.flags import FREE, flag, names, positive_integer, share
 from direct_pt.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 
@@ -30,6 +31,7 @@ MAX_HELD_OUT = 5000  # of the training images, if a set has no validation split
 SPOT_CHECKED = 256  # images, spread over the table
 MAX_WRONG_SHARE = 0.01  # of the spot-checked images that training tolerates; one is always tolerated
 COPY = re.compile(rb"\.rf\.[0-9A-Za-z]{16,}(?=\.)")  # what Roboflow puts into the names of augmented copies
+MAX_FOLDERS_SEARCHED = 100  # in one that is no data set, for one that is
 Paths = tuple[Path, ...]
 
 
@@ -119,23 +121,50 @@ def find_sources(options: DataOptions) -> dict[str, list[Source]]:
 
 def _find_tree(data: Path, options: DataOptions) -> Mapping[str, Source]:
     """The splits of a data set in one place; its format is recognised by the folder's content."""
-    if data.is_dir() and not options.streaming:
-        tree: Mapping[str, Source] | None
-        for tree in (find_coco(data), find_yolo(data, options.decoding), find_voc(data)):
-            if tree:
-                return tree
+    if not options.streaming and (tree := _find_files(data, options.decoding)):
+        return tree
     from direct_pt.data.formats.hugging_face import find_hugging_face  # its library takes a second to load
 
     found = find_hugging_face(data, options.bbox_format, options.streaming, options.subset)
     if found is not None:
         return found
+    raise InputError(f"--data {data}: {_why_no_data_set(data, options)}")
+
+
+def _find_files(data: Path, decoding: Decoding) -> Mapping[str, Source] | None:
+    """The splits of a COCO, YOLO or Pascal VOC set, if it is one."""
+    trees: Iterator[Mapping[str, Source] | None] = iter(())
+    if data.is_dir():
+        trees = (find(data) for find in (find_coco, partial(find_yolo, decoding=decoding), find_voc))
+    elif data.suffix in (".yaml", ".yml") and data.is_file():
+        trees = iter([find_yolo(data, decoding)])
+    return next((tree for tree in trees if tree), None)
+
+
+def _why_no_data_set(data: Path, options: DataOptions) -> str:
+    """What is wrong with a path where no data set was found, and the remedy."""
     if not data.exists():
-        raise InputError(f"--data {data}: no such folder")
+        return "no such folder"
+    if data.is_file():
+        if data.suffix == ".json":
+            return "is a file: name COCO files with --train-annotations, and the folder of their images --train-images"
+        what = "unpack it, and give" if data.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar") else "give"
+        return f"is a file: {what} the folder of the data set (a YOLO set's YAML file may be given too)"
     if options.streaming:
-        text = "--streaming reads Hugging Face data sets alone (on the hub, or a folder of parquet files): leave it out"
-        raise InputError(f"--data {data}: {text}")
-    raise InputError(
-        f"--data {data}: holds none of: COCO's annotations/instances_train2017.json (with images in train2017/) or "
+        return "--streaming reads Hugging Face data sets alone (on the hub, or a folder of parquet files): leave it out"
+    if len(files := yaml_files(data)) > 1:
+        names = first_names([path.name for path in files])
+        return f"holds several YAML files of a YOLO set ({names}): give one of them, --data {files[0]}"
+    inside = sorted(path for path in data.iterdir() if path.is_dir() and not is_no_data(path.name))
+    for place in (*inside[:MAX_FOLDERS_SEARCHED], data.absolute().parent):
+        try:
+            found = _find_files(place, options.decoding)
+        except InputError:  # a set, with faults of its own
+            found = {"train": None}  # type: ignore[dict-item]
+        if found:
+            return f"holds no data set itself, but {place} is one: give that"
+    return (
+        "holds none of: COCO's annotations/instances_train2017.json (with images in train2017/) or "
         "annotations/instances_train.json (with images in images/), Roboflow's train/_annotations.coco.json, YOLO's "
         "data.yaml, Pascal VOC's Annotations/, a Hugging Face data set (save_to_disk, parquet, metadata.jsonl); or "
         "name COCO files with --train-images, --train-annotations, --val-images, --val-annotations"
@@ -175,7 +204,7 @@ def load_tables(
             parts = [load_split(source, options.decoding, split_problems) for source in sources[split]]
             tables[split] = parts[0] if len(parts) == 1 else join(parts, like=tables.get("train"))
     first = next(iter(tables.values()), None)
-    if first is not None and options.data is not None:
+    if first is not None and options.data is not None and options.data.is_dir():
         notes = problems[next(iter(tables))] if problems else Problems()
         used = [path for parts in sources.values() for source in parts for path in source.paths_read]
         if any(path.suffix == ".txt" for path in used):  # the folders of listed images

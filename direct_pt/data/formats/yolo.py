@@ -187,19 +187,20 @@ class YoloSplit:
         return objects
 
 
-def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSplit] | None:  # noqa: B008
-    """The splits ("train", "val", "test") of a YOLO data set, None if the folder has no YAML file of one.
+def find_yolo(place: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSplit] | None:  # noqa: B008
+    """The splits ("train", "val", "test") of a YOLO data set, None if there is not one YAML file of it.
 
     Args:
-        folder: of the YAML file: data.yaml or dataset.yaml, or the only one that has the keys `names` and `train`.
+        place: the YAML file, or its folder: data.yaml or dataset.yaml, or the only one that has `names` and `train`.
         decoding: how image files are read.
 
     Raises:
         DataError: the YAML file is malformed. The splits' paths are only checked when their records are read.
     """
-    file = _find_file(folder)
-    if file is None:
+    files = [place] if place.suffix in (".yaml", ".yml") and place.is_file() else yaml_files(place)
+    if len(files) != 1:
         return None
+    file, folder = files[0], files[0].parent
     content = _read_yaml(file)
     if content.get("kpt_shape") not in EMPTY_VALUES:
         text = "has 'kpt_shape': its labels hold keypoints, which are not supported; export boxes or polygons"
@@ -222,16 +223,17 @@ def find_yolo(folder: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSp
     return splits
 
 
-def _find_file(folder: Path) -> Path | None:
+def yaml_files(folder: Path) -> list[Path]:
+    """The YAML files in a folder that may be of a data set: one of a usual name, or else all with the needed keys."""
     for name in YAML_FILES:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
     others = []
     for path in sorted(folder.glob("*.y*ml")):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             with suppress(OSError), path.open("rb") as file:
                 others += [path] if len(set(REQUIRED_KEYS.findall(file.read(MAX_YAML_BYTES)))) == 2 else []
-    return others[0] if len(others) == 1 else None
+    return others
 
 
 def _read_yaml(path: Path) -> Json:
