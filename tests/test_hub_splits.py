@@ -155,6 +155,14 @@ def test_files_of_one_split_that_do_not_agree(tmp_path: Path) -> None:
         load_tables(DataOptions(data=tmp_path / "set"))
 
 
+def test_splits_that_are_not_used(tmp_path: Path) -> None:
+    splits = {name: split_of([[0], [1]], CAT_DOG, tmp_path) for name in ("train", "validation", "dev", "extra")}
+    saved(splits, tmp_path / "set")
+    tables = load_tables(DataOptions(data=tmp_path / "set"))
+    (text,) = (text for text in tables["train"].repairs if text.startswith("splits that are not used"))
+    assert tables["train"].repairs[text] == 2 and not any("splits" in text for text in tables["val"].repairs)
+
+
 def test_several_subsets(tmp_path: Path) -> None:
     """A flag chooses one; without it the message lists them."""
     for name, kind in (("first", CAT_DOG), ("second", DOG_CAT)):

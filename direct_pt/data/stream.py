@@ -145,7 +145,7 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int, s
     Raises:
         InputError: it cannot be streamed.
     """
-    splits = load_splits(data, True, subset)
+    splits, _ = load_splits(data, True, subset)
     if not splits:
         raise InputError(f"--streaming: --data {data} is no data set on the hub, and no folder of parquet files")
     if "train" not in splits:

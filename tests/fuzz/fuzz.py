@@ -63,10 +63,10 @@ SAMPLES = 300  # that libFuzzer begins with
 READING = [  # modules whose lines libFuzzer counts; a name that does not exist ends the program
     importlib.import_module(name)
     for name in (
-        *(f"direct_pt.data.{name}" for name in ("images", "outlines", "records")),
+        *(f"direct_pt.{name}" for name in ("images", "data.names", "data.outlines", "data.records")),
         *(f"direct_pt.data.formats.{name}" for name in ("coco", "json_stream", "label_files", "voc", "yolo")),
         *(f"yaml.{name}" for name in ("composer", "constructor", "parser", "reader", "scanner")),
-        *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")),
+        *(f"PIL.{name}ImagePlugin" for name in ("Avif", "Bmp", "Gif", "Jpeg", "Jpeg2K", "Png", "Ppm", "Tiff", "WebP")),
         *("PIL.Image", "PIL.ImageFile"),
     )
 ]

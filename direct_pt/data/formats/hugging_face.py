@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from direct_pt.data.formats.hub_rows import ROWS_PER_READ, Layout, find_layouts
 from direct_pt.data.names import is_no_data
-from direct_pt.data.problems import DataError, Problems
+from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk
 from direct_pt.errors import InputError
 
@@ -75,6 +75,7 @@ class ArrowSplit:
         layout: of their columns.
         source: name in messages.
         root: the folder that image files must lie in.
+        unused: names of splits that are not used, to be noted.
         folder: not used, because the images are not files of their own.
     """
 
@@ -82,6 +83,7 @@ class ArrowSplit:
     layout: Layout
     source: str
     root: Path | None
+    unused: tuple[str, ...] = ()
     folder: Path = Path()
 
     annotation_file = None
@@ -94,6 +96,9 @@ class ArrowSplit:
 
     def records(self, problems: Problems) -> Iterator[Chunk]:
         """The rows as COCO-like records."""
+        for name in self.unused:
+            text = f"the split {name!r} is not used: rename it to train, validation or test"
+            problems.add(Problem(NOTE, "splits that are not used", self.source, text))
         yield "categories", 0, self.layout.category_records()
         first, first_object = 0, 0
         for key in ("images", "annotations"):
@@ -119,7 +124,7 @@ def find_hugging_face(
     Raises:
         InputError: it cannot be loaded, or lacks the columns of a detection set.
     """
-    found = load_splits(data, streaming, subset)
+    found, unused = load_splits(data, streaming, subset)
     if not found:
         return None
     for split, rows in found.items():
@@ -132,7 +137,8 @@ def find_hugging_face(
     splits = {}
     for split, rows in found.items():
         undecoded = rows.cast_column(layouts[split].image, datasets.Image(decode=False))
-        splits[split] = ArrowSplit(undecoded, layouts[split], f"{data} ({split})", image_root(data))
+        splits[split] = ArrowSplit(undecoded, layouts[split], f"{data} ({split})", image_root(data), tuple(unused))
+        unused = []  # noted once
     return splits
 
 
@@ -141,15 +147,17 @@ def image_root(data: Path) -> Path | None:
     return data.resolve() if data.exists() else None
 
 
-def load_splits(data: Path, streaming: bool = False, subset: str | None = None) -> dict[str, Any]:
-    """The library's data sets by our names of the splits; empty if `data` is neither a hub name nor such a folder.
+def load_splits(data: Path, streaming: bool = False, subset: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The library's data sets by our names of the splits, and the names of other splits.
+
+    Both are empty if `data` is neither a hub name nor the folder of a data set.
 
     Raises:
         InputError: it cannot be loaded.
     """
     local = data.is_dir() and any(next(data.glob(pattern), None) for pattern in LOCAL)
     if not local and (data.exists() or not re.fullmatch(HUB_NAME, str(data))):
-        return {}
+        return {}, []
     try:
         with _quiet():
             if local:
@@ -175,7 +183,9 @@ def load_splits(data: Path, streaming: bool = False, subset: str | None = None) 
     found = {split: [loaded[name] for name in names if name in loaded] for split, names in SPLIT_NAMES.items()}
     if not any(found.values()):
         raise InputError(f"--data {data}: has the splits {', '.join(loaded)}, and none called train or validation")
-    return {split: rows[0] for split, rows in found.items() if rows}
+    taken = [next(name for name in SPLIT_NAMES[split] if name in loaded) for split, rows in found.items() if rows]
+    unused = [str(name) for name in loaded if name not in taken]
+    return {split: rows[0] for split, rows in found.items() if rows}, unused
 
 
 def _load_folder(data: Path, streaming: bool, subset: str | None) -> Any:
