@@ -15,13 +15,13 @@ from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 from direct_pt.reports.survey import (
     STAGE_1,
     STAGE_2,
+    advice,
     anchor_recall,
     best_ious,
     class_counts,
     describe,
     fitting_image_size,
     object_sides,
-    proposals,
     share_small,
     summary,
     whole_image,
@@ -91,7 +91,7 @@ def test_a_split_without_objects_has_figures_too(coco_folder: MakeCocoFolder) ->
     assert found["objects"] == 0 and found["object_sides"]["in_files"]["median"] is None
     assert anchor_recall(table, STAGE_1, rpn_anchors())["all"] == {"objects": 0, "recall": None, "under_0.3": None}
     assert share_small(table, STAGE_1) == 0 and fitting_image_size(table) == (448, 0)
-    lines = proposals({"train": table}, {"448x448": {"RPN": anchor_recall(table, STAGE_1, rpn_anchors())}})
+    lines = advice({"train": table}, {"448x448": {"RPN": anchor_recall(table, STAGE_1, rpn_anchors())}})
     assert any("--drop-empty" in line for line in lines) and any("no validation split" in line for line in lines)
     json.dumps([found, lines], allow_nan=False)
 
@@ -117,13 +117,13 @@ def test_image_size_by_object_sizes(coco_folder: MakeCocoFolder, small: int, sid
 
 
 def test_proposed_image_size_and_its_cost(coco_folder: MakeCocoFolder) -> None:
-    lines = proposals({"train": of_side(coco_folder, [10] * 3 + [500] * 7)}, {})
+    lines = advice({"train": of_side(coco_folder, [10] * 3 + [500] * 7)}, {})
     text = "30% of the training objects are under 8 pixels at 448x448, hardly learnt: --image-size 800 leaves 0%"
     assert lines[0] == f"{text}, at 3.2 times the pixels a step"
 
 
 def test_objects_too_small_for_any_size_ask_for_tiles(coco_folder: MakeCocoFolder) -> None:
-    lines = proposals({"train": of_side(coco_folder, [2] * 9 + [500])}, {})
+    lines = advice({"train": of_side(coco_folder, [2] * 9 + [500])}, {})
     assert "90% still at 1312x1312; cut the images into tiles" in lines[0]
     assert lines[1].startswith("90% of the training objects are under 8 pixels at 1333x800")
 
@@ -170,7 +170,7 @@ def test_badly_fitting_anchors_are_reported(coco_folder: MakeCocoFolder) -> None
         "448x448": {"RPN": anchor_recall(table, STAGE_1, anchors)},
         "1333x800": {"RPN": anchor_recall(table, STAGE_2, anchors)},
     }
-    lines = [line for line in proposals({"train": table}, recalls) if "anchor" in line]
+    lines = [line for line in advice({"train": table}, recalls) if "anchor" in line]
     assert lines[0].startswith("33% of the objects are small at 448x448, and of these only 0% (RPN)")
     assert "--image-size" in lines[0]
     assert any("are wide at 1333x800" in line and "RATIOS" in line for line in lines)
@@ -183,23 +183,23 @@ def test_classes_that_are_missing_or_rare(coco_folder: MakeCocoFolder) -> None:
     table = small.select(np.repeat([0, 1], [2100, 2]))
     in_images, objects = class_counts(table)
     assert in_images.tolist() == [2, 2100] and objects.tolist() == [4, 2100]
-    lines = proposals({"train": table, "val": small.select(np.zeros(60, np.int64))}, {})
+    lines = advice({"train": table, "val": small.select(np.zeros(60, np.int64))}, {})
     assert lines == [
         "1 of 2 classes occur in under 0.1% of the training images (two): --repeat-threshold 0.001 shows those images "
         "more often",
         "1 of 2 classes have no object in val (two): their AP is unknown",
     ]
-    assert not proposals({"train": table.select(np.arange(200, 2102)), "val": small.select(np.tile([0, 1], 25))}, {})
+    assert not advice({"train": table.select(np.arange(200, 2102)), "val": small.select(np.tile([0, 1], 25))}, {})
 
 
 def test_small_splits_and_many_negatives(coco_folder: MakeCocoFolder) -> None:
     both = boxes_in(10, (0, 0, 9, 9)) + boxes_in(10, (0, 0, 9, 9), category_id=2)
     table = coco_folder([(16, 16)] * 3, both).load()
-    assert proposals({"train": table, "val": table}, {}) == [
+    assert advice({"train": table, "val": table}, {}) == [
         "67% of the training images have no object: --drop-empty trains on the others alone",
         "val has 2 objects: under 50, its AP is mostly chance",
     ]
-    assert proposals({"val": table.select(np.zeros(25, np.int64))}, {}) == []  # no training split, nothing to say
+    assert advice({"val": table.select(np.zeros(25, np.int64))}, {}) == []  # no training split, nothing to say
 
 
 def test_summary_is_short(coco_folder: MakeCocoFolder) -> None:

@@ -53,7 +53,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         try:
             self.names = {name for name in os.listdir(path) if not is_no_data(name)}  # noqa: PTH208
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
             self.names = set()
         except OSError as error:
             raise DataError("unreadable folder", path, f"cannot be listed ({error.strerror}); allow it") from error
@@ -148,7 +148,7 @@ def split_files(folder: Path, suffix: str) -> dict[str, Path]:
 def report_unused_splits(data: Path, used: Iterable[Path], problems: Problems) -> None:
     """Note the folders and lists that are named as splits of the data set in `data`, and are none of those `used`."""
     used = list(used)
-    roots = {data, *(path.parent for path in used if path.is_relative_to(data))}
+    roots = {data, *(path.parent for path in used if data in path.parents)}
     places = {folder / name for folder in roots for name in ("", "images", "annotations", *LIST_FOLDERS)}
     for place in sorted(places):
         for name in sorted(Folder(place).names):

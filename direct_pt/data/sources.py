@@ -156,7 +156,7 @@ def _why_no_data_set(data: Path, options: DataOptions) -> str:
         names = first_names([path.name for path in files])
         return f"holds several YAML files of a YOLO set ({names}): give one of them, --data {files[0]}"
     inside = sorted(path for path in data.iterdir() if path.is_dir() and not is_no_data(path.name))
-    for place in (*inside[:MAX_FOLDERS_SEARCHED], data.absolute().parent):
+    for place in inside[:MAX_FOLDERS_SEARCHED]:  # nothing is read outside of the folder that was given
         try:
             found = _find_files(place, options.decoding)
         except InputError:  # a set, with faults of its own

@@ -106,7 +106,7 @@ def check_stream(folder: Path, files: Files) -> bool:
     """A saved data set's rows as a stream of them is read, which leaves out the images in which something is wrong."""
     options = options_for(folder, files)
     try:
-        rows = load_splits(folder)["train"]
+        rows = load_splits(folder)[0]["train"]
         layout = find_layouts({"train": rows}, str(folder), options.bbox_format)["train"]
         undecoded = rows.cast_column(layout.image, datasets.Image(decode=False)).to_iterable_dataset()
         stream = Stream(undecoded, layout, f"{folder} (train)", 0, image_root(folder), options.decoding, window=1000)
