@@ -205,6 +205,21 @@ def test_metrics_of_other_splits_stand_beside_those_of_val(demo: Path, tmp_path:
         assert images == set(range(1, count + 1))
 
 
+def test_evaluation_of_unreadable_images(
+    model: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An AP of 0 would say something about the detector: nothing is written."""
+    shutil.copytree(demo, tmp_path / "data")
+    for photo in (tmp_path / "data/images").glob("val_*"):
+        photo.write_bytes(photo.read_bytes()[:300])
+    flags = ("--checkpoint", model, "--data", tmp_path / "data", *runs.MACHINE, "--output-dir", tmp_path / "found")
+    message = refusal("evaluate", *flags)
+    assert message.startswith(f"none of the {runs.VAL_IMAGES} images could be read: {tmp_path / 'data/images/val_'}")
+    assert message.endswith("| ...") and "cannot be read as an image" in message
+    assert capsys.readouterr().out.count("unreadable image, no detections: ") == runs.VAL_IMAGES
+    assert not (tmp_path / "found").exists()
+
+
 def test_data_check_over_the_images(demo: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(demo, data)
