@@ -58,5 +58,14 @@ def _report(kind: str, message: Exception, status: int) -> int:
 
 
 def printable(text: str) -> str:
-    """The text with escapes in place of control characters and lone surrogates, which file names may contain."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)
+    """The text with escapes in place of control characters and lone surrogates, which names may contain.
+
+    Controls of the writing direction and of lines count too: they could show a name as another one.
+    """
+    pattern = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(pattern, lambda match: ascii(match[0])[1:-1], text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line."""
+    return "\n".join(map(printable, text.split("\n")))

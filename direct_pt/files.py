@@ -1,9 +1,12 @@
-"""Files that are written as a whole or not at all, and files of tensors with a checksum."""
+"""Files that are written as a whole or not at all, never over what is read; files of tensors with a checksum."""
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,68 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
+from direct_pt.errors import InputError
+
 CHECKSUM, FACTS = "sha256", "facts"  # keys of the metadata in a file of tensors
+MAX_STEM_BYTES = 240  # of a temporary file's name; with what is added, file systems take 255
+PROBE_BYTES = 4096  # that a disk must take before work begins
 
 
 class DamagedFile(Exception):
     """A file cannot be read, or its content is not what was written. The message names the file."""
+
+
+# Whether something can be written, and does no harm
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns an OSError inside it into an InputError about `what`: a flag and its value, or a file."""
+    try:
+        yield
+    except OSError as error:
+        file = f": {error.filename}" if isinstance(error.filename, str) and error.filename not in what else ""
+        reason = f"{error.strerror or error}{file}"
+        raise InputError(f"{what}: cannot be written ({reason}); make room there, or name another place") from error
+
+
+def check_output(folder: Path, flag: str = "--output-dir") -> None:
+    """Raise InputError where a folder cannot be written. Nothing is created: what is refused later leaves no trace."""
+    with writing(f"{flag} {folder}"):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{flag} {folder}: is a file")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def check_inputs_kept(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--output-dir") -> None:
+    """Raise InputError where something to be written is something that is read, also by another name or through a link.
+
+    Args:
+        outputs: files or folders; most do not exist yet.
+        inputs: files or folders.
+        flag: that the outputs follow from.
+    """
+    existing: dict[Any, Path] = {place: path for path in outputs if (place := _place(path)) is not None}
+    for path in inputs if existing else ():
+        if output := existing.get(_place(path)):
+            same = "is read too" if output == path else f"is the same as {path}, which is read"
+            raise InputError(f"{flag}: {output} {same}, and would be written over; name another place")
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """What all names of a file or folder have in common: its device and number there. None if it does not exist."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+# Writing
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Any = None) -> None:
@@ -76,13 +136,39 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file as a whole. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text)
-        replace_file(temporary, path)
-    except OSError as error:
+
+
+@contextmanager
+def replacing(path: Path, to_disk: bool = True) -> Iterator[Path]:
+    """A temporary file's path beside `path`, to write to: it gets that name at the end, or is removed after an error.
+
+    A link at `path` is replaced, not followed.
+
+    Args:
+        path: of the file.
+        to_disk: wait until the content is on disk.
+
+    Raises:
+        OSError: with the name of `path`; a file there is unchanged.
+    """
+    stem = os.fsdecode(os.fsencode(path.name)[:MAX_STEM_BYTES])
+    temporary = path.with_name(f".{stem}.partial")
+    try:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a write does not name the file
+        yield temporary
+        if to_disk:
+            replace_file(temporary, path)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # an unfinished file would keep a full disk full
 
 
 def replace_file(temporary: Path, final: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from direct_pt.errors import InputError
 # computes; yes, as a run that failed may need it to continue, and the banner says so.
 FIXED, FREE, CHANGEABLE = "fixed", "free", "changeable"
 MAX_EPOCHS = 1_000_000
+MAX_SHOWN = 80  # characters of a path, in messages
 Options = TypeVar("Options")
 Number = TypeVar("Number", int, float)
 
@@ -34,12 +36,14 @@ def flag(
         default: what the field holds without the flag; MISSING where the user must give it; False for a switch.
         text: help; the default is added to it. {names} are filled in by `add_flags`.
         check: from the flag's text to the field's value; raises argparse.ArgumentTypeError. Text stays text without it.
+            Path stands for `any_path`.
         choices: the texts that are accepted.
         metavar: what the help calls the value.
         many: whether it takes one value or more.
         excludes: flags with the same word here exclude each other.
         on_resume: FIXED, FREE or CHANGEABLE.
     """
+    check = any_path if check is Path else check
     metadata = {
         "text": text, "check": check, "choices": choices, "metavar": metavar, "many": many, "excludes": excludes,
         "on_resume": on_resume,
@@ -92,6 +96,13 @@ def read_flags(args: argparse.Namespace, options: type[Options]) -> Options:
     return options(**values)
 
 
+def paths_of(options: Any) -> list[Path]:
+    """The paths that an options object holds."""
+    values = [getattr(options, one.name) for one in fields(options)]
+    listed = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
+    return [item for item in listed if isinstance(item, Path)]
+
+
 def flag_name(field_name: str) -> str:
     """The flag of a field."""
     return "--" + field_name.replace("_", "-")
@@ -132,6 +143,26 @@ def to_arguments(values: dict[str, Any], options: type) -> list[str]:
 
 
 # Checks of values, for `flag` and argparse
+
+
+def any_path(text: str) -> Path:
+    """A path that may lead to something, or not yet."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file or folder")
+    try:
+        os.stat(text)  # noqa: PTH116 - Path.exists would raise some errors and hide others
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission, a null character
+        short = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        raise argparse.ArgumentTypeError(f"{short}: {getattr(error, 'strerror', None) or error}") from None
+    return Path(text)
+
+
+def path_or_name(text: str) -> str:
+    """A path, or the name of something on the hub."""
+    any_path(text)
+    return text
 
 
 def _number(kind: type[Number], text: str) -> Number:

@@ -1,15 +1,16 @@
-"""From an image file, or its bytes, to pixels."""
+"""From an image file, its bytes, or an image in memory to pixels."""
 
 import contextlib
 import io
 import logging
+import os
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,7 +21,11 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from direct_pt.errors import InputError
+
 Size = tuple[int, int]
+AnyImage = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
+Images = AnyImage | Iterable[AnyImage]
 
 FORMATS = (  # suffixes of files that are taken for images
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -40,6 +45,7 @@ UPRIGHT = {  # the transposition that turns the stored pixels upright, by EXIF o
     8: Image.Transpose.ROTATE_90,
 }
 OPPOSITE = {6: 8, 8: 6}  # the other orientations are their own inverses
+CHANNELS = (1, 3, 4)  # of images in memory: grey, RGB, RGB and opacity
 BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second one
 WIDTH_TAG, HEIGHT_TAG = 256, 257
 
@@ -136,6 +142,85 @@ def decode_image(
         if turn > 1:
             rgb = rgb.transpose(UPRIGHT[turn])
         return np.asarray(rgb if jpeg or shrink == 1 else rgb.reduce(shrink))
+
+
+def rgb_images(images: Images) -> Iterator[np.ndarray]:
+    """`as_rgb` of one image, or of each of several, one after another. Raises InputError with the place in the list."""
+    is_one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (2, 3)
+    listed: Iterable[Any] = images if isinstance(images, Iterable) and not is_one else [images]
+    for place, image in enumerate(listed):
+        yield as_rgb(image, f"images[{place}]")
+
+
+def as_rgb(image: AnyImage, name: str) -> np.ndarray:
+    """An image as [h, w, 3] uint8 RGB. BGR, as OpenCV reads files, cannot be told from RGB: convert it before.
+
+    Transparent pixels are blended with black, as in `decode_image`.
+
+    Args:
+        image: a file's path: upright, see `read_image`. Or a PIL image of any mode: as it is, without regard to its
+            EXIF orientation. Or an array or tensor of shape [h, w], [h, w, C] or [C, h, w] with 1, 3 or 4 channels:
+            uint8, uint16 (white at 65535), or floating-point values from 0 to 1.
+        name: of the image, for messages.
+
+    Raises:
+        InputError: it is empty or unreadable, or its shape, type or values may mean several things.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return read_image(Path(image))
+        except UnreadableImage as error:
+            raise InputError(f"{name}: {error}") from error
+    if isinstance(image, Image.Image):
+        if not image.width * image.height:
+            raise InputError(f"{name}: has no pixels ({image.width}x{image.height}); leave it out")
+        try:
+            return np.asarray(_to_rgb(image, DEFAULT_DECODING.alpha))
+        except Exception as error:  # it is read from its file only now: see _opened
+            raise InputError(f"{name}: {_unreadable('PIL image', error)}") from error
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        remedy = "give a file's path, a PIL image, or an array or tensor of its pixels"
+        raise InputError(f"{name}: is a {type(image).__name__}, not an image; {remedy}")
+    is_tensor = isinstance(image, torch.Tensor)
+    described = f"{name}: {image.dtype} {'tensor' if is_tensor else 'array'} {list(image.shape)}"
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    first, last = (image.ndim == 3 and image.shape[axis] in CHANNELS for axis in (0, -1))
+    if image.ndim == 2:
+        image = image[:, :, None]
+    elif not (first or last):
+        raise InputError(f"{described}: is no image; its shape must be [h, w], [h, w, C] or [C, h, w], C of {CHANNELS}")
+    elif first and last and is_tensor:  # arrays have their channels last by convention, tensors either way
+        raise InputError(f"{described}: may be [C, h, w] or [h, w, C]; give it as a numpy array [h, w, C]")
+    elif first and not last:
+        image = image.transpose(1, 2, 0)
+    if not image.size:
+        raise InputError(f"{described}: has no pixels; leave it out")
+    pixels = np.ascontiguousarray(_to_bytes(image, described))
+    if pixels.shape[2] == 3:
+        return pixels
+    return np.asarray(_to_rgb(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), "black"))
+
+
+def _to_bytes(image: np.ndarray, described: str) -> np.ndarray:
+    """The values of an array as uint8. Raises InputError."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind == "u" and image.dtype.itemsize == 2:
+        return cv2.convertScaleAbs(image.astype(np.uint16), alpha=255 / 65535).reshape(image.shape)
+    if image.dtype.kind == "b":
+        raise InputError(f"{described}: is a mask, not an image; give an image, or 255 * it.astype(np.uint8)")
+    if image.dtype.kind != "f":
+        raise InputError(f"{described}: give values from 0 to 255 as .astype(np.uint8)")
+    low, high = image.min(), image.max()
+    if np.isnan(low):
+        raise InputError(f"{described}: contains NaN; replace it, or leave the image out")
+    if low < 0 or high > 1:
+        inside = low >= 0 and high <= 255
+        remedy = "give values from 0 to 255 as .astype(np.uint8)" if inside else "undo its normalisation, or clip it"
+        raise InputError(f"{described}: has values from {low:g} to {high:g}, where floats count from 0 to 1; {remedy}")
+    return (image * 255 + 0.5).astype(np.uint8)
 
 
 def decode_jpeg(content: bytes) -> np.ndarray:

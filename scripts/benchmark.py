@@ -6,13 +6,11 @@
 versions. docs/performance.md has the figures of one machine, and what each part measures.
 """
 
-from pathlib import Path
-
 from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream, trials
 from benchmarks.rows import Row
 from direct_pt.errors import run_program
-from direct_pt.files import write_json
-from direct_pt.flags import make_parser
+from direct_pt.files import check_output, write_json, writing
+from direct_pt.flags import any_path, make_parser
 
 PARTS = {
     "input": input,
@@ -36,13 +34,16 @@ def main() -> None:
         about = module.__doc__ or ""
         part = parts.add_parser(name, help=about.splitlines()[0], description=about)
         module.add_arguments(part)
-        part.add_argument("--output", type=Path, metavar="FILE", help="write the rows as JSON")
+        part.add_argument("--output", type=any_path, metavar="FILE", help="write the rows as JSON")
     args = p.parse_args()
+    if args.output:
+        check_output(args.output.parent, "--output")
     rows = PARTS[args.part].measure(args)
     for row in rows:
         print(line(row))
     if args.output:
-        write_json(args.output, rows)
+        with writing(f"--output {args.output}"):
+            write_json(args.output, rows)
 
 
 def line(row: Row) -> str:

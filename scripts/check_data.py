@@ -8,19 +8,18 @@ errors, which training would refuse or skip.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
-from direct_pt.errors import InputError, printable, run_program
-from direct_pt.files import write_json
-from direct_pt.flags import add_flags, make_parser, not_negative_integer, read_flags
+from direct_pt.errors import InputError, printable_lines, run_program
+from direct_pt.files import check_inputs_kept, check_output, write_json, writing
+from direct_pt.flags import add_flags, any_path, make_parser, not_negative_integer, paths_of, read_flags
 from direct_pt.recipes import STAGES, recipe_name
-from direct_pt.reports.data_report import report_text, write_pictures
+from direct_pt.reports.data_report import picture_names, report_text, write_pictures
 from direct_pt.reports.duplicates import LEAK, find_duplicates
 from direct_pt.reports.image_check import check_images
 from direct_pt.reports.survey import advice, anchor_figures, describe
@@ -33,7 +32,7 @@ def main() -> None:
     p = make_parser(__doc__ or "")
     add_flags(p, DataOptions, "data")
     text = "folder for report.json and the pictures (runs/check_data)"
-    p.add_argument("--output-dir", type=Path, default=Path("runs/check_data"), metavar="DIR", help=text)
+    p.add_argument("--output-dir", type=any_path, default=Path("runs/check_data"), metavar="DIR", help=text)
     text = "processes that decode images (2)"
     p.add_argument("--num-workers", type=not_negative_integer, default=2, metavar="N", help=text)
     args = p.parse_args()
@@ -41,13 +40,15 @@ def main() -> None:
         raise InputError("--streaming: check_data reads all images: leave it out, or check a part of the data")
 
     folder: Path = args.output_dir
+    check_output(folder)
+    options = read_flags(args, DataOptions)
     problems = {split: Problems(collects=True) for split in SPLITS}
-    tables = {
-        split: table
-        for split, table in load_tables(read_flags(args, DataOptions), SPLITS, problems).items()
-        if len(table)
-    }
-    with writing(folder):
+    tables = {split: table for split, table in load_tables(options, SPLITS, problems).items() if len(table)}
+    paths = paths_of(options)
+    check_inputs_kept([folder], [*paths, *(table.folder for table in tables.values() if table.encoded is None)])
+    images = (table.path(row) for table in tables.values() if table.encoded is None for row in range(len(table)))
+    check_inputs_kept([folder / name for name in ("report.json", *picture_names(tables))], chain(paths, images))
+    with writing(f"--output-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     prints = check_images(tables, problems, args.num_workers) if tables else {}
     duplicates = find_duplicates(tables, prints, problems)
@@ -68,10 +69,10 @@ def main() -> None:
         "schedules": schedules(len(train)) if train else {},
         "advice": leaks + advice(tables, anchors),
     }
-    with writing(folder):
+    print(printable_lines(report_text(report)))
+    with writing(f"--output-dir {folder}"):
         report["pictures"] = write_pictures(tables, prints, folder) if tables else []
         write_json(folder / "report.json", report)
-    print("\n".join(map(printable, report_text(report).split("\n"))))
     print(f"\nwritten to {folder}: {', '.join(['report.json', *report['pictures']])}")
     errors = [problem for split in problems.values() for problem in split.listed if problem.grade == ERROR]
     if errors:
@@ -90,15 +91,6 @@ def schedules(images: int) -> dict[str, Any]:
             "notes": list(plan.notes),
         }  # fmt: skip
     return found
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns an OSError inside it into an InputError that names --output-dir."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--output-dir {folder}: cannot be written ({error})") from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
 Writes metrics.json and predictions.json (COCO results format, with the data set's own ids), for boxes and, where the
-detector finds them, masks.
+detector finds them, masks; of another split than val, metrics_SPLIT.json and predictions_SPLIT.json.
 """
 
 from pathlib import Path
@@ -13,34 +13,52 @@ from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
-from direct_pt.distributed.launch import DeviceOptions, make_accelerator
-from direct_pt.errors import InputError, class_differences, run_program
-from direct_pt.files import write_json
-from direct_pt.flags import add_flags, make_parser, pixels, positive_integer, read_flags
+from direct_pt.distributed.launch import DeviceOptions, join_processes, make_accelerator
+from direct_pt.distributed.processes import main_decides
+from direct_pt.errors import InputError, class_differences, printable, printable_lines, run_program
+from direct_pt.files import check_inputs_kept, check_output, write_json, writing
+from direct_pt.flags import (
+    add_flags,
+    any_path,
+    make_parser,
+    path_or_name,
+    paths_of,
+    pixels,
+    positive_integer,
+    read_flags,
+)
 from direct_pt.transforms import TestPreset
 
 
 def main() -> None:
     """Evaluate one split."""
     p = make_parser(__doc__ or "")
-    p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
+    p.add_argument(
+        "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
+    )
     add_flags(p, DataOptions, "data")
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DeviceOptions)
-    p.add_argument("--output-dir", type=Path, metavar="DIR", help="(default: the checkpoint's folder)")
+    p.add_argument("--output-dir", type=any_path, metavar="DIR", help="(default: the checkpoint's folder)")
     args = p.parse_args()
 
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
         text = "no such folder; for a model from the hub, say with --output-dir where to write its metrics"
         raise InputError(f"--checkpoint {args.checkpoint}: {text}")
-    if output.is_file():
-        raise InputError(f"--output-dir {output}: is a file")
+    options, suffix = read_flags(args, DataOptions), "" if args.split == "val" else f"_{args.split}"
+    files = {name: output / f"{name}{suffix}.json" for name in ("metrics", "predictions")}
+
+    def check_files() -> None:
+        check_output(output)
+        check_inputs_kept(files.values(), paths_of(options))
+
+    main_decides(check_files, join_processes())  # only the main process writes
     detector = from_pretrained(args.checkpoint)
-    tables = load_tables(read_flags(args, DataOptions), [args.split], required=args.split)
+    tables = load_tables(options, [args.split], required=args.split)
     if args.split not in tables:
         raise InputError(f"--split {args.split}: there are too few training images to hold some out")
     table = tables[args.split]
@@ -61,15 +79,22 @@ def main() -> None:
     detector.to(accelerator.device)
     metrics, predictions = evaluate(detector, table, preset, args.micro_batch_size, accelerator, args.num_workers)
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "metrics.json", metrics)
-        write_json(output / "predictions.json", predictions.coco(table.image_ids, table.category_ids))
-        print(f"{args.split}: {len(table)} images at {preset.long_side}x{preset.short_side}\n{metrics_table(metrics)}")
+        size = f"{len(table)} images at {preset.long_side}x{preset.short_side}"
+        print(printable_lines(f"{args.split}: {size}\n{metrics_table(metrics)}"))  # a disk may fail after this
         if not any(row["objects"] for row in metrics["per_class"].values()):
             print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
-        for image in predictions.unreadable:
-            print(f"unreadable image, no detections: {unreadable_reason(table, image)}")
-        print(f"written: {output / 'metrics.json'}, {output / 'predictions.json'}")
+        reasons = [unreadable_reason(table, image) for image in predictions.unreadable]
+        for reason in reasons:
+            print(f"unreadable image, no detections: {printable(reason)}")
+        if len(reasons) == len(table):
+            few = " | ".join(reasons[:3]) + " | ..." * (len(reasons) > 3)
+            raise InputError(f"none of the {len(reasons)} images could be read: {few}")
+        about = {"split": args.split, "data": table.source, "images": len(table), "unreadable_images": len(reasons)}
+        with writing(f"--output-dir {output}"):
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(files["metrics"], {**metrics, **about})
+            write_json(files["predictions"], predictions.coco(table.image_ids, table.category_ids))
+        print(printable(f"written: {files['metrics']}, {files['predictions']}"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ paper's values: size of test images, number of proposals. Class ids, except for 
 """
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from direct_pt.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_model
-from direct_pt.errors import InputError, first_names, run_program
-from direct_pt.files import replace_file
-from direct_pt.flags import make_parser
+from direct_pt.errors import InputError, first_names, printable, run_program
+from direct_pt.files import check_output, replacing, writing
+from direct_pt.flags import any_path, make_parser, path_or_name
 from direct_pt.models.detector import MODELS, PIXEL_MEAN, PIXEL_STD
 from direct_pt.models.mmdet_weights import COMPUTED_BUFFERS, detector_from_mmdet, mmdet_state_dict
 
@@ -130,8 +131,7 @@ def read_categories(path: Path, names: tuple[str, ...] | None) -> tuple[tuple[st
 
 def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None, categories: Path | None) -> None:
     """Write `output`/model out of MMDetection's checkpoint. Raises InputError, before anything is written."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output-dir {output}: is a file")
+    check_output(output)
     if any((output / name).exists() for name in (CONFIG, WEIGHTS, "model")):
         raise InputError(f"--output-dir {output}: holds a run already; choose another folder")
     state, meta, ignored = read_checkpoint(path)
@@ -148,7 +148,8 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
         ids = COCO_IDS
     detector = detector_from_mmdet(state, model, names, ids, backbone, source=str(path))
     config = detector.config
-    save_model(output / "model", detector, [{"stage": "import", "file": path.name, "model": model}])
+    with writing(f"--output-dir {output}"):
+        save_model(output / "model", detector, [{"stage": "import", "file": path.name, "model": model}])
 
     computed = [name for name in state if name.endswith(COMPUTED_BUFFERS)]
     loaded, total = len(state) - len(computed), len(detector.state_dict())
@@ -162,7 +163,7 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     if ignored:
         print(f"ignored: {', '.join(ignored)}")
     ends = f"{config.category_ids[0]} to {config.category_ids[-1]}"
-    print(f"{len(config.class_names)} classes, ids {ends}: {first_names(config.class_names)}")
+    print(f"{len(config.class_names)} classes, ids {ends}: {printable(first_names(config.class_names))}")
     if list(config.category_ids) != sorted(config.category_ids):
         print("their ids do not ascend: predict.py takes the model, evaluate.py and finetune.py need ids that do")
     print(f"written: {output / 'model'}")
@@ -170,32 +171,38 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
 
 def export_checkpoint(run: str, path: Path) -> None:
     """Write a run's model as MMDetection's checkpoint, whole or not at all. Raises InputError."""
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"--export {path}: is there already; choose another name")
+    check_output(path.parent, "--export")
     detector = from_pretrained(run)
     classes, state = detector.config.class_names, mmdet_state_dict(detector)
     content = {"meta": {"CLASSES": classes, "dataset_meta": {"classes": classes}}, "state_dict": state}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(content, partial)
-        replace_file(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{len(state)} tensors, {len(classes)} classes: {first_names(classes)}\nwritten: {path}")
+    with writing(f"--export {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:  # torch's writer hides the OSError
+                raise OSError(str(error).splitlines()[0]) from error
+    print(f"{len(state)} tensors, {len(classes)} classes: {printable(first_names(classes))}\nwritten: {path}")
 
 
 def main() -> None:
     """Import or export."""
     p = make_parser(__doc__ or "")
-    p.add_argument("source", metavar="CHECKPOINT|RUN", help="MMDetection's file; with --export a run, or a hub id")
+    p.add_argument(
+        "source",
+        type=path_or_name,
+        metavar="CHECKPOINT|RUN",
+        help="MMDetection's file; with --export a run, or a hub id",
+    )
     p.add_argument("--model", metavar="NAME", help=f"one of {', '.join(MODELS)}")
-    p.add_argument("--output-dir", type=Path, metavar="RUN", help="its model/ is written")
+    p.add_argument("--output-dir", type=any_path, metavar="RUN", help="its model/ is written")
     p.add_argument(
         "--backbone", metavar="NAME", help="timm's name of another ResNet, ResNeXt or Swin (paper: by --model)"
     )
-    p.add_argument("--categories", type=Path, metavar="FILE", help="a COCO file with the ids of the classes")
-    p.add_argument("--export", type=Path, metavar="FILE", help="write this checkpoint for MMDetection")
+    p.add_argument("--categories", type=any_path, metavar="FILE", help="a COCO file with the ids of the classes")
+    p.add_argument("--export", type=any_path, metavar="FILE", help="write this checkpoint for MMDetection")
     args = p.parse_args()
 
     if args.export is not None:

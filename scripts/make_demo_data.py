@@ -4,7 +4,6 @@ The material comes with scikit-learn: 1,797 scans of digits (8x8 pixels) and two
 scans and parts of the photographs that no training image uses. The same arguments give the same bytes.
 """
 
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from direct_pt.errors import InputError, run_program
+from direct_pt.files import check_output, writing
+from direct_pt.flags import any_path, make_parser
 
 VERSION = "1"  # raise it when the images change: then an older set is not taken for the same
 SPLITS = ("train", "val")
@@ -166,8 +167,8 @@ def holds_same_set(folder: Path, info: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Make the set, unless the folder contains it already."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--output-dir", type=any_path, required=True, help="new or empty folder")
     numbers = {"train_images": (400, 1), "val_images": (80, 1), "image_size": (128, 64), "seed": (0, 0)}
     for name, (default, least) in numbers.items():
         flag = f"--{name.replace('_', '-')}"
@@ -181,20 +182,19 @@ def main(argv: list[str] | None = None) -> None:
     if holds_same_set(output, info):
         print(f"{output} already contains this set: nothing to do")
         return
+    check_output(output)
     sources, target = load_sources(), output.resolve()
-    try:
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    with writing(f"--output-dir {output}"):
+        if target.is_dir() and any(target.iterdir()):
             raise InputError(f"{output} contains something else: name another --output-dir, or remove it first")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Made in a temporary folder and moved at the end: a set in its place is complete.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}-", dir=target.parent) as temporary:
             for part in ("images", "annotations"):
                 (Path(temporary) / "set" / part).mkdir(parents=True)
             for split, source in zip(SPLITS, sources, strict=True):
                 make_split(Path(temporary) / "set", split, source, info)
             (Path(temporary) / "set").rename(target)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}): name another --output-dir") from error
     print(f"wrote {arguments['train_images']} training and {arguments['val_images']} validation images to {output}")
 
 

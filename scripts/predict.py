@@ -2,12 +2,13 @@
 
   python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold 0.3]
 
-Folders are searched recursively. Writes each picture with its detections drawn, and predictions.json: COCO results with
-the data set's own category ids, masks as run lengths; images are numbered from 1 in the order of their names, and named
-in each row.
+Folders are searched recursively, but for the output folder. Writes each picture with its detections drawn, and
+predictions.json: COCO results with the data set's own category ids, masks as run lengths; images are numbered from 1 in
+the order of their names, and named in each row. Nothing is written over the images.
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import Predictions
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
-from direct_pt.errors import InputError, run_program
-from direct_pt.flags import add_flags, make_parser, positive_integer, read_flags, share
+from direct_pt.errors import InputError, printable, run_program
+from direct_pt.files import check_inputs_kept, check_output, replacing, writing
+from direct_pt.flags import add_flags, any_path, make_parser, path_or_name, positive_integer, read_flags, share
 from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.models.masks import paste_masks
 from direct_pt.transforms import TestPreset
-from direct_pt.visualize import draw_detections
+from direct_pt.visualize import draw_detections, drawable_name
 
 
 class ImageFiles(Dataset[Sample]):
@@ -51,12 +53,22 @@ class ImageFiles(Dataset[Sample]):
             return replace(self.preset.black_sample((32, 32)), index=index, unreadable=(index,))
 
 
-def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
-    """Each image file and the relative path that its picture gets, no two the same."""
-    found: dict[Path, Path] = {}
+def find_images(inputs: list[Path], output: Path) -> tuple[list[tuple[Path, Path]], int]:
+    """The image files, and how many in `output` were left out of the search: a run before this one may have made them.
+
+    Returns:
+        Each image file and the relative path that its picture gets, no two the same, also where case does not count;
+        and the number left out.
+    """
+    found: dict[str, tuple[Path, Path]] = {}
+    own, left_out = output.resolve(), 0
     for given in inputs:
         if given.is_dir():
+            check_inputs_kept([output], [given])
             inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in FORMATS and path.is_file())
+            if own.is_relative_to(given.resolve()):
+                count, inside = len(inside), [path for path in inside if not path.resolve().is_relative_to(own)]
+                left_out += count - len(inside)
             pairs = [(path, path.relative_to(given)) for path in inside]
         elif given.is_file():
             pairs = [(given, Path(given.name))]
@@ -64,19 +76,27 @@ def find_images(inputs: list[Path]) -> list[tuple[Path, Path]]:
             raise InputError(f"{given}: no such image or folder")
         for path, name in pairs:
             picture, copy = name.with_suffix(".jpg"), 1
-            while picture in found:
+            while (key := str(picture).casefold()) in found:
                 copy += 1
                 picture = name.with_name(f"{name.stem}_{copy}.jpg")
-            found[picture] = path
+            found[key] = path, picture
     if not found:
         raise InputError(f"{', '.join(map(str, inputs))}: no image files there ({', '.join(FORMATS)})")
-    return [(path, picture) for picture, path in found.items()]
+    return list(found.values()), left_out
 
 
-def draw(photo: Image.Image, found: Detections, class_names: tuple[str, ...]) -> Image.Image:
-    """One image with its detections."""
+def check_pictures(files: list[tuple[Path, Path]], output: Path) -> None:
+    """Raise InputError where a picture would be written over an image, or through a link to another folder."""
+    check_inputs_kept([output / picture for _, picture in files], [path for path, _ in files])
+    for folder in {output / folder for _, picture in files for folder in picture.parents[:-1]}:
+        if folder.is_symlink():
+            raise InputError(f"--output-dir {output}: {folder} is a link to another folder; name another place")
+
+
+def draw(photo: Image.Image, found: Detections, names: list[str]) -> Image.Image:
+    """One image with its detections; `names` are those of the classes, as they can be drawn."""
     values = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-    captions = [f"{class_names[label]} {score:.2f}" for label, score in values]
+    captions = [f"{names[label]} {score:.2f}" for label, score in values]
     boxes, masks = found.boxes.numpy(), None
     if found.masks is not None:
         size, pairs = (photo.height, photo.width), zip(found.masks.numpy(), boxes, strict=True)
@@ -87,18 +107,25 @@ def draw(photo: Image.Image, found: Detections, class_names: tuple[str, ...]) ->
 def main() -> None:
     """Predict, batch by batch: rows are written and pictures drawn before the next one."""
     p = make_parser(__doc__ or "")
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them")
-    p.add_argument("--checkpoint", required=True, metavar="RUN", help="a run, its model/ or best/, or a hub id")
-    p.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="where to write")
+    p.add_argument(
+        "images", nargs="+", type=any_path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
+    )
+    p.add_argument(
+        "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
+    )
+    p.add_argument("--output-dir", required=True, type=any_path, metavar="DIR", help="where to write")
     p.add_argument("--score-threshold", type=share, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
     p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
     args = p.parse_args()
 
-    if args.output_dir.is_file():
-        raise InputError(f"--output-dir {args.output_dir}: is a file")
-    files = find_images(args.images)
+    output: Path = args.output_dir
+    check_output(output)
+    files, left_out = find_images(args.images, output)
+    check_pictures(files, output)
+    if left_out:
+        print(f"not searched, as it is --output-dir: {printable(str(output))} ({left_out} image files)")
     decoding = read_flags(args, DecodingOptions).decoding
     accelerator = make_accelerator(args.mixed_precision)
     detector = from_pretrained(args.checkpoint).to(accelerator.device)
@@ -110,9 +137,14 @@ def main() -> None:
     )  # fmt: skip
     image_ids = np.arange(1, len(files) + 1)
     class_names = dict(zip(config.category_ids, config.class_names, strict=True))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    partial, unreadable, rows = args.output_dir / ".predictions.json.partial", 0, 0
-    with partial.open("w") as file, tqdm(total=len(files), desc="predict", unit="image") as bar:
+    drawn_names = [drawable_name(name, category_id) for category_id, name in class_names.items()]
+    unreadable: list[str] = []
+    rows = 0
+    with ExitStack() as stack:
+        stack.enter_context(writing(f"--output-dir {output}"))
+        output.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(stack.enter_context(replacing(output / "predictions.json")).open("w"))
+        bar = stack.enter_context(tqdm(total=len(files), desc="predict", unit="image"))
         for batch in loader:
             with accelerator.autocast():
                 found = detector.detect(batch.to(accelerator.device)).to("cpu").above(args.score_threshold)
@@ -130,19 +162,24 @@ def main() -> None:
             for position, index in enumerate(batch.indices.tolist()):
                 path, picture = files[index]
                 bar.update()
-                if index in batch.unreadable:
-                    unreadable += 1
-                    bar.write(f"unreadable, skipped: {path}")
+                try:
+                    photo = Image.fromarray(read_image(path, decoding=decoding))
+                    if index in batch.unreadable:
+                        raise UnreadableImage(f"{path}: could not be read before, and can now")
+                except UnreadableImage as error:
+                    unreadable.append(printable(str(error)))
+                    bar.write(f"unreadable, skipped: {unreadable[-1]}")
                     continue
-                photo = Image.fromarray(read_image(path, decoding=decoding))
-                target = args.output_dir / picture
+                target = output / picture
                 target.parent.mkdir(parents=True, exist_ok=True)
-                draw(photo, found.of_image(position), config.class_names).save(target, quality=92)
+                with replacing(target, to_disk=False) as temporary:
+                    draw(photo, found.of_image(position), drawn_names).save(temporary, "JPEG", quality=92)
         file.write("\n]\n" if rows else "[]\n")
-    partial.replace(args.output_dir / "predictions.json")
-    if unreadable == len(files):
-        raise InputError(f"none of the {len(files)} files could be read as an image")
-    print(f"{len(files) - unreadable} images, {unreadable} unreadable, {rows} detections: {args.output_dir}")
+    if len(unreadable) == len(files):
+        few = " | ".join(unreadable[:3]) + " | ..." * (len(files) > 3)
+        raise InputError(f"none of the {len(files)} files could be read as an image: {few}")
+    counts = f"{len(files) - len(unreadable)} images, {len(unreadable)} unreadable, {rows} detections"
+    print(f"{counts}: {printable(str(output))}")
 
 
 if __name__ == "__main__":

@@ -223,6 +223,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The figures in a metrics.json, without what it says about the split."""
+    about = ("split", "data", "images", "unreadable_images")
+    content = read_json(path)
+    assert list(content)[-4:] == list(about)
+    return {name: value for name, value in content.items() if name not in about}
+
+
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without timings."""
     lines = (run / "metrics.jsonl").read_text().splitlines()

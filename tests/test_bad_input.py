@@ -184,7 +184,7 @@ def test_masks_to_learn_without_outlines(
     assert message.startswith(f"{annotations(copy)}: 3 object(s) without 'segmentation'")
     elsewhere = output.with_name("boxes")
     runs.call_script("evaluate", "--checkpoint", pretrained, "--data", copy, *runs.MACHINE, "--output-dir", elsewhere)
-    assert set(runs.read_json(elsewhere / "metrics.json")) == {"bbox", "per_class"}
+    assert set(runs.read_metrics(elsewhere / "metrics.json")) == {"bbox", "per_class"}
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate"])

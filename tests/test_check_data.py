@@ -307,5 +307,5 @@ def test_nothing_left_to_look_at(splits: tuple[CocoFolder, CocoFolder]) -> None:
 
 def test_output_that_is_a_file(splits: tuple[CocoFolder, CocoFolder], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output-dir .*file: cannot be written"):
+    with pytest.raises(InputError, match=r"--output-dir .*file: is a file"):
         runs.call_script("check_data", *flags_of(*splits), "--output-dir", tmp_path / "file", "--num-workers", 0)

@@ -223,7 +223,7 @@ def test_evaluate_and_predict(case: Case, stage_two: Path, demo: Path, tmp_path:
     # Its own figures of the last step.
     recorded = runs.records(stage_two)[-1]
     runs.call_script("evaluate", "--checkpoint", stage_two, "--data", demo, *runs.MACHINE, "--output-dir", tmp_path)
-    metrics = runs.read_json(tmp_path / "metrics.json")
+    metrics = runs.read_metrics(tmp_path / "metrics.json")
     assert metrics == {key: recorded[key] for key in (*kinds, "per_class")}
 
     # And of a detector that finds something, some of which is then the truth.
@@ -232,7 +232,7 @@ def test_evaluate_and_predict(case: Case, stage_two: Path, demo: Path, tmp_path:
     runs.call_script(*evaluate, "--data", demo)
     data = runs.make_truth(demo, tmp_path / "predictions.json", tmp_path / "truth")
     runs.call_script(*evaluate, "--data", data)
-    metrics = runs.read_json(tmp_path / "metrics.json")
+    metrics = runs.read_metrics(tmp_path / "metrics.json")
     assert set(metrics) == {*kinds, "per_class"}
     for kind in kinds:
         assert set(metrics[kind]) == set(METRICS)
@@ -332,7 +332,7 @@ def test_crowds_and_run_lengths_beside_polygons(demo: Path, tmp_path: Path, caps
         content["annotations"].append(added)
     file.write_text(json.dumps(content))
     runs.call_script(*evaluate)
-    metrics = runs.read_json(found / "metrics.json")
+    metrics = runs.read_metrics(found / "metrics.json")
 
     for row in content["annotations"]:  # pycocotools cannot do without an outline
         x, y, width, height = row["bbox"]

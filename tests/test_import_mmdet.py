@@ -658,7 +658,7 @@ def test_export_is_whole_or_not_there(tmp_path: Path, run: Path, monkeypatch: py
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(InputError, match=r"--export .*file.pth: cannot be written \(no space left\)"):
         runs.call_script("import_mmdet", run, "--export", tmp_path / "out/file.pth")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -37,7 +37,7 @@ def test_coco_images_train_and_evaluate(model: str, kinds: list[str], tmp_path: 
     truth, rows = runs.read_json(annotations), runs.read_json(found / "predictions.json")
     assert {row["image_id"] for row in rows} <= {image["id"] for image in truth["images"]} and len(rows) > 100
     assert {row["category_id"] for row in rows} <= {category["id"] for category in truth["categories"]}
-    metrics = runs.read_json(found / "metrics.json")
+    metrics = runs.read_metrics(found / "metrics.json")
     assert set(metrics) == {*kinds, "per_class"}
     for kind in kinds:
         figures = runs.pycocotools_figures(annotations, found / "predictions.json", kind)

@@ -92,14 +92,14 @@ def test_finetune_evaluate_predict(
 
     # Its own figures of the last step, read from the checkpoint.
     runs.call_script("evaluate", "--checkpoint", run, "--data", demo, *runs.MACHINE)
-    assert runs.read_json(run / "metrics.json") == {key: runs.records(run)[-1][key] for key in ("bbox", "per_class")}
+    assert runs.read_metrics(run / "metrics.json") == {key: runs.records(run)[-1][key] for key in ("bbox", "per_class")}
 
     # And of a detector that finds something, in pycocotools' hands.
     eager = runs.make_eager(run, tmp_path / "eager")
     runs.call_script("evaluate", "--checkpoint", eager, "--data", demo, *runs.MACHINE, "--output-dir", found)
     truth_data = runs.make_truth(demo, found / "predictions.json", tmp_path / "truth")
     runs.call_script("evaluate", "--checkpoint", eager, "--data", truth_data, *runs.MACHINE, "--output-dir", found)
-    metrics = runs.read_json(found / "metrics.json")
+    metrics = runs.read_metrics(found / "metrics.json")
     assert set(metrics) == {"bbox", "per_class"} and metrics["bbox"]["AP"] > 0.05
     objects = runs.read_json(truth_data / "annotations/instances_val.json")["annotations"]
     assert sum(row["objects"] for row in metrics["per_class"].values()) == len(objects) > 100
@@ -251,7 +251,7 @@ def test_two_processes_evaluate_as_one(eager: Path, two: Path, truth_data: Path,
     runs.call_script("evaluate", *flags)
     one, both = (runs.read_json(folder / "predictions.json") for folder in (tmp_path, two / "evaluation"))
     assert one == both and len(one) > 9 * 50
-    one, both = (runs.read_json(folder / "metrics.json") for folder in (tmp_path, two / "evaluation"))
+    one, both = (runs.read_metrics(folder / "metrics.json") for folder in (tmp_path, two / "evaluation"))
     assert one == both and one["bbox"]["AP"] > 0.05
 
 

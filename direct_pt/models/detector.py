@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
 from direct_pt.errors import InputError
+from direct_pt.images import Images, rgb_images
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.fpn import FPN
@@ -144,36 +145,33 @@ class Detector(nn.Module, ABC):
         columns = torch.arange(width, device=images.device)[None, :] < batch.sizes[:, 1:]
         return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
-    def predict(self, images: list[np.ndarray], score_threshold: float = 0.05) -> list[dict[str, Any]]:
+    def predict(self, images: Images, score_threshold: float = 0.05) -> list[dict[str, Any]]:
         """Detections in whole images.
 
         Args:
-            images: [h, w, 3] uint8 RGB arrays of any sizes.
+            images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors (`direct_pt.images.as_rgb`).
             score_threshold: of what is returned.
 
         Returns:
-            For each image a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class names) and
-            "category_ids" (the data set's own), best first, and of mask detectors "masks" [n, h, w] bool.
+            For each image, also a single one, a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class
+            names) and "category_ids" (the data set's own), best first, and of mask detectors "masks" [n, h, w] bool.
         """
-        preset = TestPreset(self.config.short_side, self.config.long_side)
-        device = self.pixel_mean.device
-        was_training = self.training
+        config, was_training, results = self.config, self.training, []
         self.eval()
-        results = []
-        for image in images:
-            sample = preset(image, Objects.none(), np.random.default_rng(0))
-            found = self.detect(collate([sample]).to(device)).to("cpu").above(score_threshold)
-            labels = found.labels.tolist()
-            result = {
-                "boxes": found.boxes.numpy(),
-                "scores": found.scores.numpy(),
-                "labels": [self.config.class_names[label] for label in labels],
-                "category_ids": [self.config.category_ids[label] for label in labels],
-            }
-            if found.masks is not None:
-                result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), image.shape[:2])
-            results.append(result)
-        self.train(was_training)
+        try:
+            for image in rgb_images(images):
+                preset = TestPreset(config.short_side, config.long_side)
+                sample = preset(image, Objects.none(), np.random.default_rng(0))
+                found = self.detect(collate([sample]).to(self.pixel_mean.device)).to("cpu").above(score_threshold)
+                labels = found.labels.tolist()
+                result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
+                result["labels"] = [config.class_names[label] for label in labels]
+                result["category_ids"] = [config.category_ids[label] for label in labels]
+                if found.masks is not None:
+                    result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), image.shape[:2])
+                results.append(result)
+        finally:
+            self.train(was_training)
         return results
 
     def freeze_for_finetuning(self) -> None:

@@ -1,7 +1,7 @@
 """The report of check_data.py: its text, its histograms, and samples with their annotations drawn."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from PIL import Image
 from direct_pt.batch import PackedMasks
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED
+from direct_pt.files import replacing
 from direct_pt.reports.duplicates import Fingerprints
 from direct_pt.reports.plots import plot_classes, plot_image_sizes, plot_object_sizes
 from direct_pt.reports.survey import MIN_OBJECT_SIDE, STAGE_1, STAGE_2, class_counts, object_sides, size_name
 from direct_pt.transforms import TestPreset
-from direct_pt.visualize import contact_sheet, draw_detections
+from direct_pt.visualize import contact_sheet, draw_detections, drawable_name
 
 MAX_SAMPLES, CELL = 24, 400  # pictures on a contact sheet, and their side in pixels
 MAX_PROBLEMS = 3  # problems of a kind that are printed; report.json has all of them
@@ -105,9 +106,14 @@ def _anchor_table(anchors: dict[str, Any]) -> list[str]:
 # Pictures
 
 
+def picture_names(splits: Iterable[str]) -> list[str]:
+    """The names of the files that `write_pictures` may write."""
+    return ["object_sizes.png", "image_sizes.png", "classes.png", *(f"samples_{split}.jpg" for split in splits)]
+
+
 def write_pictures(tables: dict[str, AnnotationTable], prints: dict[str, Fingerprints], folder: Path) -> list[str]:
     """Write the histograms and the samples of the readable images. Returns the files' names. Raises OSError."""
-    files = ["object_sizes.png", "image_sizes.png", "classes.png"]
+    files = picture_names(split for split in tables if len(prints[split].rows))
     in_files = {split: object_sides(table) for split, table in tables.items()}
     resized = {split: object_sides(table, STAGE_1) for split, table in tables.items()}
     panels = {"object sizes in the files": in_files, f"object sizes in stage 1, at {size_name(STAGE_1)}": resized}
@@ -115,11 +121,12 @@ def write_pictures(tables: dict[str, AnnotationTable], prints: dict[str, Fingerp
     plot_object_sizes(panels, marks, folder / files[0])
     plot_image_sizes({split: table.sizes for split, table in tables.items()}, folder / files[1])
     counts = {split: class_counts(table)[1] for split, table in tables.items()}
-    plot_classes(next(iter(tables.values())).class_names, counts, folder / files[2])
+    first = next(iter(tables.values()))
+    plot_classes(first.class_names, counts, folder / files[2], first.category_ids)
     for split, table in tables.items():
         if len(prints[split].rows):
-            files.append(f"samples_{split}.jpg")
-            draw_samples(table, prints[split].rows).save(folder / files[-1], quality=90)
+            with replacing(folder / f"samples_{split}.jpg", to_disk=False) as temporary:
+                draw_samples(table, prints[split].rows).save(temporary, "JPEG", quality=90)
     return files
 
 
@@ -133,10 +140,11 @@ def draw_samples(table: AnnotationTable, readable: np.ndarray) -> Image.Image:
     rng, preset, pictures = np.random.default_rng(0), TestPreset(CELL, CELL), []
     rows = rng.permutation(readable)
     rows = rows[np.argsort(table.targets_per_image()[rows] == 0, kind="stable")][:MAX_SAMPLES]
+    class_names = [drawable_name(*pair) for pair in zip(table.class_names, table.category_ids, strict=True)]
     for row in rows.tolist():
         sample = preset(table.read_image(row), table.objects(row, with_masks=True), rng)
         objects, image = sample.objects, Image.fromarray(sample.image.permute(1, 2, 0).numpy())
-        names = [table.class_names[label][:16] for label in objects.labels.tolist()]
+        names = [class_names[label][:16] for label in objects.labels.tolist()]
         captions = [name + " (crowd)" * crowd for name, crowd in zip(names, objects.crowd.tolist(), strict=True)]
         masks = whole_masks(sample.masks, (image.height, image.width)) if sample.masks else None
         pictures.append(draw_detections(image, objects.boxes, objects.labels, captions, masks))

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from direct_pt.files import replacing
+from direct_pt.visualize import drawable_name, find_font
+
 
 def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Write a chart of losses, learning rate and AP by optimizer step, from the records of metrics.jsonl."""
@@ -83,8 +86,18 @@ def plot_image_sizes(splits: Mapping[str, np.ndarray], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_classes(names: Sequence[str], splits: Mapping[str, np.ndarray], path: Path, most: int = 40) -> None:
-    """Write a chart of the objects [C] of each class in each split, for the `most` frequent classes overall."""
+def plot_classes(
+    names: Sequence[str],
+    splits: Mapping[str, np.ndarray],
+    path: Path,
+    category_ids: Sequence[int] | None = None,
+    most: int = 40,
+) -> None:
+    """Write a chart of the objects [C] of each class in each split, for the `most` frequent classes overall.
+
+    `category_ids` stand for names that no font has the characters of; without them, the classes' places do.
+    """
+    names = [drawable_name(name, number) for name, number in zip(names, category_ids or range(len(names)), strict=True)]
     total = np.sum(list(splits.values()), axis=0)
     order = np.argsort(-total, kind="stable")[:most]
     figure = _figure(9, 1.5 + 0.25 * len(order))
@@ -92,7 +105,11 @@ def plot_classes(names: Sequence[str], splits: Mapping[str, np.ndarray], path: P
     rows, height = np.arange(len(order)), 0.8 / len(splits)
     for color, (split, counts) in enumerate(splits.items()):
         plot.barh(rows + height * (color + 0.5) - 0.4, counts[order], height, label=split, color=f"C{color}")
-    plot.set_yticks(rows, [names[row] if len(names[row]) <= 30 else names[row][:29] + "…" for row in order], fontsize=8)
+    labels = [names[row] if len(names[row]) <= 30 else names[row][:28] + "..." for row in order]
+    plot.set_yticks(rows, labels, fontsize=8, parse_math=False)  # a name may contain dollar signs
+    for tick, label in zip(plot.get_yticklabels(), labels, strict=True):
+        if font := find_font(label):
+            tick.set(font=Path(font.path), fontsize=8)
     title = "objects by class" + (f", the {most} most frequent of {len(names)}" if len(names) > most else "")
     plot.set(ylim=(len(order) - 0.4, -0.6), xlabel="objects", title=title)
     if total[order].max(initial=0) > 30 * max(total[order].min(initial=1), 1):
@@ -123,7 +140,5 @@ def _figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     """Raises OSError."""
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a write does not name the file
+    with replacing(path, to_disk=False) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,10 +1,14 @@
 """The start banner: what is about to happen, for a person to check before the hours are spent."""
 
+import contextlib
+import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
 import torch
 
+import direct_pt
 from direct_pt.distributed.launch import precision_of
 from direct_pt.models.layers import batchnorms
 from direct_pt.recipes import MIN_BATCHNORM_IMAGES, MIN_LARGE_SET_IMAGES, Recipe
@@ -12,6 +16,13 @@ from direct_pt.training.loop import Run
 from direct_pt.training.plan import Plan
 
 MAX_CLASSES = 20  # that are listed
+GIT_PLACES = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+)  # set for its hooks
 OPTIMIZERS = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}
 
 
@@ -28,11 +39,12 @@ def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -
     options, plan, detector, progress = run.options, run.plan, run.model.detector, run.progress
     config = detector.config
     device = torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else "CPU"
+    revision = git_revision()
     sizes = [(_parameter_size(p), p.requires_grad) for p in detector.parameters()]
     trained = [size for size, requires_grad in sizes if requires_grad]
     lines = [
         f"Direct-PT {run.title}: {config.name}, backbone {config.backbone}, norm {config.norm}",
-        f"  run        {options.output_dir} (git {git_revision()})",
+        f"  run        {options.output_dir} ({'' if revision.startswith('version') else 'git '}{revision})",
         f"  device     {plan.processes} x {device}, precision {precision_of(run.accelerator)}, "
         f"torch {torch.__version__}"
         + ", gradient checkpointing" * options.gradient_checkpointing
@@ -90,12 +102,25 @@ def optimizer_text(run: Run) -> str:
     return f"{name}, weight decay {decay:g} but on norms and position tables{clip}{average}"
 
 
-def git_revision() -> str:
-    """Of the code that runs, or unknown outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def git_revision(package: Path = Path(direct_pt.__file__).parent) -> str:
+    """Of the code that runs: of this project's own git checkout, or "version X" of an installed package.
+
+    An installed package may lie in a repository of the user's, whose revision says nothing about it.
+    """
+    checkout = package.resolve().parent
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        tracked = git("ls-files", "--error-unmatch", f"{package.name}/__init__.py")
+        if tracked and Path(git("rev-parse", "--show-toplevel")).resolve() == checkout:
+            return git("describe", "--always", "--dirty")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return f"version {importlib.metadata.version('direct-pt')}"
+    except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
 

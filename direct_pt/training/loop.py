@@ -24,7 +24,7 @@ from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Feed, Share, unreadable_reason
 from direct_pt.distributed.processes import gather_to_main, main_decides
-from direct_pt.errors import StopSignal, TrainingStopped, first_names
+from direct_pt.errors import StopSignal, TrainingStopped, first_names, printable, printable_lines
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import Recipe
@@ -251,7 +251,7 @@ class Trainer:
         progress.fail(step.mixed, self.plan.learning_rate(progress.step))
         images = [image for batch in failed for image in batch.indices.tolist()]
         names = gather_object([Path(self.run.feed.image_name(image)).name for image in images])
-        names_text = first_names(names, 8)
+        names_text = printable(first_names(names, 8))
         if self.accelerator.is_main_process:
             # Where a step is a single batch, the first one to fail comes after good ones, as far as is known.
             single = self.plan.accumulation * self.plan.processes == 1
@@ -309,7 +309,7 @@ class Trainer:
         new = {image: reason for image, reason in gather_object(own) if image not in reasons}
         reasons |= new
         for image in sorted(new) if self.accelerator.is_main_process else []:
-            self.bar.write(f"unreadable image, replaced by another: {new[image]}")
+            self.bar.write(f"unreadable image, replaced by another: {printable(new[image])}")
         if len(reasons) / len(feed) > MAX_UNREADABLE_SHARE and len(reasons) > 1:
             self._save()
             self.folder.must_be_saved(self.progress.step)
@@ -339,9 +339,11 @@ class Trainer:
         self._track(record)
         seconds = time.monotonic() - start
         if self.accelerator.is_main_process:
-            self.bar.write(f"step {self.progress.step} ({duration(seconds)}): {metrics_table(metrics)}")
+            self.bar.write(
+                f"step {self.progress.step} ({duration(seconds)}): {printable_lines(metrics_table(metrics))}"
+            )
             for image in predictions.unreadable:
-                self.bar.write(f"unreadable image, no detections: {unreadable_reason(self.run.val, image)}")
+                self.bar.write(f"unreadable image, no detections: {printable(unreadable_reason(self.run.val, image))}")
         self.log.exclude(seconds)
 
     def _result(self) -> Detector:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +17,8 @@ from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.distributed.processes import main_decides, share_tensors
 from direct_pt.errors import InputError, class_differences
-from direct_pt.flags import CHANGEABLE, FIXED, flag_name, to_json
+from direct_pt.files import check_inputs_kept, check_output
+from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
 from direct_pt.models.detector import Detector
 from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.plan import Plan, micro_batch_sizes, warmup_notes
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from direct_pt.data.stream import Stream
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
+WRITTEN = ("model", "best", "checkpoints", "metrics.jsonl", "curves.png")  # in a run's folder, beside config.json
 
 
 @dataclass
@@ -126,8 +127,9 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
 
     def read() -> tuple[SomeFlags, Resumption | None]:
         path = flags.run.output_dir / CONFIG
-        check_folder(flags.run.output_dir)
+        check_output(flags.run.output_dir)
         if not path.exists():
+            check_inputs(flags)
             return flags, None
         check_flags(flags, path)
         resumed, notes = changed_flags(flags, read_config(path))
@@ -160,16 +162,14 @@ def data_record(train: "AnnotationTable | Stream", val: AnnotationTable | None) 
     return {"classes": classes, "train": record(train), "val": record(val)}
 
 
-def check_folder(folder: Path) -> None:
-    """Raise InputError where a run's folder cannot be written."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder}: is a file")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"--output-dir {folder}: cannot be written ({error.strerror})") from error
+def check_inputs(flags: Flags) -> None:
+    """Raise InputError where a new run would be written over its data, or over what it starts from."""
+    folder, inputs = flags.run.output_dir, paths_of(flags.data)
+    if init := flags.to_dict().get("init"):
+        inputs.append(Path(init))
+    check_inputs_kept([folder], inputs)
+    around = [place for path in inputs for place in (path, *path.absolute().parents)]
+    check_inputs_kept([folder / name for name in WRITTEN], around)
 
 
 def check_flags(flags: Flags, path: Path) -> None:

@@ -14,6 +14,7 @@ from direct_pt.flags import (
     CHANGEABLE,
     FREE,
     add_flags,
+    any_path,
     batch_size,
     decay,
     epoch_count,
@@ -21,6 +22,7 @@ from direct_pt.flags import (
     integer_or_auto,
     make_parser,
     not_negative_integer,
+    path_or_name,
     pixels,
     positive_float,
     positive_integer,
@@ -94,7 +96,7 @@ class FinetuneDetectorOptions(DetectorOptions):
 
     init: str = flag(
         MISSING, "the pre-trained run to start from, or none, imagenet or a file of weights",
-        metavar="RUN|none|imagenet|FILE",
+        path_or_name, metavar="RUN|none|imagenet|FILE",
     )  # fmt: skip
 
     @property
@@ -316,7 +318,7 @@ def parse_flags(kind: type[SomeFlags], description: str, argv: list[str] | None 
     groups = option_groups(kind)
     parser = make_parser(description)
     text = "a run's config.json: its flags become the defaults"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--config", type=any_path, metavar="FILE", help=text)
     for name, options in groups.items():
         add_flags(parser, options, TITLES[name], paper=kind.stage.paper, small=kind.stage.small)
     args = parser.parse_args(argv)

@@ -18,8 +18,8 @@ from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
 from direct_pt.distributed.processes import local_main_process_first, main_decides
-from direct_pt.errors import InputError
-from direct_pt.files import write_json
+from direct_pt.errors import InputError, printable_lines
+from direct_pt.files import write_json, writing
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
 from direct_pt.recipes import Recipe, make_optimizer, recipe_name
@@ -282,7 +282,7 @@ def start_run(
 def write_config(flags: Flags, plan: Plan, data: dict[str, Any]) -> None:
     """Write a run's config.json. Raises InputError: where the disk is full now, it will be at the first save."""
     path = flags.run.output_dir / CONFIG
-    try:
+    with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             path,
@@ -294,8 +294,6 @@ def write_config(flags: Flags, plan: Plan, data: dict[str, Any]) -> None:
                 "launcher": launcher_id(),
             },
         )
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room there") from error
 
 
 def train_run(
@@ -323,7 +321,7 @@ def train_run(
         detector = run.model.detector
         paper = flags.stage.recipe(detector.config.name, detector.backbone.has_layernorm)
         recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
-        print(banner(run, images, origin, recipe, survey), flush=True)
+        print(printable_lines(banner(run, images, origin, recipe, survey)), flush=True)
     if run.options.report_to != "none":
         run.accelerator.init_trackers("tensorboard")
     Trainer(run).train()

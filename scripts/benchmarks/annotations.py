@@ -28,7 +28,7 @@ from benchmarks.synthetic import COCO_IMAGES, write_coco_annotations
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
-from direct_pt.flags import positive_integer
+from direct_pt.flags import any_path, positive_integer
 
 PART = "annotations"
 MEMORY_READINGS = 100  # of the worker
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=positive_integer, default=COCO_IMAGES, metavar="N", help="images (default: %(default)s)"
     )
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the synthetic data here, and use them again")
+    parser.add_argument(
+        "--folder", type=any_path, metavar="DIR", help="keep the synthetic data here, and use them again"
+    )
 
 
 def measure(args: argparse.Namespace) -> list[Row]:

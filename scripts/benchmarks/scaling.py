@@ -41,7 +41,7 @@ from benchmarks.step import detector
 from benchmarks.synthetic import noise_batch
 from direct_pt.distributed.launch import make_accelerator
 from direct_pt.files import write_json
-from direct_pt.flags import positive_integer
+from direct_pt.flags import any_path, positive_integer
 from direct_pt.models.detector import MODELS
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import PRETRAIN, make_optimizer
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--evaluated", 5000, f"images of an evaluation, {DETECTIONS} detections each")
     number("--roll-call", 1000, "processes that call at the start")
     parser.add_argument("--only", choices=("steps", "parts"), help="of these two")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write checkpoints to")
+    parser.add_argument("--folder", type=any_path, metavar="DIR", help="on the disk to write checkpoints to")
 
 
 def measure(args: argparse.Namespace) -> list[Row]:

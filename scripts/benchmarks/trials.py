@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.rows import Row, row
 from direct_pt.errors import InputError
-from direct_pt.flags import positive_integer
+from direct_pt.flags import any_path, positive_integer
 from direct_pt.models.detector import MODELS
 
 STEPS_AFTER_WARMUP = 150
@@ -54,8 +54,8 @@ class Trial:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which runs, and how many at once."""
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR", help="one data set each")
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the runs' folders")
+    parser.add_argument("--data", type=any_path, nargs="+", required=True, metavar="DIR", help="one data set each")
+    parser.add_argument("--output-dir", type=any_path, required=True, metavar="DIR", help="the runs' folders")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help="(all)")
     parser.add_argument(
         "--arm", action="append", metavar="NAME:FLAGS", help="see above; several are compared (default:)"
