@@ -318,7 +318,7 @@ def test_objects_without_an_outline_are_refused(
     coco_folder: MakeCocoFolder, detector: TwoStage, accelerator: Accelerator
 ) -> None:
     table = coco_folder(SHAPES[:1], [{"image_id": 10, "bbox": [8, 8, 32, 32]}]).load()
-    with pytest.raises(InputError, match=r"labels\.json: 1 annotation\(s\), first 100, have no 'segmentation'"):
+    with pytest.raises(InputError, match=r"labels\.json: 1 object\(s\) without .segmentation., .* \(id 100\)"):
         evaluate(detector, table, TestPreset(64, 96), 2, accelerator, num_workers=0)
 
 
@@ -423,7 +423,7 @@ def test_evaluate_refuses_objects_without_outlines(eager: Path, demo: Path, tmp_
     (tmp_path / "data/images").symlink_to(demo / "images")
     (tmp_path / "data/annotations/instances_val.json").write_text(json.dumps(content))
     flags = ("--checkpoint", eager, "--data", tmp_path / "data", "--output-dir", tmp_path / "found", *runs.MACHINE)
-    with pytest.raises(InputError, match=r"instances_val\.json: 1 annotation\(s\), first 4, have no 'segmentation'"):
+    with pytest.raises(InputError, match=r"instances_val\.json: 1 object\(s\) without .segmentation., .* \(id 4\)"):
         runs.call_script("evaluate", *flags)
     assert not (tmp_path / "found").exists()
 

@@ -45,7 +45,7 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
         assert picture.format == "PNG"
 
     config = runs.read_json(pretrained / "config.json")
-    assert set(config) == {"settings", "plan", "git", "launcher"}
+    assert set(config) == {"settings", "plan", "data", "git", "launcher"}
     flags = parse_flags(PretrainFlags, "", ["--config", str(pretrained / "config.json")])
     plan = make_plan(flags.schedule, PRETRAIN.recipe(runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
     assert config["settings"] == flags.to_dict() and flags.data.data == demo

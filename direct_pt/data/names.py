@@ -151,6 +151,8 @@ def report_unused_splits(data: Path, used: Iterable[Path], problems: Problems) -
     roots = {data, *(path.parent for path in used if data in path.parents)}
     places = {folder / name for folder in roots for name in ("", "images", "annotations", *LIST_FOLDERS)}
     for place in sorted(places):
+        if any(place == one or one in place.parents for one in used):  # all in it is used, and may be many images
+            continue
         for name in sorted(Folder(place).names):
             path = place / name
             if not SPLIT.fullmatch(name.lower()) or not (path.is_dir() or path.suffix in (".json", ".txt")):

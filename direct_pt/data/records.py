@@ -353,7 +353,7 @@ def find_files(source: Source, names: np.ndarray, problems: Problems) -> tuple[n
     # os.path: pathlib takes several times as long for 100,000 files.
     exists = np.array([os.path.isfile(os.path.join(folder, decode_name(name))) for name in names.tolist()], bool)  # noqa: PTH113, PTH118
     absent = [(row, decode_name(names[row])) for row in np.flatnonzero(~exists).tolist()]
-    listed = set(names[exists].tolist())
+    listed = set(names[exists].tolist()) if absent else set()
     for row, name in list(absent):
         found = folders.find(name)
         if found is not None and encode_name(found) not in listed and os.path.isfile(source.folder / found):  # noqa: PTH113
