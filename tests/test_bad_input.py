@@ -357,3 +357,17 @@ def test_predict_nothing_but_broken_files(pretrained: Path, tmp_path: Path) -> N
         "predict", tmp_path / "notes.txt", "--checkpoint", pretrained, "--output-dir", tmp_path / "pictures"
     )
     assert "none of the 1 files could be read as an image" in message
+
+
+def test_nothing_but_crowd_regions(
+    copy: Path, pretrained: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training says why there is nothing to learn, evaluation why there are no figures."""
+    for split in ("train", "val"):
+        objects = runs.read_json(annotations(copy, split))["annotations"]
+        change(copy, split, annotations=[{**one, "iscrowd": 1} for one in objects])
+    message = refused("pretrain", "--data", copy, "--output-dir", output)
+    assert "no image has an object to learn" in message and "all of them are crowd regions (iscrowd 1" in message
+    elsewhere = output.with_name("metrics")
+    runs.call_script("evaluate", "--checkpoint", pretrained, "--data", copy, *runs.MACHINE, "--output-dir", elsewhere)
+    assert "there is no object to find in these images, but for crowd regions" in capsys.readouterr().out

@@ -133,6 +133,18 @@ def test_a_moved_box_is_said(run: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "resumed with other data: val 9 images with 31 objects, others than before" in capsys.readouterr().out
 
 
+def test_a_moved_outline_is_said(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The box stays, but a mask detector learns something else."""
+
+    def move(content: dict[str, Any]) -> None:
+        outline = next(one["segmentation"] for one in content["annotations"] if isinstance(one["segmentation"], list))
+        outline[0][0] += 0.5
+
+    edit(data, "train", move)
+    resume(run, data)
+    assert "resumed with other data: train 24 images with 85 objects, others than before" in capsys.readouterr().out
+
+
 def test_a_run_without_a_record(run: Path, data: Path) -> None:
     """Of an earlier version: it goes on."""
     config = json.loads((run / "config.json").read_text())

@@ -249,8 +249,8 @@ def start_run(
         resumption.load_state(model, average, accelerator)
     progress = resumption.progress if resumption else Progress()
     if progress.step < plan.total_steps:
-        record = data_record(feed.table if isinstance(feed, TableFeed) else cast("StreamFeed", feed).stream, val)
-        main_decides(lambda: write_config(flags, plan, record), accelerator.state)
+        train = feed.table if isinstance(feed, TableFeed) else cast("StreamFeed", feed).stream
+        main_decides(lambda: write_config(flags, plan, data_record(train, val)), accelerator.state)
     else:  # its model came out of the flags that stand there
         plan = replace(plan, notes=(*plan.notes, "the run has ended: nothing is trained, config.json stays as it is"))
     stage = {
