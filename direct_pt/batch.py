@@ -42,8 +42,13 @@ class PackedMasks:
         """Mask `index` as uint8 in its whole frame [height, width]."""
         x1, y1, x2, y2 = self.windows[index].tolist()
         mask = torch.zeros(self.frames[index].tolist(), dtype=torch.uint8)
-        mask[y1:y2, x1:x2] = self.bits[self.offsets[index] : self.offsets[index + 1]].view(y2 - y1, x2 - x1)
+        mask[y1:y2, x1:x2] = self.crop(index)
         return mask
+
+    def crop(self, index: int) -> Tensor:
+        """Mask `index` [height, width] uint8 inside its window."""
+        x1, y1, x2, y2 = self.windows[index].tolist()
+        return self.bits[self.offsets[index] : self.offsets[index + 1]].view(y2 - y1, x2 - x1)
 
     @classmethod
     def pack(cls, crops: list[np.ndarray], windows: np.ndarray, frames: np.ndarray, zooms: np.ndarray) -> "PackedMasks":

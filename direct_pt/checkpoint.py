@@ -14,12 +14,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from direct_pt.errors import InputError
-from direct_pt.files import DamagedFile, read_tensors, write_json, write_tensors
+from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors, write_json, write_tensors
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.models.saved_config import config_from_json
+from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
+from direct_pt.schema import anything, fail, list_of, table, text, whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
+CHECK_HISTORY = list_of(table({}, {"stage": text(), "steps": whole()}, is_open=True))
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
@@ -58,20 +62,19 @@ def from_pretrained(
     folder = _model_folder(path_or_hub_id)
     config = _read_config(folder)[0]
     config = change(config) if change else config
-    detector = build_detector(config.name, config=config)
     try:
+        expected = layouts(outline_of(config).state_dict())
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from error
+    try:  # before memory is taken for what a damaged configuration asks for
+        if reason := misfits(read_layouts(folder / WEIGHTS), expected, f"the detector of its {CONFIG}"):
+            raise DamagedFile(f"{folder / WEIGHTS}: {reason}")
         weights, _ = read_tensors(folder / WEIGHTS)
+        if reason := bad_values(weights):
+            raise DamagedFile(f"{folder / WEIGHTS}: {reason}; take the model again from where it was trained")
     except DamagedFile as error:
         raise InputError(str(error)) from error
-    expected = {name: tensor.shape for name, tensor in detector.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        first = [list(shapes[wrong[0]]) if wrong[0] in shapes else "nothing" for shapes in (expected, found)]
-        raise InputError(
-            f"{folder / WEIGHTS}: {len(wrong)} tensors do not fit the detector of its {CONFIG}, first {wrong[0]}: "
-            f"expected {first[0]}, found {first[1]}"
-        )
+    detector = build_detector(config.name, config=config)
     detector.load_state_dict(weights)
     return detector.eval()
 
@@ -100,7 +103,16 @@ def _model_folder(path_or_hub_id: str | Path) -> Path:
 def _read_config(folder: Path) -> tuple[DetectorConfig, History]:
     """The detector's configuration and its history. Raises InputError."""
     try:
-        content = json.loads((folder / CONFIG).read_text())
-        return DetectorConfig.from_dict(content["detector"]), content["history"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read as a detector's configuration ({error})") from error
+        content = read_json(folder / CONFIG)
+        table({"detector": anything, "history": CHECK_HISTORY})(content, "its content")
+        try:
+            json.dumps(content["history"], allow_nan=False)  # as a run that goes on from this model writes it
+        except ValueError:
+            fail("history", "NaN or Infinity", "of finite numbers")
+        return config_from_json(content["detector"]), content["history"]
+    except (DamagedFile, ValueError) as error:
+        reason = str(error).removeprefix(f"{folder / CONFIG}: ")
+        raise InputError(
+            f"{folder / CONFIG}: cannot be read as a detector's configuration ({reason}); take the model again from "
+            "where it was trained"
+        ) from error

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import evaluation_loader, read_batches
+from direct_pt.data.loader import evaluation_loader
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
@@ -113,7 +113,7 @@ def predict_split(
     parts = []
     quiet = not accelerator.is_main_process
     total = math.ceil(len(table) / (micro_batch_size * accelerator.num_processes))
-    with torch.no_grad(), autocast(accelerator), contextlib.closing(read_batches(loader)) as batches:
+    with torch.no_grad(), autocast(accelerator), contextlib.closing(iter(loader)) as batches:
         for batch in tqdm(batches, desc="evaluate", total=total, unit="batch", disable=quiet, leave=False):
             between_batches()
             found = detector.detect(batch.to(accelerator.device)).to("cpu")

@@ -1,9 +1,7 @@
-"""How the programs end: an error that the user can fix is one line on stderr and exit status 2."""
+"""What ends a program, and its words."""
 
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
 
 
 class InputError(Exception):
@@ -22,21 +20,6 @@ class StopSignal(Exception):
         self.exit_status = exit_status
 
 
-def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit with status 0, 2 (wrong input), 1 (training stopped), or 143 or 130 (stop signal)."""
-    try:
-        main()
-    except InputError as error:
-        sys.exit(_report("error", error, 2))
-    except TrainingStopped as error:
-        sys.exit(_report("stopped", error, 1))
-    except StopSignal as signal:
-        sys.exit(_report("stopped", signal, signal.exit_status))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
-
-
 def first_names(names: Sequence[str], count: int = 3) -> str:
     """The first `count` names of a list, for messages: "a, b, ..."."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
@@ -49,12 +32,6 @@ def class_differences(found: Mapping[int, str], expected: Mapping[int, str]) -> 
         if classes:
             parts.append(f"{lead} {first_names([f'{number} {name!r}' for number, name in sorted(classes)])}")
     return f"of {len(found)} classes (id, name), it {' and '.join(parts)}"
-
-
-def _report(kind: str, message: Exception, status: int) -> int:
-    one_line = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-    print(f"{kind}: {printable(one_line)}", file=sys.stderr, flush=True)
-    return status
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from direct_pt.errors import InputError
 FIXED, FREE, CHANGEABLE = "fixed", "free", "changeable"
 MAX_EPOCHS = 1_000_000
 MAX_SHOWN = 80  # characters of a path, in messages
+QUOTED_NAME = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?=,|$)')
+PLAIN_NAME = re.compile(r'(?!\s*")([^,]*)')
 Options = TypeVar("Options")
 Number = TypeVar("Number", int, float)
 
@@ -25,8 +28,8 @@ def flag(
     check: Callable[[str], Any] | None = None,
     *,
     choices: Sequence[str] | None = None,
-    metavar: str | None = None,
-    many: bool = False,
+    metavar: str | tuple[str, ...] | None = None,
+    many: bool | int = False,
     excludes: str = "",
     on_resume: str = FIXED,
 ) -> Any:
@@ -39,7 +42,7 @@ def flag(
             Path stands for `any_path`.
         choices: the texts that are accepted.
         metavar: what the help calls the value.
-        many: whether it takes one value or more.
+        many: True if it takes one value or more, a number if it takes so many; `metavar` then names each.
         excludes: flags with the same word here exclude each other.
         on_resume: FIXED, FREE or CHANGEABLE.
     """
@@ -81,8 +84,13 @@ def add_flags(parser: argparse.ArgumentParser, options: type, title: str = "", *
             target = exclusive[word]
         target.add_argument(
             flag_name(one.name), default=None if one.default is MISSING else one.default, type=spec["check"],
-            choices=spec["choices"], metavar=spec["metavar"], nargs="+" if spec["many"] else None, help=text,
+            choices=spec["choices"], metavar=spec["metavar"], nargs=_nargs(spec["many"]), help=text,
         )  # fmt: skip
+
+
+def _nargs(many: bool | int) -> str | int | None:
+    """What argparse calls `flag`'s `many`."""
+    return "+" if many is True else many or None
 
 
 def read_flags(args: argparse.Namespace, options: type[Options]) -> Options:
@@ -123,22 +131,29 @@ def to_arguments(values: dict[str, Any], options: type) -> list[str]:
     """
     arguments: list[str] = []
     for one in fields(options):
-        name, value = flag_name(one.name), values.get(one.name)
-        if value is None or value is False or value == to_json(one.default):
+        name, value, is_switch = flag_name(one.name), values.get(one.name), one.default is False
+        if value is None:
             continue
-        items = value if isinstance(value, list) else [value]
-        if one.default is False and value is not True:
-            raise InputError(f"{one.name} is {value!r:.60}: write true or false")
-        if any(isinstance(item, dict | list) for item in items):
-            raise InputError(f"{one.name} is {value!r:.60}: write one value, or a list of values")
+        if is_switch != isinstance(value, bool):
+            need = "true or false" if is_switch else "a number or text"
+            raise InputError(f"{one.name} is {value!r:.60}: write {need}")
+        if value is False or value == to_json(one.default):
+            continue
         if value is True:
             arguments.append(name)
-        elif one.metadata["many"]:
-            arguments += [name, *(f"./{item}" if str(item).startswith("-") else str(item) for item in items)]
-        elif isinstance(value, list) and any("," in str(item) for item in items):
-            raise InputError(f"{one.name} has a name with a comma, which {name} cannot say: rename it in the data")
-        else:  # a list that is one word, as --classes a,b
-            arguments.append(f"{name}={','.join(map(str, items))}")
+            continue
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list | bool) or item is None for item in items):
+            raise InputError(f"{one.name} is {value!r:.60}: write one value, or a list of values")
+        if one.metadata["many"]:
+            texts = (f"./{item}" if isinstance(item, str) and item.startswith("-") else str(item) for item in items)
+            arguments += [name, *texts]
+        elif isinstance(value, list) and one.metadata["check"] is not names:
+            raise InputError(f"{one.name} is {value!r:.60}: write one value, not a list")
+        elif isinstance(value, list):  # in one word, as --classes a,b
+            arguments.append(f"{name}={','.join(map(quoted_name, map(str, items)))}")
+        else:
+            arguments.append(f"{name}={value}")
     return arguments
 
 
@@ -170,7 +185,7 @@ def _number(kind: type[Number], text: str) -> Number:
     try:
         return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -179,7 +194,8 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     def check(text: str) -> int:
         value = _number(int, text)
         if value < low:
-            raise argparse.ArgumentTypeError(f"{text} must {'be above 0' if low == 1 else 'not be below 0'}")
+            limit = {0: "not be below 0", 1: "be above 0"}.get(low, f"be at least {low}")
+            raise argparse.ArgumentTypeError(f"{text:.30} must {limit}")
         if value > high:
             raise argparse.ArgumentTypeError(f"{text:.30} must be at most {high}")
         return value
@@ -191,29 +207,45 @@ positive_integer = whole_number(1, 10**9)
 not_negative_integer = whole_number(0, 10**9)
 pixels = whole_number(1, 20_000)  # a side of images
 batch_size = whole_number(1, 10**6)
+worker_count = whole_number(0, 1000)
+random_seed = whole_number(0, 2**32 - 1)
 
 
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    value = _number(float, text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be {'above 0' if value <= 0 else 'a finite number'}")
-    return value
+def positive_number(high: float) -> Callable[[str], float]:
+    """The check of a number above 0, and up to `high`."""
+
+    def check(text: str) -> float:
+        value = _number(float, text)
+        if not 0 < value <= high:
+            limit = f"at most {high:,.15g}" if math.isfinite(value) else "a finite number"
+            limit = "above 0" if value <= 0 else limit
+            raise argparse.ArgumentTypeError(f"{text:.30} must be {limit}")
+        return value
+
+    return check
 
 
-def epoch_count(text: str) -> float:
-    """A number of passes over the data, above 0."""
-    value = positive_float(text)
-    if value > MAX_EPOCHS:
-        raise argparse.ArgumentTypeError(f"{text} must be at most {MAX_EPOCHS:,}")
-    return value
+positive_float = positive_number(1e9)
+epoch_count = positive_number(MAX_EPOCHS)  # passes over the data
+
+
+def number_up_to(limit: float) -> Callable[[str], float]:
+    """The check of a number from 0 to `limit`."""
+
+    def check(text: str) -> float:
+        value = _number(float, text)
+        if not 0 <= value <= limit:
+            raise argparse.ArgumentTypeError(f"{text:.30} must be from 0 to {limit:g}")
+        return value
+
+    return check
 
 
 def share(text: str) -> float:
     """A number from 0 to below 1."""
     value = _number(float, text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{text:.30} must be from 0 to below 1")
     return value
 
 
@@ -221,18 +253,48 @@ def decay(text: str) -> float:
     """A number between 0 and 1."""
     value = _number(float, text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1, such as 0.999")
+        raise argparse.ArgumentTypeError(f"{text:.30} must be between 0 and 1, such as 0.999")
     return value
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Words between commas, each once."""
-    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not found:
+    """Words between commas, each once. One with a comma or outer spaces stands in double quotes, its own doubled."""
+    found: list[str] = []
+    position = 0
+    while position <= len(text):
+        item = QUOTED_NAME.match(text, position) or PLAIN_NAME.match(text, position)
+        if item is None:
+            raise argparse.ArgumentTypeError(f'{text[position:]:.60}: has a quote that does not end; write "A, B",C')
+        found.append(item[1].replace('""', '"') if item.re is QUOTED_NAME else item[1].strip())
+        position = item.end() + 1  # behind the comma
+    if not any(found):
         raise argparse.ArgumentTypeError("names no class: give some, such as person,car")
-    return found
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def quoted_name(name: str) -> str:
+    """A name as `names` reads it."""
+    if "," in name or name != name.strip() or name.startswith('"'):
+        return '"' + name.replace('"', '""') + '"'
+    return name
+
+
+def number_or_auto(text: str) -> float | str:
+    """A finite number above 0, or "auto"."""
+    return text if text == "auto" else positive_float(text)
 
 
 def integer_or_auto(text: str) -> int | str:
     """A whole number above 0, or "auto"."""
     return text if text == "auto" else batch_size(text)
+
+
+def environment_number(name: str, default: int | None, low: int, high: int) -> int:
+    """The whole number in an environment variable. Raises InputError."""
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
+        what = f"{name}={text:.40}" if text else f"{name} is not set"
+        raise InputError(f"{what}: it must be a whole number from {low} to {high}")
+    return int(text)

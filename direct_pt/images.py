@@ -1,6 +1,7 @@
 """From an image file, its bytes, or an image in memory to pixels."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from direct_pt.errors import InputError
+from direct_pt.files import open_regular, read_regular
 
 Size = tuple[int, int]
 AnyImage = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
@@ -48,6 +50,7 @@ OPPOSITE = {6: 8, 8: 6}  # the other orientations are their own inverses
 CHANNELS = (1, 3, 4)  # of images in memory: grey, RGB, RGB and opacity
 BITS_TAG, PHOTOMETRIC_TAG, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second one
 WIDTH_TAG, HEIGHT_TAG = 256, 257
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableImage(Exception):
@@ -91,7 +94,7 @@ def read_image(
 ) -> np.ndarray:
     """An image file as [h, w, 3] uint8 RGB: `decode_image` of its content. Raises UnreadableImage."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise _unreadable(str(path), error) from error
     return decode_image(content, str(path), size, least, decoding)
@@ -146,7 +149,7 @@ def decode_image(
 
 def rgb_images(images: Images) -> Iterator[np.ndarray]:
     """`as_rgb` of one image, or of each of several, one after another. Raises InputError with the place in the list."""
-    is_one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (2, 3)
+    is_one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (0, 2, 3)
     listed: Iterable[Any] = images if isinstance(images, Iterable) and not is_one else [images]
     for place, image in enumerate(listed):
         yield as_rgb(image, f"images[{place}]")
@@ -184,6 +187,8 @@ def as_rgb(image: AnyImage, name: str) -> np.ndarray:
     is_tensor = isinstance(image, torch.Tensor)
     described = f"{name}: {image.dtype} {'tensor' if is_tensor else 'array'} {list(image.shape)}"
     if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_quantized or image.is_meta:
+            raise InputError(f"{described}: is sparse, quantised or without values; give a dense tensor or an array")
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     first, last = (image.ndim == 3 and image.shape[axis] in CHANNELS for axis in (0, -1))
@@ -252,7 +257,7 @@ def header_sizes(source: Path | bytes, name: str) -> Sizes:
         UnreadableImage: the header cannot be read or states too many pixels. The rest of the file may be damaged.
     """
     try:
-        file: BinaryIO = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+        file: BinaryIO = open_regular(source) if isinstance(source, Path) else io.BytesIO(source)
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
     with file, _opened(file, name) as image:
@@ -326,7 +331,15 @@ def _open(file: BinaryIO) -> ImageFile:
         return Image.open(io.BytesIO(file.read().replace(b"Exif\0\0", bytes(6))), formats=READABLE)
 
 
+def blamed(error: Exception) -> Exception:
+    """The error; raised here where the machine is short of something, and the file is not at fault."""
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        raise error
+    return error
+
+
 def _unreadable(name: str, error: Exception) -> UnreadableImage:
+    error = blamed(error)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace the file or leave it out")
 

@@ -59,35 +59,60 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """How training images vary. The first four are of stage 1 alone.
+
+    Attributes:
+        canvas: "square", "auto", or WIDTHxHEIGHT in pixels: the frame of the crops.
+        scale_jitter: (low, high) factors of the size that images are fitted into.
+        mix: "none", "mosaic" or "copy-paste": samples made of several images.
+        mix_share: of the samples that are.
+        flips: one of `transforms.FLIPS`.
+        color_jitter: strength of the changes of colour; 0 for none.
+        anchor_scale: of a detector with random weights: a number, "auto", or None for the paper's.
+    """
+
+    canvas: str = "square"
+    scale_jitter: tuple[float, float] = (0.8, 1.2)
+    mix: str = "none"
+    mix_share: float = 0.5
+    flips: str = "horizontal"
+    color_jitter: float = 0.0
+    anchor_scale: float | str | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage and its recipes.
 
     Attributes:
         name: "pretrain" or "finetune".
         paper: the recipe of detectors whose backbone has BatchNorm.
-        layernorm: what differs in the paper's for backbones that normalise with LayerNorm (Swin-T).
+        adamw: what differs in the paper's with AdamW: for backbones that normalise with LayerNorm (Swin-T).
         retinanet: what differs in the paper's for RetinaNet.
         small: what differs for small data sets; the learning rate follows the batch.
         small_retinanet: what differs for RetinaNet besides.
+        small_augmentation: of small data sets; the paper's is Augmentation().
     """
 
     name: str
     paper: Recipe
-    layernorm: dict[str, Any]
+    adamw: dict[str, Any]
     retinanet: dict[str, Any]
     small: dict[str, Any]
     small_retinanet: dict[str, Any] = field(default_factory=dict)
+    small_augmentation: Augmentation = Augmentation()
 
-    def recipe(self, model: str, has_layernorm: bool, name: str = "paper") -> Recipe:
+    def recipe(self, model: str, optimizer: str, name: str = "paper") -> Recipe:
         """The numbers for one detector.
 
         Args:
             model: the detector's name.
-            has_layernorm: how its backbone normalises.
+            optimizer: "sgd" or "adamw", see `paper_optimizer`.
             name: "paper" or "small".
         """
-        is_retinanet = model.startswith("retinanet") and not has_layernorm
-        recipe = replace(self.paper, **(self.layernorm if has_layernorm else self.retinanet if is_retinanet else {}))
+        is_retinanet = model.startswith("retinanet") and optimizer == "sgd"
+        recipe = replace(self.paper, **(self.adamw if optimizer == "adamw" else self.retinanet if is_retinanet else {}))
         if name == "small":
             recipe = replace(recipe, name="small", lr=recipe.lr_for(self.small["global_batch_size"]), **self.small)
             recipe = replace(recipe, **(self.small_retinanet if is_retinanet else {}))
@@ -112,7 +137,7 @@ PRETRAIN = Stage(
         min_images_seen=0,
         min_micro_batch_size=MIN_BATCHNORM_IMAGES,
     ),
-    layernorm={"optimizer": "adamw", "lr": 4e-4, "weight_decay": 0.05},
+    adamw={"optimizer": "adamw", "lr": 4e-4, "weight_decay": 0.05},
     retinanet={"lr": 0.04, "warmup_steps": 1000},
     small={"global_batch_size": 8, "warmup_steps": 200, "min_images_seen": 32_000},
 )
@@ -133,13 +158,21 @@ FINETUNE = Stage(
         min_images_seen=0,
         min_micro_batch_size=1,
     ),
-    layernorm={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05},
+    adamw={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05},
     retinanet={},
     small={"global_batch_size": 16, "warmup_steps": 50, "min_images_seen": 4_000},
     small_retinanet={"lr": 0.01},  # half of the others', as in the paper's stage 1; at 0.02 it diverges
 )
 
 STAGES = {stage.name: stage for stage in (PRETRAIN, FINETUNE)}
+
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def paper_optimizer(has_layernorm: bool) -> str:
+    """The paper's choice, by how the backbone normalises."""
+    return "adamw" if has_layernorm else "sgd"
 
 
 def recipe_name(choice: str, images: int) -> str:

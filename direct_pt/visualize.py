@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from direct_pt.errors import printable
 
 MASK_OPACITY = 128  # of 255
+MAX_JPEG_SIDE = 65_500  # pixels; the library that writes them takes no more
 INVISIBLE = ("Cc", "Cf", "Zs")  # Unicode categories of characters without a glyph of their own
 NORMAL_WEIGHT = 400  # of fonts
 VARIATION_SELECTORS = range(0xFE00, 0xFE10)
@@ -142,6 +143,7 @@ def draw_detections(
 def contact_sheet(pictures: list[Image.Image], titles: list[str], cell: int, columns: int = 6) -> Image.Image:
     """One image with all pictures, each at most cell x cell pixels large and below its title."""
     line, gap = 20, 8
+    columns = max(columns, -(-len(pictures) // (MAX_JPEG_SIDE // (cell + line + gap))))
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     heights = [max(picture.height for picture in pictures[row * columns : (row + 1) * columns]) for row in range(rows)]
@@ -152,7 +154,7 @@ def contact_sheet(pictures: list[Image.Image], titles: list[str], cell: int, col
         left, top = number % columns * (cell + gap), int(tops[number // columns])
         title = drawable(title)
         font = _text_font(title, 14)
-        while pen.textlength(title, font=font) > cell:
+        while title != "..." and pen.textlength(title, font=font) > cell:
             title = "..." + title.removeprefix("...")[1:]
         pen.text((left, top), title, fill="black", font=font)
         sheet.paste(picture, (left, top + line))

@@ -6,9 +6,10 @@
 versions. docs/performance.md has the figures of one machine, and what each part measures.
 """
 
+from direct_pt.program import run_program
+
 from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream, trials
 from benchmarks.rows import Row
-from direct_pt.errors import run_program
 from direct_pt.files import check_output, write_json, writing
 from direct_pt.flags import any_path, make_parser
 

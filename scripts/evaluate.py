@@ -7,6 +7,7 @@ Writes metrics.json and predictions.json (COCO results format, with the data set
 detector finds them, masks; of another split than val, metrics_SPLIT.json and predictions_SPLIT.json.
 """
 
+from direct_pt.program import run_program
 from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained
@@ -15,18 +16,19 @@ from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.distributed.launch import DeviceOptions, join_processes, make_accelerator
 from direct_pt.distributed.processes import main_decides
-from direct_pt.errors import InputError, class_differences, printable, printable_lines, run_program
+from direct_pt.errors import InputError, class_differences, printable, printable_lines
 from direct_pt.files import check_inputs_kept, check_output, write_json, writing
 from direct_pt.flags import (
     add_flags,
     any_path,
+    batch_size,
     make_parser,
     path_or_name,
     paths_of,
     pixels,
-    positive_integer,
     read_flags,
 )
+from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
-    p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
+    p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DeviceOptions)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="(default: the checkpoint's folder)")
     args = p.parse_args()
@@ -74,6 +76,7 @@ def main() -> None:
         raise InputError(
             f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
         )
+    check_images_at_once(min(args.micro_batch_size, len(table)), preset)
 
     accelerator = make_accelerator(args.mixed_precision)
     detector.to(accelerator.device)
@@ -95,6 +98,8 @@ def main() -> None:
             write_json(files["metrics"], {**metrics, **about})
             write_json(files["predictions"], predictions.coco(table.image_ids, table.category_ids))
         print(printable(f"written: {files['metrics']}, {files['predictions']}"))
+    accelerator.wait_for_everyone()  # a process that exits first, with its connections open, may abort
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -6,17 +6,23 @@ The defaults are the paper's: images fit into 1333x800, 16 a step out of micro-b
 training images at least 4,000 in all (--recipe).
 """
 
+from direct_pt.program import run_program
+from dataclasses import replace
+
 from accelerate.utils import set_seed
 
 from direct_pt.checkpoint import History, from_pretrained, read_history
 from direct_pt.distributed.launch import join_processes
-from direct_pt.errors import InputError, class_differences, first_names, run_program
+from direct_pt.errors import InputError, class_differences, first_names
 from direct_pt.models.backbone_weights import load_backbone
-from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.models.detector import FREEZES, Detector, DetectorConfig, build_detector
+from direct_pt.reports.samples import write_samples
+from direct_pt.training.choices import choose
+from direct_pt.training.limits import check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import FinetuneDetectorOptions, FinetuneFlags, parse_flags
 from direct_pt.training.start import load_data, make_feed, plan_run, prepare_detector, start_run, train_run
-from direct_pt.transforms import FinetunePreset, TestPreset
+from direct_pt.transforms import TestPreset
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,27 +34,39 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data: whole images, large.
     train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
-    preset, test_preset = FinetunePreset(*sides), TestPreset(*sides)
+    model = None if flags.detector.init_kind == "run" else flags.detector.model
+    choices = choose(flags.stage, flags.to_dict(), model, sides, train, resumption.choices if resumption else None)
+    preset, test_preset = choices.finetune_preset(*sides), TestPreset(*sides)
 
     # Detector: a pre-trained one, of which BatchNorm, stem and first stage stay as they are.
     set_seed(options.seed)
     classes = dict(zip(train.category_ids, train.class_names, strict=True))
-    detector, history, origin = initial_detector(flags.detector, classes, train.source, sides, options.seed)
+    detector, history, origin = initial_detector(
+        flags.detector, classes, train.source, sides, options.seed, choices.anchor_scale
+    )
     prepare_detector(detector, options, train, val, one_shape=False)
 
     # Plan: batch, steps and learning rate, by the recipe for so many images; like aspect ratios share a micro-batch.
     plan, recipe = plan_run(flags, detector, train, preset, processes, resumption)
+    check_run(plan, detector, preset)
     feed = make_feed(
         train, flags.data, plan, preset, detector.has_masks, options.seed, options.num_workers, grouped=True
     )
+    if options.preview is not None:
+        return write_samples(feed, plan, train.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
-    run = start_run(flags, plan, recipe, detector, feed, val, test_preset, resumption, history)
+    run = start_run(flags, choices, plan, recipe, detector, feed, val, test_preset, resumption, history)
     train_run(run, flags, train, f"fit into {sides[1]}x{sides[0]}", origin, test_preset)
 
 
 def initial_detector(
-    options: FinetuneDetectorOptions, classes: dict[int, str], source: str, sides: tuple[int, int], seed: int
+    options: FinetuneDetectorOptions,
+    classes: dict[int, str],
+    source: str,
+    sides: tuple[int, int],
+    seed: int,
+    anchor_scale: float | None,
 ) -> tuple[Detector, History, str]:
     """The detector that --init names.
 
@@ -58,6 +76,7 @@ def initial_detector(
         source: of the data, for messages.
         sides: (short, long) of test images, in pixels.
         seed: for the message.
+        anchor_scale: of a detector with random heads.
 
     Returns:
         The detector, in training mode; the stages of training behind it; where its weights come from, in words.
@@ -73,7 +92,8 @@ def initial_detector(
         origin, history = f"{tensors} of {tensors} tensors loaded from {options.init}", read_history(options.init)
     else:
         config = DetectorConfig.from_paper(options.model or "", tuple(classes.values()), tuple(classes))
-        detector = build_detector(config=options.applied_to(config, *sides), name=config.name)
+        config = replace(options.applied_to(config, *sides), anchor_scale=anchor_scale)
+        detector = build_detector(config.name, config=config)
         tensors, history = len(detector.state_dict()), []
         origin = f"random: 0 of {tensors} tensors loaded (seed {seed})"
         if options.init_kind != "none":
@@ -81,9 +101,9 @@ def initial_detector(
             origin = f"{loaded}; the other {tensors - loaded.tensors} of {tensors} random (seed {seed})"
     detector.train()
     if options.init_kind != "none":  # from random weights anything frozen would cost most of the AP
-        detector.freeze_for_finetuning()
+        detector.freeze_for_finetuning(options.freeze)
     is_frozen = not all(parameter.requires_grad for parameter in detector.parameters())
-    return detector, history, f"{origin}; {'BatchNorm, stem and first stage' if is_frozen else 'nothing'} frozen"
+    return detector, history, f"{origin}; {FREEZES[detector.frozen if is_frozen else 'none']}"
 
 
 def matching_config(
@@ -106,6 +126,8 @@ def matching_config(
             f"--init {options.init}: its classes are in another order than their ids ({trained_names}); "
             f"number the categories of {source} in that order"
         )
+    if options.anchor_scale is not None:
+        raise InputError(f"--anchor-scale: --init {options.init} has its own; leave the flag out")
     for flag in ("model", "backbone", "norm", "box_head", "channels"):
         given, found = getattr(options, flag), getattr(config, "name" if flag == "model" else flag)
         if given is not None and given != found:

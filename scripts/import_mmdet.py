@@ -8,6 +8,7 @@ or the file is refused. Files are read as plain weights: code in them is not run
 paper's values: size of test images, number of proposals. Class ids, except for COCO's, count from 1.
 """
 
+from direct_pt.program import run_program
 import json
 import os
 import re
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from direct_pt.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_model
-from direct_pt.errors import InputError, first_names, printable, run_program
-from direct_pt.files import check_output, replacing, writing
+from direct_pt.errors import InputError, first_names, printable
+from direct_pt.files import check_output, open_regular, read_regular, replacing, what_is_there, writing
 from direct_pt.flags import any_path, make_parser, path_or_name
 from direct_pt.models.detector import MODELS, PIXEL_MEAN, PIXEL_STD
 from direct_pt.models.mmdet_weights import COMPUTED_BUFFERS, detector_from_mmdet, mmdet_state_dict
@@ -41,9 +42,10 @@ OUR_PIXEL_VALUES = "|".join(
     r",\s*".join(re.escape(f"{value:g}") + "0*" for value in row) for row in (PIXEL_MEAN, PIXEL_STD)
 )
 INCOMPATIBLE = re.compile(
-    r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]|open-mmlab://[\w/]*caffe\w*|\w*to_rgb['"]?\s*[=:]\s*False"""
-    rf"""|\b(mean|std)['"]?\s*[=:]\s*[\[(](?!\s*({OUR_PIXEL_VALUES})\b)[^\])]*[\])]"""
+    r"""\bstyle['"]?\s*[=:]\s*['"]caffe['"]|open-mmlab://[\w/]*caffe\w*|(?:\b\w{1,20})?to_rgb['"]?\s*[=:]\s*False"""
+    rf"""|\b(mean|std)['"]?\s*[=:]\s*[\[(](?!\s*({OUR_PIXEL_VALUES})\b)[^\])]{{0,100}}[\])]?"""
 )
+MAX_CONFIG = 10_000_000  # characters of such a text that are searched
 CLEANING_CODE = (
     "c = torch.load(FILE, map_location='cpu', weights_only=False); torch.save({'state_dict': c['state_dict'], 'meta': "
     "{k: c['meta'][k] for k in ('CLASSES', 'dataset_meta', 'config', 'cfg') if k in c['meta']}}, 'clean.pth')"
@@ -54,11 +56,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list
     """A file's state dict, its "meta", and the other keys. Raises InputError."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; to write a RUN as a checkpoint, give --export FILE.pth")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    if (there := what_is_there(path)) != "a file":
+        raise InputError(f"{path}: no such file" + (there and f" ({there})"))
     try:
-        with warnings.catch_warnings(action="ignore"):  # about odd pickles; damage raises an exception
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file, warnings.catch_warnings(action="ignore"):  # odd pickles; damage raises errors
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damage raises all kinds
         if kind := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
@@ -84,6 +86,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list
     return state_dict, meta if isinstance(meta, dict) else {}, others
 
 
+def config_text(meta: dict[str, Any]) -> str:
+    """What "meta" says of the training, as text."""
+    values = [meta.get("config"), meta.get("cfg")]
+    try:
+        return " ".join(value[:MAX_CONFIG] if isinstance(value, str) else str(value)[:MAX_CONFIG] for value in values)
+    except RecursionError:  # nested so deeply that it is no configuration
+        return ""
+
+
 def read_class_names(meta: dict[str, Any], path: Path) -> tuple[str, ...] | None:
     """The class names in "meta" of 2.x or 3.x, or None. Raises InputError."""
     dataset_meta = meta.get("dataset_meta")  # of 3.x
@@ -106,7 +117,7 @@ def read_categories(path: Path, names: tuple[str, ...] | None) -> tuple[tuple[st
         names: those in the checkpoint, or None.
     """
     try:
-        pairs = [(str(record["name"]), record["id"]) for record in json.loads(path.read_bytes())["categories"]]
+        pairs = [(str(record["name"]), record["id"]) for record in json.loads(read_regular(path))["categories"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"--categories {path}: cannot be read as a COCO file with 'categories' ({error!r})") from error
     file_names, ids = tuple(name for name, _ in pairs), tuple(category_id for _, category_id in pairs)
@@ -135,7 +146,7 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     if any((output / name).exists() for name in (CONFIG, WEIGHTS, "model")):
         raise InputError(f"--output-dir {output}: holds a run already; choose another folder")
     state, meta, ignored = read_checkpoint(path)
-    if setting := INCOMPATIBLE.search(f"{meta.get('config')} {meta.get('cfg')}"):
+    if setting := INCOMPATIBLE.search(config_text(meta)):
         raise InputError(
             f"{path}: was trained with {' '.join(setting[0].split())}: such weights expect images in another order of "
             "colours (BGR) or normalised otherwise, those of 'caffe' style also stride in another convolution; give a "
@@ -161,12 +172,12 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
         kinds = sorted({name.rpartition(".")[2] for name in computed})
         print(f"left out: {len(computed)} buffers that are computed here ({', '.join(kinds)})")
     if ignored:
-        print(f"ignored: {', '.join(ignored)}")
+        print(printable(f"ignored: {', '.join(ignored)}"))
     ends = f"{config.category_ids[0]} to {config.category_ids[-1]}"
     print(f"{len(config.class_names)} classes, ids {ends}: {printable(first_names(config.class_names))}")
     if list(config.category_ids) != sorted(config.category_ids):
         print("their ids do not ascend: predict.py takes the model, evaluate.py and finetune.py need ids that do")
-    print(f"written: {output / 'model'}")
+    print(printable(f"written: {output / 'model'}"))
 
 
 def export_checkpoint(run: str, path: Path) -> None:
@@ -184,7 +195,8 @@ def export_checkpoint(run: str, path: Path) -> None:
                 torch.save(content, temporary)
             except RuntimeError as error:  # torch's writer hides the OSError
                 raise OSError(str(error).splitlines()[0]) from error
-    print(f"{len(state)} tensors, {len(classes)} classes: {printable(first_names(classes))}\nwritten: {path}")
+    print(f"{len(state)} tensors, {len(classes)} classes: {printable(first_names(classes))}")
+    print(printable(f"written: {path}"))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ The material comes with scikit-learn: 1,797 scans of digits (8x8 pixels) and two
 scans and parts of the photographs that no training image uses. The same arguments give the same bytes.
 """
 
+from direct_pt.program import run_program
 import json
 import tempfile
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from direct_pt.errors import InputError, run_program
-from direct_pt.files import check_output, writing
-from direct_pt.flags import any_path, make_parser
+from direct_pt.errors import InputError, printable
+from direct_pt.files import DamagedFile, check_output, read_json, writing
+from direct_pt.flags import any_path, make_parser, random_seed, whole_number
 
+MAX_IMAGES = 1_000_000  # of a split
+MIN_SIZE, MAX_SIZE = 64, 4096  # pixels
 VERSION = "1"  # raise it when the images change: then an older set is not taken for the same
 SPLITS = ("train", "val")
 CATEGORY_IDS = tuple(range(10, 101, 10))  # of the digits 0 to 9; with gaps, as COCO's own ids have
@@ -158,10 +161,10 @@ def make_split(folder: Path, split: str, source: Source, info: dict[str, Any]) -
 def holds_same_set(folder: Path, info: dict[str, Any]) -> bool:
     """Whether `folder` contains a complete set with the same `info`."""
     try:
-        tables = [json.loads((folder / "annotations" / f"instances_{split}.json").read_bytes()) for split in SPLITS]
+        tables = [read_json(folder / "annotations" / f"instances_{split}.json", 2**34) for split in SPLITS]
         files = [folder / "images" / image["file_name"] for table in tables for image in table["images"]]
         return all(table["info"] == info for table in tables) and all(file.is_file() for file in files)
-    except (OSError, ValueError, KeyError, TypeError):  # no such file, or not ours
+    except (DamagedFile, OSError, ValueError, KeyError, TypeError):  # no such file, or not ours
         return False
 
 
@@ -169,18 +172,17 @@ def main(argv: list[str] | None = None) -> None:
     """Make the set, unless the folder contains it already."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--output-dir", type=any_path, required=True, help="new or empty folder")
-    numbers = {"train_images": (400, 1), "val_images": (80, 1), "image_size": (128, 64), "seed": (0, 0)}
-    for name, (default, least) in numbers.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=default, help=f"at least {least}, default: %(default)s")
+    many, size = whole_number(1, MAX_IMAGES), whole_number(MIN_SIZE, MAX_SIZE)
+    text = "(%(default)s)"
+    parser.add_argument("--train-images", type=many, default=400, metavar="N", help=text)
+    parser.add_argument("--val-images", type=many, default=80, metavar="N", help=text)
+    parser.add_argument("--image-size", type=size, default=128, metavar="PIXELS", help=f"at least {MIN_SIZE} {text}")
+    parser.add_argument("--seed", type=random_seed, default=0, metavar="N", help=text)
     arguments = vars(parser.parse_args(argv))
     output = arguments.pop("output_dir")
-    for name, (_, least) in numbers.items():
-        if arguments[name] < least:
-            raise InputError(f"--{name.replace('_', '-')} {arguments[name]}: must be at least {least}")
     info = {"description": "Handwritten digits on photographs", "version": VERSION, "arguments": arguments}
     if holds_same_set(output, info):
-        print(f"{output} already contains this set: nothing to do")
+        print(printable(f"{output} already contains this set: nothing to do"))
         return
     check_output(output)
     sources, target = load_sources(), output.resolve()
@@ -195,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
             for split, source in zip(SPLITS, sources, strict=True):
                 make_split(Path(temporary) / "set", split, source, info)
             (Path(temporary) / "set").rename(target)
-    print(f"wrote {arguments['train_images']} training and {arguments['val_images']} validation images to {output}")
+    counts = f"{arguments['train_images']} training and {arguments['val_images']} validation images"
+    print(printable(f"wrote {counts} to {output}"))
 
 
 if __name__ == "__main__":

@@ -4,32 +4,54 @@
 
 Folders are searched recursively, but for the output folder. Writes each picture with its detections drawn, and
 predictions.json: COCO results with the data set's own category ids, masks as run lengths; images are numbered from 1 in
-the order of their names, and named in each row. Nothing is written over the images.
+the order of their names, and named in each row, with bytes that are no UTF-8 as \\udcXX. Nothing is written over the
+images, or over what predict.py did not make.
 """
 
+from direct_pt.program import run_program
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from direct_pt.batch import Detections, Sample, collate
+from direct_pt.batch import Detections, Sample
 from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import Predictions
+from direct_pt.data.loader import make_loader
+from direct_pt.data.names import walk_images
+from direct_pt.data.problems import Problems
+from direct_pt.data.reader_processes import runs
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
-from direct_pt.errors import InputError, printable, run_program
-from direct_pt.files import check_inputs_kept, check_output, replacing, writing
-from direct_pt.flags import add_flags, any_path, make_parser, path_or_name, positive_integer, read_flags, share
+from direct_pt.errors import InputError, printable
+from direct_pt.files import (
+    MAX_NAME_BYTES,
+    check_inputs_kept,
+    check_output,
+    reading,
+    replacing,
+    shortened,
+    valid_unicode,
+    what_is_there,
+    writing,
+)
+from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
+from direct_pt.folder_lock import folder_held
 from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.models.masks import paste_masks
+from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
-from direct_pt.visualize import draw_detections, drawable_name
+from direct_pt.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
+
+RESULTS = "predictions.json"
+COMMENT = b"detections drawn by predict.py"  # in the pictures, which later runs may replace
 
 
 class ImageFiles(Dataset[Sample]):
@@ -47,14 +69,17 @@ class ImageFiles(Dataset[Sample]):
         path = self.paths[index]
         try:
             size = image_size(path, self.decoding)
-            sample = self.preset.sample(size, lambda least: read_image(path, size, least, self.decoding))
+            sample = self.preset.image_sample(size, lambda least: read_image(path, size, least, self.decoding))
             return replace(sample, index=index)
         except UnreadableImage:
             return replace(self.preset.black_sample((32, 32)), index=index, unreadable=(index,))
 
 
-def find_images(inputs: list[Path], output: Path) -> tuple[list[tuple[Path, Path]], int]:
+@reading("the images")
+def find_images(inputs: list[Path], output: Path, problems: Problems) -> tuple[list[tuple[Path, Path]], int]:
     """The image files, and how many in `output` were left out of the search: a run before this one may have made them.
+
+    Folders are searched as those of training data are; `problems` gets notes on what else is left out.
 
     Returns:
         Each image file and the relative path that its picture gets, no two the same, also where case does not count;
@@ -65,7 +90,7 @@ def find_images(inputs: list[Path], output: Path) -> tuple[list[tuple[Path, Path
     for given in inputs:
         if given.is_dir():
             check_inputs_kept([output], [given])
-            inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in FORMATS and path.is_file())
+            inside = sorted(walk_images(given, problems))
             if own.is_relative_to(given.resolve()):
                 count, inside = len(inside), [path for path in inside if not path.resolve().is_relative_to(own)]
                 left_out += count - len(inside)
@@ -73,24 +98,47 @@ def find_images(inputs: list[Path], output: Path) -> tuple[list[tuple[Path, Path
         elif given.is_file():
             pairs = [(given, Path(given.name))]
         else:
-            raise InputError(f"{given}: no such image or folder")
+            there = what_is_there(given)
+            raise InputError(f"{given}: no such image or folder" + (there and f" ({there})"))
         for path, name in pairs:
-            picture, copy = name.with_suffix(".jpg"), 1
+            picture, copy = picture_name(name, ".jpg"), 1
             while (key := str(picture).casefold()) in found:
                 copy += 1
-                picture = name.with_name(f"{name.stem}_{copy}.jpg")
+                picture = picture_name(name, f"_{copy}.jpg")
             found[key] = path, picture
     if not found:
-        raise InputError(f"{', '.join(map(str, inputs))}: no image files there ({', '.join(FORMATS)})")
+        notes = "".join(f"; {note}: {count}" for note, count in problems.summary().items())
+        raise InputError(f"{', '.join(map(str, inputs))}: no image files there ({', '.join(FORMATS)}){notes}")
     return list(found.values()), left_out
 
 
+def picture_name(image: Path, ending: str) -> Path:
+    """The image's path with another ending, its name cut to what file systems take."""
+    return image.with_name(shortened(image.stem, MAX_NAME_BYTES - len(ending)) + ending)
+
+
 def check_pictures(files: list[tuple[Path, Path]], output: Path) -> None:
-    """Raise InputError where a picture would be written over an image, or through a link to another folder."""
+    """Raise InputError where something would be written over an image or a foreign file, or through a link."""
     check_inputs_kept([output / picture for _, picture in files], [path for path, _ in files])
+    for place in (output / RESULTS, *(output / picture for _, picture in files)):
+        if place.is_file() and not place.is_symlink() and not is_own(place):
+            raise InputError(f"--output-dir {output}: {place} was not made by predict.py; name another place")
     for folder in {output / folder for _, picture in files for folder in picture.parents[:-1]}:
         if folder.is_symlink():
             raise InputError(f"--output-dir {output}: {folder} is a link to another folder; name another place")
+
+
+def is_own(path: Path) -> bool:
+    """Whether an existing file is the result of an earlier run."""
+    try:
+        if path.suffix == ".json":
+            with path.open() as file:
+                start = file.read(10_000)
+            return start.strip() == "[]" or '"category_name"' in start
+        with Image.open(path) as picture:
+            return picture.info.get("comment") == COMMENT
+    except (OSError, ValueError):
+        return False
 
 
 def draw(photo: Image.Image, found: Detections, names: list[str]) -> Image.Image:
@@ -115,26 +163,28 @@ def main() -> None:
     )
     p.add_argument("--output-dir", required=True, type=any_path, metavar="DIR", help="where to write")
     p.add_argument("--score-threshold", type=share, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
-    p.add_argument("--micro-batch-size", type=positive_integer, default=4, metavar="N", help="images at once (4)")
+    p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
     args = p.parse_args()
 
     output: Path = args.output_dir
     check_output(output)
-    files, left_out = find_images(args.images, output)
+    notes = Problems()
+    files, left_out = find_images(args.images, output, notes)
     check_pictures(files, output)
     if left_out:
         print(f"not searched, as it is --output-dir: {printable(str(output))} ({left_out} image files)")
+    for note, count in notes.summary().items():
+        print(f"{printable(note)}: {count}")
     decoding = read_flags(args, DecodingOptions).decoding
     accelerator = make_accelerator(args.mixed_precision)
     detector = from_pretrained(args.checkpoint).to(accelerator.device)
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side)
-    loader = DataLoader(
-        ImageFiles([path for path, _ in files], preset, decoding), args.micro_batch_size, collate_fn=collate,
-        num_workers=args.num_workers,
-    )  # fmt: skip
+    check_images_at_once(min(args.micro_batch_size, len(files)), preset)
+    images = ImageFiles([path for path, _ in files], preset, decoding)
+    keys = partial(iter, runs(0, len(files), args.micro_batch_size))
     image_ids = np.arange(1, len(files) + 1)
     class_names = dict(zip(config.category_ids, config.class_names, strict=True))
     drawn_names = [drawable_name(name, category_id) for category_id, name in class_names.items()]
@@ -142,17 +192,18 @@ def main() -> None:
     rows = 0
     with ExitStack() as stack:
         stack.enter_context(writing(f"--output-dir {output}"))
-        output.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(stack.enter_context(replacing(output / "predictions.json")).open("w"))
+        stack.enter_context(folder_held(output, "predict"))
+        file = stack.enter_context(stack.enter_context(replacing(output / RESULTS)).open("w"))
         bar = stack.enter_context(tqdm(total=len(files), desc="predict", unit="image"))
-        for batch in loader:
+        batches = stack.enter_context(closing(iter(make_loader(images, keys, args.num_workers))))
+        for batch in batches:
             with accelerator.autocast():
                 found = detector.detect(batch.to(accelerator.device)).to("cpu").above(args.score_threshold)
             for result in Predictions.of_batch(batch, found).coco(image_ids, config.category_ids):
                 image_id, category_id = result["image_id"], result["category_id"]
                 row = {
                     "image_id": image_id,
-                    "file_name": str(files[image_id - 1][0]),
+                    "file_name": valid_unicode(str(files[image_id - 1][0])),
                     "category_id": category_id,
                     "category_name": class_names[category_id],
                     **result,
@@ -172,8 +223,12 @@ def main() -> None:
                     continue
                 target = output / picture
                 target.parent.mkdir(parents=True, exist_ok=True)
+                drawn = draw(photo, found.of_image(position), drawn_names)
+                if max(drawn.size) > MAX_JPEG_SIDE:
+                    bar.write(printable(f"drawn smaller, as a JPEG has at most {MAX_JPEG_SIDE} pixels a side: {path}"))
+                    drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
                 with replacing(target, to_disk=False) as temporary:
-                    draw(photo, found.of_image(position), drawn_names).save(temporary, "JPEG", quality=92)
+                    drawn.save(temporary, "JPEG", quality=92, comment=COMMENT)
         file.write("\n]\n" if rows else "[]\n")
     if len(unreadable) == len(files):
         few = " | ".join(unreadable[:3]) + " | ..." * (len(files) > 3)

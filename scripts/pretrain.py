@@ -6,18 +6,23 @@ The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batch
 training images 8 a step and at least 32,000 in all (--recipe).
 """
 
+from direct_pt.program import run_program
+from dataclasses import replace
+
 from accelerate.utils import set_seed
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.distributed.launch import join_processes
-from direct_pt.errors import run_program
 from direct_pt.models.detector import DetectorConfig, build_detector
-from direct_pt.reports.survey import whole_image
+from direct_pt.reports.samples import write_samples
+from direct_pt.reports.survey import size_name, whole_image
+from direct_pt.training.choices import choose
+from direct_pt.training.limits import check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import PretrainFlags, parse_flags
 from direct_pt.training.start import load_data, make_feed, plan_run, prepare_detector, start_run, train_run
-from direct_pt.transforms import PretrainPreset, TestPreset
+from direct_pt.transforms import TestPreset
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,16 +30,18 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(PretrainFlags, __doc__ or "", argv)
     processes = join_processes()
     flags, resumption = open_run(flags, processes)
-    options, size = flags.run, flags.images.image_size
+    options, size, model = flags.run, flags.images.image_size, flags.detector.model or ""
 
     # Data: the target set itself, in crops of one small size.
     train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
-    preset, test_preset = PretrainPreset(size), TestPreset(size, size)
+    choices = choose(flags.stage, flags.to_dict(), model, size, train, resumption.choices if resumption else None)
+    preset = choices.pretrain_preset(size)
+    sides = min(preset.frame), max(preset.frame)
 
     # Detector: random weights, and all of them train: anything frozen would cost most of the AP.
     set_seed(options.seed)
-    config = DetectorConfig.from_paper(flags.detector.model or "", train.class_names, train.category_ids)
-    config = flags.detector.applied_to(config, size, size)
+    config = DetectorConfig.from_paper(model, train.class_names, train.category_ids)
+    config = replace(flags.detector.applied_to(config, *sides), anchor_scale=choices.anchor_scale)
     detector = build_detector(config.name, config=config).train()
     assert all(parameter.requires_grad for parameter in detector.parameters())
     origin = f"random: 0 of {len(detector.state_dict())} tensors loaded (seed {options.seed}); nothing frozen"
@@ -42,16 +49,22 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plan: batch, steps and learning rate, by the recipe for so many images.
     plan, recipe = plan_run(flags, detector, train, preset, processes, resumption)
+    check_run(plan, detector, preset)
     cache = None
     if flags.images.cache != "none" and isinstance(train, AnnotationTable):
-        cache = open_image_cache(train, flags.images.cache, size, flags.images.cache_dir, options.num_workers)
+        cache = open_image_cache(
+            train, flags.images.cache, preset.largest_side, flags.images.cache_dir, options.num_workers
+        )
     feed = make_feed(
-        train, flags.data, plan, preset, detector.has_masks, options.seed, options.num_workers, cache=cache
-    )
+        train, flags.data, plan, preset, detector.has_masks, options.seed, options.num_workers, cache=cache,
+        mix=choices.mix,
+    )  # fmt: skip
+    if options.preview is not None:
+        return write_samples(feed, plan, config.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
-    run = start_run(flags, plan, recipe, detector, feed, val, test_preset, resumption, history=[])
-    train_run(run, flags, train, f"{size}x{size} crops", origin, whole_image(size))
+    run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides), resumption, history=[])
+    train_run(run, flags, train, f"{size_name(preset)} crops", origin, whole_image(size, preset.canvas))
 
 
 if __name__ == "__main__":

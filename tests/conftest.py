@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ SLOW = (
     "test_launch", "test_deepspeed", "test_faults", "test_spread", "test_benchmark", "test_two_nodes",
     "test_five_detectors", "test_stream", "test_same_images", "test_odd_sets", "test_real_data",
     "test_image_cache", "test_fuzz", "test_memory", "test_checkpointing", "test_compile", "test_demo_data",
-    "test_import_mmdet", "test_micro_batch", "test_backbones", "test_backbone_weights",
+    "test_experiment_runs", "test_import_mmdet", "test_micro_batch", "test_backbones", "test_backbone_weights",
+    "test_peers", "test_folder_lock", "test_standard_streams",
+    "test_short_of_memory", "test_first_seconds", "test_local_hub_sets",
 )  # fmt: skip
 LONGEST = (
     *SLOW,
@@ -44,6 +47,9 @@ CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with hole
 def pytest_configure(config: pytest.Config) -> None:
     """One core for this process and those it starts: sums in another order round differently, and some tests compare
     one process with several to the last digits. pytest-xdist's workers have one each."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background and nohup ignore them, for what they start too
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     worker = getattr(config, "workerinput", {}).get("workerid", "")
     if worker or not getattr(config.option, "numprocesses", None):  # but for the process that starts the workers
         cores = sorted(os.sched_getaffinity(0))

@@ -72,9 +72,10 @@ add("plain deep nesting, closed", ERROR, swap('"year": 2024', '"year": ' + "[" *
 add("plain much white space", FINE, text(lambda s: " " * 10**7 + s.replace("[", "[" + "\n" * 10**7, 1)))
 add("plain a key twice", FINE, swap('"info"', '"images": [], "info"'))  # the last one counts
 add("plain a field twice", FINE, swap('"id": 11', '"category_id": 3, "id": 11'))
-add("explicit annotations are a folder", ERROR, after=folder("labels.json"), message="FILE: no such annotation file")
+add("explicit annotations are a folder", ERROR, after=folder("labels.json"),
+    message="FILE: no such annotation file (a folder)")
 add("explicit annotations link to themselves", ERROR, after=loop("labels.json"),
-    message="FILE: no such annotation file")
+    message="FILE: no such annotation file (Too many levels of symbolic links)")
 add("explicit images are a file", ERROR, after=file("pictures", ""),
     message="IMAGES: no such image folder (the images of ...",
     also=("IMAGES: no such image folder (the images of VAL)",))
@@ -262,7 +263,7 @@ LINE_ONLY = [24, 12, 40, 36]
 for what, value in {"of two corners": [LINE_ONLY], "partly of two": [LINE_ONLY, *SQUARE], "empty part": [[]]}.items():
     add(f"plain outline {what}", REPAIRED, put("annotations", 1, "segmentation", value), annotation=12,
         counts={PARTS: 1})
-for what, value in {"null": None, "empty": [], "counted": {"counts": [500, 40, 2532], **OF_SIZE}}.items():
+for what, value in {"null": None, "empty": [], "counted": {"counts": [1170, 10, 1892], **OF_SIZE}}.items():
     add(f"plain outline {what}", FINE, put("annotations", 1, "segmentation", value))
 
 # COCO: names of image files, and the files
@@ -282,6 +283,11 @@ for what, value in {"null": None, "a number": 5, "a list": ["a.png"], "empty": "
         message=f"FILE: images[0] (id 1) has file_name {value!r}; {LIES}")
 add("plain name with NUL", ERROR, put("images", 0, "file_name", "a.png\0"), left=GOOD[2:],
     message="FILE: images[0] (id 1) has file_name 'a.png\\x00'; ...")
+def no_file(what: str) -> str:
+    """GONE, with what is in its place."""
+    return GONE.replace("but not there", f"but not a file that can be read: {what}")
+
+
 MISSING_NAMES = {
     "of no file": "c.png", "long": LONG, "longer": LONGER, "half a character": "\ud800.png",
     "a drive's": "C:\\pictures\\a.png", "with backslashes": "sub\\a.png",
@@ -290,8 +296,9 @@ add("plain name with other case", REPAIRED, put("images", 0, "file_name", "A.PNG
 add("coco2017 name with other case, no size", REPAIRED, counts={SPELLING: 1, SIZES: 1}, left=GOOD,
     spoil=all_of(put("images", 0, "file_name", "A.PNG"), cut("images", 0, "height")))
 for what, value in MISSING_NAMES.items():
-    add(f"plain name {what}", ERROR, put("images", 0, "file_name", value), f"IMAGES/{value}: {GONE}", left=GOOD[2:])
-    add(f"coco2017 name {what}, no size", ERROR, left=GOOD[2:], message=f"IMAGES/{value}: {GONE}",
+    gone = f"IMAGES/{value}: {no_file('File name too long') if 'long' in what else GONE}"
+    add(f"plain name {what}", ERROR, put("images", 0, "file_name", value), gone, left=GOOD[2:])
+    add(f"coco2017 name {what}, no size", ERROR, left=GOOD[2:], message=gone,
         spoil=all_of(put("images", 0, "file_name", value), cut("images", 0, "height")))
 
 
@@ -309,8 +316,9 @@ add("plain image missing", ERROR, lambda tree: tree.drop("images/a.png"), f"IMAG
 add("roboflow all images missing", ERROR, lambda tree: [tree.drop(f"train/{name}.png") for name in "ab"],
     message="IMAGES/a.png: listed in FILE but not there (2 of 2 images are missing); check the image folder",
     also=("IMAGES/b.png: listed in FILE but not there (2 of 2 images are missing); check the image folder",))
-add("plain image a folder", ERROR, folder("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
-add("plain image a link to itself", ERROR, loop("images/a.png"), f"IMAGES/a.png: {GONE}", left=GOOD[2:])
+add("plain image a folder", ERROR, folder("images/a.png"), f"IMAGES/a.png: {no_file('a folder')}", left=GOOD[2:])
+add("plain image a link to itself", ERROR, loop("images/a.png"),
+    f"IMAGES/a.png: {no_file('Too many levels of symbolic links')}", left=GOOD[2:])
 add("plain folder in itself", FINE, all_of(lambda tree: (tree.images / "again").symlink_to(tree.images),
     put("images", 0, "file_name", "again/again/again/a.png")))
 NO_IMAGE = "is no JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, AVIF or JPEG 2000 image, or its header is damaged; ..."

@@ -41,13 +41,14 @@ def every(**fields: Any) -> Callable[[HubTree], None]:
 
 add("metadata good", FINE)
 add("metadata absent file", ERROR, lambda tree: tree.drop("train/a.png"), left=GOOD[2:],
-    message="SET (train): image 1 states no width and height, and its file SET/train/a.png: No such file or directory")
+    message="SET (train): image 1 states no width and height, and its file SET/train/a.png: No such file or directory"
+    "; put the image there, or leave its row out")
 LEADING_OUT = {"outside": "../../secret.jpg", "absolute": "/etc/hostname", "of a URL": "file:///etc/hostname"}
 for what, name in LEADING_OUT.items():
     add(f"metadata name {what}", ERROR, lambda tree, name=name: tree.rows[0].update(file_name=name),
         f"--data SET: {LIBRARY} (ValueError: Invalid metadata file_name '{name}': `file_name` must be ...")
 add("metadata name null", ERROR, lambda tree: tree.rows[0].update(file_name=None), left=GOOD[2:],
-    message="SET (train): image 1 states no width and height, and there is no image")
+    message="SET (train): image 1 states no width and height, and there is no image; leave the row out")
 add("metadata name twice", ERROR, lambda tree: tree.rows[0].update(file_name="b.png"),
     "FILE:2: names 'b.png' again, after line 1; join their objects on one line")
 add("metadata name longer", ERROR, lambda tree: tree.rows[0].update(file_name=LONGER), left=GOOD[2:],
@@ -97,7 +98,7 @@ BAD_METADATA: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     ":1: is no JSON object ('utf-8' codec can't ..."),
     "UTF-16": (lambda s: s.encode("utf-16"), ":1: is no JSON object ('utf-8' codec can't decode byte 0xff in ..."),
     "array": (lambda s: f"[{s.strip().replace(chr(10), ',')}]", ":1: is no JSON object (it is something else); ..."),
-    "deep nesting": (lambda s: '{"x": ' + "[" * 100_000, ":1: is no JSON object (maximum recursion depth exceeded ..."),
+    "deep nesting": (lambda s: '{"x": ' + "[" * 100_000, ":1: is no JSON object (it is nested more than ..."),
 }
 for what, (change, reason) in BAD_METADATA.items():
     add(f"metadata {what}", ERROR, text(change), f"FILE{reason}")
@@ -112,7 +113,8 @@ add("metadata image empty", ERROR, file("train/a.png", b""), left=GOOD[2:],
     message=f"SET (train): image 1 states no width and height, and row 0, a.png: {EMPTY}")
 add("metadata image cut short", UNREADABLE, file("train/a.png", PICTURE[:2000]), f"SET (train): row 0, a.png: {CUT}")
 add("metadata image a folder", ERROR, folder("train/a.png"), left=GOOD[2:],
-    message="SET (train): image 1 states no width and height, and its file SET/train/a.png: Is a directory")
+    message="SET (train): image 1 states no width and height, and its file SET/train/a.png: Is a directory"
+    "; put the image there, or leave its row out")
 add("metadata folder in itself", FINE, lambda tree: (tree.folder / "train/again").symlink_to(tree.folder / "train"))
 
 
@@ -123,9 +125,34 @@ def through_a_link(tree: Tree) -> Json:
 
 
 add("metadata through a link", FINE, flags=through_a_link)
-README = "---\nconfigs:\n- config_name: default\n  data_files: ../{}\n---\n"
-add("metadata README names files outside", ERROR, file("README.md", README.format("secret.jpg")),
-    "SET/README.md: names the file SET/../secret.jpg, which does not lie in SET; nothing else is read: remove it there")
+README = "---\nconfigs:\n- config_name: default\n  {}\n---\n"
+ELSEWHERE = "which does not lie in SET; nothing else is read: remove it there"
+for what, field, place, name in (
+    ("above", "data_files: ../secret.jpg", "data_files", "../secret.jpg"),
+    ("above, below a folder", "data_files: train/../../*", "data_files", "train/../../*"),
+    ("absolute", "data_files: /etc/*", "data_files", "/etc/*"),
+    ("on the whole disk", "data_files: [{split: train, path: '/**'}]", "data_files[0].path", "/**"),
+    ("of a URL", "data_files: [train/*, 'https://127.0.0.1:9/a.parquet']", "data_files[1]",
+     "https://127.0.0.1:9/a.parquet"),
+    ("of the hub", "data_files: [{split: train, path: ['hf://datasets/a/b/c.parquet']}]", "data_files[0].path[0]",
+     "hf://datasets/a/b/c.parquet"),
+    ("of a bucket", "data_files: 's3://bucket/*.parquet'", "data_files", "s3://bucket/*.parquet"),
+    ("of a local URL", "data_files: 'local:///etc/hostname'", "data_files", "local:///etc/hostname"),
+    ("of a file URL without slashes", "data_files: 'file:/etc/hostname'", "data_files", "file:/etc/hostname"),
+    ("of a chain", "data_files: 'zip://*.parquet::a.zip'", "data_files", "zip://*.parquet::a.zip"),
+    ("of a host", "data_files: '//127.0.0.1/share/*'", "data_files", "//127.0.0.1/share/*"),
+    ("of home", "data_files: ~/*.parquet", "data_files", "~/*.parquet"),
+    ("by split", "data_files: {train: ['ftp://127.0.0.1/*']}", "data_files.train[0]", "ftp://127.0.0.1/*"),
+    ("in a folder", "data_dir: ../other", "data_dir", "../other"),
+):
+    for card in ("README.md", ".huggingface.yaml"):
+        content = README.format(field)
+        add(f"metadata {card} names files {what}", ERROR,
+            file(card, content if card == "README.md" else content.replace("---\n", "")),
+            f"SET/{card}: configs[0].{place} names '{name}', {ELSEWHERE}")
+add("metadata README names a number", ERROR, file("README.md", README.format("data_files: [7]")),
+    "SET/README.md: configs[0].data_files[0] is 7: write the name of a file in SET, or a pattern")
+add("metadata README names its files", FINE, file("README.md", README.format("data_files: train/**")))
 
 # Hugging Face: parquet files and save_to_disk
 
@@ -158,7 +185,7 @@ for kind in ("parquet", "saved"):
         "--data SET: has no image column (its columns are objects); cast one to Image()")
     add(f"{kind} no objects column", ERROR, columns(objects=None),
         "--data SET: has no column 'objects' with 'bbox' and 'category' (its columns are image)")
-    add(f"{kind} image null", ERROR, cell(None), NO_SIZE + "there is no image", left=GOOD[2:])
+    add(f"{kind} image null", ERROR, cell(None), NO_SIZE + "there is no image; leave the row out", left=GOOD[2:])
     add(f"{kind} image no image", ERROR, cell(b"xx", "a.png"), f"{NO_SIZE}row 0, a.png: {NO_IMAGE}", left=GOOD[2:])
     add(f"{kind} image cut short", UNREADABLE, cell(PICTURE[:2000], "a.png"), f"SET (train): row 0, a.png: {CUT}")
     add(f"{kind} class -1", ERROR, one_value(0, "category", 0, -1), annotation=1, left=GOOD[1:],
@@ -218,4 +245,8 @@ def arrow_outside(tree: Tree) -> None:
 
 
 add("saved rows outside", ERROR, after=arrow_outside,
-    message="SET/train/state.json: names the file ROOT/rows.arrow, which does not lie in SET; ...")
+    message="SET/train/state.json: _data_files[0].filename names '../../rows.arrow', which does not lie in SET; ...")
+add("saved split outside", ERROR, after=file("dataset_dict.json", '{"splits": ["train", "../other"]}'),
+    message=f"SET/dataset_dict.json: splits[1] names '../other', {ELSEWHERE}")
+add("saved split on the net", ERROR, after=file("dataset_dict.json", '{"splits": ["http://127.0.0.1:9/a"]}'),
+    message=f"SET/dataset_dict.json: splits[0] names 'http://127.0.0.1:9/a', {ELSEWHERE}")

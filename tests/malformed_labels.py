@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from malformed import add, all_of, file, folder, loop
-from malformed_coco import BAD_IMAGES, CUT, EMPTY, GONE, LONGER, TOO_LARGE
+from malformed_coco import BAD_IMAGES, CUT, EMPTY, LONGER, TOO_LARGE
 from malformed_sets import (
     BOMB,
     BOXES,
@@ -83,7 +83,8 @@ for what, (value, found) in FINE_LINES.items():
     add(f"yolo {what}", FINE, file("labels/train/a.txt", value), left=[*found, GOOD[2]])
 add("yolo no label file", NOTE, lambda tree: tree.drop("labels/train/a.txt"), left=GOOD[2:],
     counts={"images without a label file": 1})
-add("yolo no label files", NOTE, lambda tree: tree.drop("labels/train"), left=[], counts={"no label files": 1})
+add("yolo no label files", NOTE, lambda tree: tree.drop("labels/train"), left=[],
+    counts={"splits without a label file": 1})
 
 # YOLO: data.yaml and images
 
@@ -118,7 +119,7 @@ for what, value in BAD_PATHS.items():
 add("yolo path above", ERROR, file("data.yaml", "path: ../\nnames: [cat, dog]\ntrain: images/train"),
     message="SET/data.yaml: its 'path' '../' lies outside of SET, where nothing is read; copy the file into "
     "ROOT, and give that folder as --data")
-add("yolo path ignored", NOTE, counts={"path ignored": 1},
+add("yolo path ignored", NOTE, counts={"YAML 'path' that is not there": 1},
     spoil=file("data.yaml", "path: /datasets/mine\nnames: [cat, dog]\ntrain: images/train\nval: images/val\n"))
 add("yolo yaml with byte order mark", FINE,
     file("data.yaml", "\ufeffnames: [cat, dog]\ntrain: images/train\nval: images/val"))
@@ -144,7 +145,8 @@ for what, (value, reason) in BAD_IMAGES.items():
 add("yolo image cut short", UNREADABLE, file("images/train/a.png", PICTURE[:2000]), f"SET/images/train/a.png: {CUT}")
 add("yolo image a link to itself", ERROR, loop("images/train/a.png"), left=GOOD[2:],
     message="SET/images/train/a.png: cannot be read as an image (Too many levels of symbolic links); ...")
-add("yolo folder in itself", FINE, lambda tree: (tree.folder / "images/train/again").symlink_to(tree.folder / "images"))
+add("yolo folder in itself", NOTE, counts={"links to folders left out": 1},
+    spoil=lambda tree: (tree.folder / "images/train/again").symlink_to(tree.folder / "images"))
 add("yolo folder with an image's name", FINE, file("images/train/c.png/notes", "no image"))
 
 # Pascal VOC
@@ -225,7 +227,7 @@ add("voc XML a link to itself", ERROR, loop("Annotations/a.xml"), left=GOOD[2:],
 add("voc image missing", ERROR, lambda tree: tree.drop("JPEGImages/a.png"), left=GOOD[2:],
     message="SET/Annotations/a.xml: its <filename> 'a.png' is not in SET/JPEGImages, and no a.jpg or the like ...")
 add("voc image a folder", ERROR, folder("JPEGImages/a.png"), left=GOOD[2:],
-    message=f"SET/JPEGImages/a.png: {GONE.replace('FILE', 'SET (train)')}")
+    message="SET/Annotations/a.xml: its <filename> 'a.png' is not in SET/JPEGImages, and no a.jpg or the like ...")
 add("voc image empty", UNREADABLE, file("JPEGImages/a.png", b""), f"SET/JPEGImages/a.png: {EMPTY}")
 add("voc image a bomb", UNREADABLE, file("JPEGImages/a.png", BOMB), f"SET/JPEGImages/a.png: {TOO_LARGE}")
 add("voc name listed twice", ERROR, file("ImageSets/Main/train.txt", "b\na\nb\n"), left=GOOD,

@@ -4,6 +4,7 @@
 last process's last micro-batch is NaN. Everything else is pretrain.py's.
 """
 
+from direct_pt.program import run_program
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,6 @@ import small_runs as runs
 import torch
 
 from direct_pt.batch import Batch
-from direct_pt.errors import run_program
 from direct_pt.training import start
 from direct_pt.training.loop import Trainer
 

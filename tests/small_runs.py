@@ -21,8 +21,10 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from torch import Tensor
 
+from direct_pt import folder_lock
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.models.detector import RetinaNet
+from direct_pt.training.signals import STOP_SIGNALS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS.parent / "accelerate_configs"
@@ -82,13 +84,14 @@ def pretrained_run(factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def fresh_process() -> Iterator[None]:
     """As if this process had just started, for accelerate and signals; put back at the end."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     threads = torch.get_num_threads()
     _forget_accelerator()
     try:
         yield
     finally:
         _forget_accelerator()
+        folder_lock.release_all()
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -116,14 +119,26 @@ def call_script(name: str, *flags: object) -> None:
         sys.argv = arguments
 
 
-def start_script(name: str, *flags: object, new_session: bool = False, **environment: object) -> subprocess.Popen[str]:
-    """A script of scripts/ in a process of its own, with more variables in its environment."""
-    return start(SCRIPTS / f"{name}.py", *flags, new_session=new_session, **environment)
+def start_script(
+    name: str, *flags: object, new_session: bool = False, prefix: Sequence[str] = (), **environment: object
+) -> subprocess.Popen[str]:
+    """A script of scripts/ in a process of its own, with more variables in its environment.
+
+    Args:
+        name: of the script.
+        flags: its command line.
+        new_session: whether it gets a process group of its own.
+        prefix: a command that starts the command.
+        environment: more variables.
+    """
+    return start(SCRIPTS / f"{name}.py", *flags, new_session=new_session, prefix=prefix, **environment)
 
 
-def start(script: Path, *flags: object, new_session: bool = False, **environment: object) -> subprocess.Popen[str]:
+def start(
+    script: Path, *flags: object, new_session: bool = False, prefix: Sequence[str] = (), **environment: object
+) -> subprocess.Popen[str]:
     """The same of any script."""
-    command = [sys.executable, str(script), *map(str, flags)]
+    command = [*prefix, sys.executable, str(script), *map(str, flags)]
     variables = {**ENVIRONMENT, **{key: str(value) for key, value in environment.items()}}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=variables, text=True, start_new_session=new_session, **pipes)

@@ -1,10 +1,9 @@
 """test_spread.py starts this in one process or two: `spread.py FLAGS...` is pretrain.py in float64."""
 
+from direct_pt.program import run_program
 import sys
 
 import small_runs as runs
-
-from direct_pt.errors import run_program
 
 if __name__ == "__main__":
     with runs.float64():

@@ -1,5 +1,6 @@
 """Weights for the backbone alone: what a file of them must look like, where they arrive, and training from there."""
 
+from direct_pt.program import run_program
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.backbone_weights import load_backbone
 

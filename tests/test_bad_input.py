@@ -1,5 +1,6 @@
 """What a user gets wrong: one line that names it and the remedy, exit status 2, and nothing started."""
 
+from direct_pt.program import run_program
 import io
 import json
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import small_runs as runs
 
 from direct_pt.checkpoint import save_model
-from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
+from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.models.detector import DetectorConfig, build_detector
 
 FLAGS = {

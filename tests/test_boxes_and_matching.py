@@ -7,12 +7,12 @@ import torchvision
 from torch import Tensor
 
 from direct_pt.batch import Detections
+from direct_pt.geometry import has_extent
 from direct_pt.models import matching
 from direct_pt.models.anchors import Anchors, flatten_level, inside_images
 from direct_pt.models.boxes import best_detections, grouped_nms
 from direct_pt.models.matching import Matches, Matching, Sampling, match, random_keys, sample
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
-from direct_pt.transforms import has_extent
 
 # Matching
 

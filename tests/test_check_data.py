@@ -294,6 +294,19 @@ def test_exit_status_and_one_line(splits: tuple[CocoFolder, CocoFolder], tmp_pat
     assert "errors: 4" in out and "annotation 900" in out and "advice" in out
 
 
+def test_what_nobody_can_train_on(coco_folder: MakeCocoFolder, tmp_path: Path) -> None:
+    """check_data refuses the sets that training does, for the same reason."""
+    crowd = coco_folder([(64, 64)], [{"image_id": 10, "bbox": [1, 1, 20, 20], "iscrowd": 1}], name="crowd")
+    empty = coco_folder([(64, 64)], [], name="empty")
+    for folder, reason in ((crowd, "all of them are crowd regions"), (empty, "annotate some")):
+        paths = folder.write()
+        flags = ("--train-images", paths.images, "--train-annotations", paths.annotations)
+        with pytest.raises(InputError, match=f"no image has an object to learn.*{reason}"):
+            runs.call_script("check_data", *flags, "--output-dir", tmp_path / "report", "--num-workers", 0)
+        report = runs.read_json(tmp_path / "report/report.json")
+        assert kinds(report)["nothing to learn"] == 1 and not any("--drop-empty" in line for line in report["advice"])
+
+
 def test_nothing_left_to_look_at(splits: tuple[CocoFolder, CocoFolder]) -> None:
     """All images missing is an error of each, no crash."""
     for folder in splits:

@@ -198,7 +198,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("flag", ["--train-images", "--val-images", "--image-size", "--seed"])
 def test_numbers_out_of_range_name_their_flag(flag: str, tmp_path: Path) -> None:
-    with pytest.raises(script.InputError, match=f"{flag} -1"):
+    with pytest.raises(script.InputError, match=f"{flag}: -1 must"):
         script.main(["--output-dir", str(tmp_path / "set"), flag, "-1"])
 
 

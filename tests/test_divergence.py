@@ -222,13 +222,13 @@ def test_two_processes_diverge_together(demo: Path, tmp_path: Path) -> None:
 
 
 def test_from_the_first_steps(demo: Path, tmp_path: Path) -> None:
-    """Weights of 1e28 after one step: nothing from before it is saved, and --resume begins anew."""
+    """Weights of 1e27 after one step: nothing from before it is saved, and --resume begins anew."""
     run = tmp_path / "run"
     flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 30, *SAVED, "--save-every", 1, "--output-dir", run)
     with pytest.raises(
         TrainingStopped, match=r"No checkpoint is from before that: --resume begins anew; the later weights are in div"
     ) as stop:
-        runs.train("pretrain", *flags, "--lr", 1e30)
+        runs.train("pretrain", *flags, "--lr", 1e29)
     message = str(stop.value)
     assert re.search(
         r"near its lowest at step 1; from step 2 on it or its gradient was over [\d.]+, or not finite", message
@@ -247,7 +247,7 @@ def test_the_best_weights_of_a_run_that_diverged(demo: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 12, "--log-every", 1, "--output-dir", run)
     with pytest.raises(TrainingStopped, match=r"the later weights are in .*diverged-best, and may be deleted"):
-        runs.train("pretrain", *flags, "--lr", 1e30, "--eval-every", 0.33)
+        runs.train("pretrain", *flags, "--lr", 1e29, "--eval-every", 0.33)
     assert not (run / "best").exists() and (run / "checkpoints/diverged-best/model.safetensors").exists()
     runs.train("pretrain", *flags, "--eval-every", 0.33, "--resume")
     assert (run / "best/model.safetensors").exists()

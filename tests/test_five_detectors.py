@@ -24,7 +24,7 @@ from direct_pt.checkpoint import read_history
 from direct_pt.coco_eval import METRICS
 from direct_pt.models.detector import MODELS, DetectorConfig, RetinaNet, TwoStage, build_detector
 from direct_pt.models.layers import batchnorms
-from direct_pt.recipes import STAGES, make_optimizer
+from direct_pt.recipes import STAGES, make_optimizer, paper_optimizer
 
 SHORT, LONG = 75, 110  # of stage 2: no multiples of Swin's windows, nor of any stride
 RPN, ROI = {"rpn_objectness", "rpn_box"}, {"roi_class", "roi_box"}
@@ -151,7 +151,7 @@ def test_optimizers_and_weight_decay(case: Case, stage_one: Path, stage_two: Pat
         detector = from_pretrained(run)
         if stage == "finetune":
             detector.freeze_for_finetuning()
-        recipe = STAGES[stage].recipe(detector.config.name, detector.backbone.has_layernorm)
+        recipe = STAGES[stage].recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
         optimizer = make_optimizer(detector, recipe, recipe.lr)
         names = {id(parameter): name for name, parameter in detector.named_parameters()}
         decayed, exempt, *_ = [*optimizer.param_groups, {"params": [], "weight_decay": 0}]

@@ -324,6 +324,26 @@ def swap_pixels_for_a_folder(folder: Path) -> None:
     (folder / "pixels").mkdir()
 
 
+def swap(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def link_to(target: object) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(str(target))
+
+
+def with_record(field: str, value: int) -> Callable[[Path], None]:
+    """Another value in the fifth record."""
+
+    def change(folder: Path) -> None:
+        index = np.fromfile(folder / "index", RECORD)
+        index[field][4] = value
+        index.tofile(folder / "index")
+
+    return change
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to the folder, what stderr says
     "half a record": (cut("index", 5), ""),
     "no record": (no_record_at_the_end, ""),
@@ -337,6 +357,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to 
     "no pixels": (lambda folder: (folder / "pixels").unlink(), "is damaged; it is built anew"),
     "a folder of pixels": (swap_pixels_for_a_folder, "is damaged; it is built anew"),
     "no index": (lambda folder: (folder / "index").unlink(), "is damaged; it is built anew"),
+    "manifest a pipe": (lambda folder: swap(folder / "manifest.json", os.mkfifo), "is damaged; it is built anew"),
+    "pixels a pipe": (lambda folder: swap(folder / "pixels", os.mkfifo), "is damaged; it is built anew"),
+    "index a device": (lambda folder: swap(folder / "index", link_to("/dev/null")), "is damaged; it is built anew"),
+    "brackets without end": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        "is damaged; it is built anew",
+    ),
+    "a side beyond the largest": (with_record("width", 10**6), ""),
+    "a side below nothing": (with_record("height", -1), ""),
+    "no side": (with_record("height", 0), ""),
+    "a length beyond the file": (with_record("length", 2**62), ""),
+    "a length below nothing": (with_record("length", -5), ""),
+    "an offset elsewhere": (with_record("offset", -(2**40)), ""),
 }
 
 
@@ -358,6 +391,122 @@ def test_damage_is_repaired(
         assert "image cache: " not in errors
     build(table, tmp_path / "cache")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["pixels", "record", "size"])
+def test_altered_copies_are_not_trained_on(
+    table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, what: str
+) -> None:
+    """Their files are read in their place; one line says so."""
+    folder = build(table, tmp_path / "cache", kind).folder
+    index, pixels = np.fromfile(folder / "index", RECORD), bytearray((folder / "pixels").read_bytes())
+    if what == "pixels":
+        pixels[index["offset"][1] + index["length"][1] // 2] ^= 1
+    elif what == "record":
+        index["checksum"][1] ^= 1
+    else:
+        index["height"][1] -= 2
+    (folder / "pixels").write_bytes(pixels)
+    index.tofile(folder / "index")
+    capfd.readouterr()
+    cache = build(table, tmp_path / "cache", kind)
+    for _ in range(2):
+        assert cache.read(1, (50, 60)) is None
+        assert all(cache.read(row, (50, 60)) is not None for row in ROWS if row != 1)
+    line = (
+        f"image cache: {folder}: the copy of image 2 is damaged or was altered; such images are read from their files. "
+    )
+    assert one_line(capfd.readouterr().err) == line + "Remove the folder, and it is built anew"
+    assert len(list(batches_of(table, cache))) == 14
+
+
+def test_copies_that_changed_places(table: AnnotationTable, tmp_path: Path) -> None:
+    """Each has a checksum of its own."""
+    noise = np.random.default_rng(0).integers(256, size=(2, 40, 31, 3), dtype=np.uint8)
+    for row in (2, 3):
+        table.sizes[row] = 40, 31
+        Image.fromarray(noise[row - 2]).save(table.path(row), format="PNG")
+    cache = build(table, tmp_path / "cache")
+    (first, length), (second, same) = cache.index[["offset", "length"]][2:4].tolist()
+    assert length == same
+    pixels = bytearray((cache.folder / "pixels").read_bytes())
+    pixels[first : first + length], pixels[second : second + length] = (
+        pixels[second : second + length],
+        pixels[first : first + length],
+    )
+    (cache.folder / "pixels").write_bytes(pixels)
+    assert [row for row in ROWS if build(table, tmp_path / "cache").read(row, (40, 31)) is None] == [2, 3]
+
+
+# Folders that others may write into
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, "link", "link to nothing"], ids=["pipe", "link", "link to nothing"])
+def test_a_lock_that_leads_elsewhere(
+    table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: Any
+) -> None:
+    """What it leads to stays as it is."""
+    folder = build(table, tmp_path / "cache").folder
+    lock, target = tmp_path / f"cache/{folder.name}.lock", tmp_path / "target"
+    shutil.rmtree(folder)
+    if kind != "link to nothing":
+        target.write_text("mine")
+    swap(lock, link_to(target) if isinstance(kind, str) else kind)
+    reason = refused(table, tmp_path / "cache", capfd)
+    assert reason == ("it is a named pipe, not a file" if kind == os.mkfifo else f"{lock} is a link; remove it")
+    assert not target.exists() if kind == "link to nothing" else target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["index", "pixels", "manifest.json"])
+def test_files_that_lead_elsewhere(
+    table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A link to a file of the user's is neither read nor cut off; the cache is built anew."""
+    folder = build(table, tmp_path / "cache").folder
+    before, target = contents(folder), tmp_path / "target"
+    target.write_bytes((folder / name).read_bytes() + b"and more")
+    mine = target.read_bytes()
+    swap(folder / name, link_to(target))
+    cut("index" if name == "pixels" else "pixels", 5)(folder)
+    capfd.readouterr()
+    build(table, tmp_path / "cache")
+    assert "is damaged; it is built anew" in one_line(capfd.readouterr().err)
+    assert contents(folder) == before and target.read_bytes() == mine
+
+
+def test_a_folder_that_leads_elsewhere(
+    table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = build(table, tmp_path / "cache").folder
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    assert refused(table, tmp_path / "cache", capfd) == f"{folder} is a link; remove it"
+    assert contents(tmp_path / "elsewhere") == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize("name", [".", "index", "pixels", "manifest.json", "lock"])
+def test_files_of_another_user(
+    table: AnnotationTable, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Not used. Their folder is left alone; in one's own, they are replaced."""
+    folder = build(table, tmp_path / "cache").folder
+    before, lock = contents(folder), folder.with_name(f"{folder.name}.lock")
+    path = lock if name == "lock" else folder / name
+    os.chown(path, 54_321, 54_321)
+    if name == "lock":
+        shutil.rmtree(folder)
+    capfd.readouterr()
+    if name in (".", "lock"):
+        words = f"{path} belongs to another user (number 54321); name a folder of your own"
+        assert refused(table, tmp_path / "cache", capfd) == words
+        assert name == "lock" or contents(folder) == before
+        return
+    build(table, tmp_path / "cache")
+    assert "is damaged; it is built anew" in one_line(capfd.readouterr().err)
+    assert contents(folder) == before
 
 
 def test_more_pixels_than_the_index_says(table: AnnotationTable, tmp_path: Path) -> None:

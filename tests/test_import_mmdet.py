@@ -1,10 +1,12 @@
 """MMDetection's checkpoints in and out: every tensor in its place to the bit, or one message and nothing written."""
 
+from direct_pt.program import run_program
 import io
 import json
 import pickle
 import re
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
-from direct_pt.errors import InputError, run_program
+from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.mmdet_weights import detector_from_mmdet, merge_order, mmdet_state_dict
+from direct_pt.models.saved_config import config_from_json
 
 NAMES = ("cat", "dog", "traffic light")
 IDS = (1, 2, 3)  # that classes get where nothing says otherwise
@@ -115,7 +118,7 @@ def run(tmp_path: Path) -> Path:
 def take(path: Path, run: Path, *flags: object) -> DetectorConfig:
     """Import a file. The configuration of the model that comes out."""
     runs.call_script("import_mmdet", path, "--output-dir", run, *(flags or SMALL))
-    return DetectorConfig.from_dict(runs.read_json(run / "model/config.json")["detector"])
+    return config_from_json(runs.read_json(run / "model/config.json")["detector"])
 
 
 def refused(*flags: object) -> str:
@@ -613,6 +616,72 @@ def test_caffe_style(key: str, text: str, write: Callable[..., Path], run: Path)
     line = not_taken(path, run)
     assert line.startswith(f"{path}: was trained with {CAFFE_STYLE[text]}: such weights expect")
     assert "BGR" in line and "'pytorch' style" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda bias: bias * float("nan"), "has 36 of 36 values that are not finite"),
+        (lambda bias: torch.zeros(1).expand(36), "has the shape [36], and fewer values than that"),
+        (lambda bias: bias.to_sparse(), "is no plain tensor"),
+    ],
+)
+def test_weights_that_are_none(
+    change: Callable[[Tensor], Tensor], reason: str, write: Callable[..., Path], state: dict[str, Tensor], run: Path
+) -> None:
+    name = "bbox_head.retina_reg.bias"
+    path = write(state_dict={**state, name: change(state[name])})
+    assert not_taken(path, run).startswith(f"{path}: {name} {reason}; ")
+
+
+def test_a_file_that_asks_for_much(write: Callable[..., Path], state: dict[str, Tensor], run: Path) -> None:
+    """A file of a few megabytes whose shapes say 10^8 classes, or a million channels: nothing of that size is made."""
+    for name, value, reason in (
+        (
+            "bbox_head.retina_cls.weight",
+            torch.zeros(1, 1, 1, 1).expand(9 * 10**8, 32, 3, 3),
+            "and fewer values than that",
+        ),
+        ("bbox_head.retina_cls.weight", torch.zeros(9 * 10**8, 0), "has weights for 100000000 classes"),
+        ("bbox_head.retina_cls.weight", torch.zeros(9 * 10**5, 0), "has weights for 100000 classes, but there are 3"),
+        ("neck.lateral_convs.0.conv.weight", torch.zeros(10**6, 1), "detector.channels is 1000000"),
+        ("neck.lateral_convs.0.conv.weight", torch.zeros(16_384, 1), "misshapen ("),
+    ):
+        path = write(state_dict={**state, name: value})
+        began = time.monotonic()
+        assert reason in not_taken(path, run), name
+        assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("names", [("cat", "cat", "dog"), ("cat", "", "dog"), ("cat", "\ud800", "dog")])
+def test_class_names_that_cannot_be_read_back(names: tuple[str, ...], write: Callable[..., Path], run: Path) -> None:
+    assert "detector.class_names" in not_taken(write(meta={"CLASSES": names}), run)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 10**6,
+        "mean=(" * 10**5,
+        "to_rgb " * 10**5,
+        "std = [" * 10**5,
+        "open-mmlab://" * 10**5,
+        "mean" + " " * 10**6,
+    ],
+)
+def test_a_long_text_of_a_configuration(text: str, write: Callable[..., Path], run: Path) -> None:
+    """Its search takes a time that follows its length."""
+    began = time.monotonic()
+    script = runs.load_script("import_mmdet")
+    script.INCOMPATIBLE.search(script.config_text({"config": text, "cfg": text}))
+    assert time.monotonic() - began < 5
+
+
+def test_a_configuration_nested_deeply() -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+    assert runs.load_script("import_mmdet").config_text({"config": nested}) == ""
 
 
 def test_where_it_goes(write: Callable[..., Path], tmp_path: Path, run: Path) -> None:

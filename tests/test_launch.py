@@ -20,6 +20,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from direct_pt.distributed.launch import computes_bf16
+
 FILES = sorted(path.stem for path in runs.CONFIGS.glob("*.yaml"))
 GPU_FILES = [name for name in FILES if not name.startswith("cpu")]
 SCRIPT = runs.SCRIPTS / "pretrain.py"
@@ -113,6 +115,7 @@ def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]])
     assert precision is not None, outcome.output
     wanted = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["mixed_precision"]
     assert precision[1] == "bf16" or wanted != "bf16"
+    assert ("imitates bf16" in outcome.output) == (precision[1] == "bf16" and not computes_bf16())
     assert f"{4 * processes} images a step = {processes} process(es) x 4" in outcome.output
     assert re.search(r"trainable +(\d+) of \1 tensors, ([1-9][\d,]{6,}) of \2 parameters", outcome.output)
     assert runs.weights(folder / name)

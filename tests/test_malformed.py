@@ -1,5 +1,6 @@
 """Malformed data sets: each is refused in words that help, or read as is said, and nothing outside of it is read."""
 
+from direct_pt.program import run_program
 import io
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from malformed_sets import AREA, COCO, FINE, SIZES, UNREADABLE, Object, Tree
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
-from direct_pt.errors import InputError, printable, run_program
+from direct_pt.errors import InputError, printable
 from direct_pt.images import UnreadableImage
 
 FOLLOWING = (  # what follows from an image or a class that is left out
@@ -152,7 +153,7 @@ def check_collected(
     others = [problem for problem in others if not problem.message.endswith(FOLLOWING)]
     assert len(others) == len(case.also), others
     for problem, expected in zip((first, *others), (case.message, *case.also), strict=True):
-        assert is_meant(named(str(problem), tree), expected), problem
+        assert is_meant(named(str(problem), tree), printable(expected)), problem
     assert first in problems[case.split] and first.annotation == case.annotation
     assert is_meant(f"{named(first.file, tree)}: {named(first.message, tree)}", case.message)
     assert ("train" in left) == (case.left is not None)

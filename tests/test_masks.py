@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
-from direct_pt import transforms
+from direct_pt import rasterize
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
+from direct_pt.geometry import Geometry
 from direct_pt.models import masks
 from direct_pt.models.mask_encoding import encode_masks
 from direct_pt.models.masks import MaskHead, mask_targets, paste_masks, paste_windows
-from direct_pt.transforms import Geometry, render
+from direct_pt.transforms import render
 
 HEIGHT, WIDTH = 480, 640  # of the original images
 SIDE = 448  # of the samples
@@ -266,7 +267,7 @@ def test_targets_are_the_covered_cells(name: str) -> None:
 @pytest.mark.parametrize(("name", "gain"), [("tiny", 0.15), ("small", 0.03), ("thin", 0.05)])
 def test_supersampling_improves_targets(name: str, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     finer = quality(KINDS[name], 2).exact.mean()
-    monkeypatch.setattr(transforms, "MAX_ZOOM", 1)
+    monkeypatch.setattr(rasterize, "MAX_ZOOM", 1)
     assert finer - quality(KINDS[name], 2).exact.mean() > gain
 
 
@@ -319,10 +320,10 @@ def test_filling_neither_widens_nor_moves(monkeypatch: pytest.MonkeyPatch) -> No
     """Area and centre of gravity of many small polygons."""
     rng = np.random.default_rng(0)
     excess, shifts = [], []
-    monkeypatch.setattr(transforms, "MAX_ZOOM", 1)
+    monkeypatch.setattr(rasterize, "MAX_ZOOM", 1)
     for _ in range(100):
         outline = [polar(rng.uniform(0.5, 1, 12), ROUND[::20]) * rng.uniform(4, 18) + 20 + rng.uniform(0, 1, 2)]
-        (mask,), (window,), _ = transforms._fill_polygons([outline], LIFE_SIZE)
+        (mask,), (window,), _ = rasterize._fill_polygons([outline], LIFE_SIZE)
         fine = np.arange(0.05, 40, 0.1)
         truth = covered(outline, fine, fine)
         length = np.linalg.norm(outline[0] - np.roll(outline[0], 1, axis=0), axis=1).sum()
@@ -501,7 +502,7 @@ def test_targets_do_not_need_dense_masks(radii: tuple[float, float], count: int,
     ]
     boxes = np.stack([np.concatenate([xy.min(axis=0), xy.max(axis=0)]) for (xy,) in outlines])
     there = Objects(boxes, np.zeros(count, np.int64), np.ones(count), np.zeros(count, bool), outlines)
-    found = transforms.rasterize(there, geometry)
+    found = rasterize.rasterize(there, geometry)
     with PeakMemory() as peak:
         targets = mask_targets(found, torch.arange(count), torch.from_numpy(boxes).float(), CELLS)
     assert targets.mean(dim=(1, 2)) == pytest.approx(np.full(count, np.pi / 4), abs=0.02)

@@ -30,7 +30,7 @@ from direct_pt.models.boxes import grouped_nms
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.layers import force_gpu_path
 from direct_pt.models.roi_align import pyramid_roi_align
-from direct_pt.recipes import PRETRAIN, make_optimizer
+from direct_pt.recipes import PRETRAIN, make_optimizer, paper_optimizer
 from direct_pt.training.micro_batch import training_batch
 
 KIB = 1024  # of float32: 256 numbers
@@ -215,7 +215,7 @@ def small_detector(name: str = "faster_rcnn_r50_fpn", backbone: str = "resnet18"
 
 
 def peak(detector: Detector, images: int, precision: str = "fp16", objects: int = 8, waiting: int = 0) -> MemoryPeak:
-    recipe = PRETRAIN.recipe(detector.config.name, detector.backbone.has_layernorm)
+    recipe = PRETRAIN.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
     batch = training_batch(images, (96, 128), objects, 3, detector.has_masks)
     return peak_of_step(detector, batch, precision, make_optimizer(detector, recipe, 1e-3), waiting)
 
@@ -250,7 +250,7 @@ def test_a_step_takes_what_the_one_before_it_took() -> None:
     """The optimizer's state and the gradients exist from the start."""
     detector = small_detector("mask_rcnn_r50_fpn")
     batch = training_batch(2, (96, 128), 8, 3, with_masks=True)
-    optimizer = make_optimizer(detector, PRETRAIN.recipe(detector.config.name, False), 1e-4)
+    optimizer = make_optimizer(detector, PRETRAIN.recipe(detector.config.name, "sgd"), 1e-4)
     first, second = (peak_of_step(detector, batch, "bf16", optimizer) for _ in range(2))
     assert second.passes == pytest.approx(first.passes, rel=0.01)
     assert replace(second, activations=0, rest=0, passes=0, at_nms=0, update=0) == replace(

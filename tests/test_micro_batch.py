@@ -1,6 +1,8 @@
 """`--micro-batch-size auto`: the most images that fit, found by real allocations that fail; the global batch stays."""
 
+import multiprocessing
 import resource
+import time
 from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
@@ -15,6 +17,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.errors import InputError
 from direct_pt.models.detector import DetectorConfig
 from direct_pt.recipes import PRETRAIN
+from direct_pt.training import micro_batch
 from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import micro_batch_sizes
 from direct_pt.transforms import FinetunePreset, Preset, PretrainPreset
@@ -29,9 +32,9 @@ def table(coco_folder: MakeCocoFolder) -> AnnotationTable:
     return coco_folder([(64, 96), (96, 64)], objects).load()
 
 
-def fitting(table: AnnotationTable, preset: Preset, sizes: list[int], frozen: bool = False) -> int:
+def fitting(table: AnnotationTable, preset: Preset, sizes: list[int], frozen: str = "none") -> int:
     """On the CPU, in float32."""
-    recipe = PRETRAIN.recipe("faster_rcnn_r50_fpn", has_layernorm=False)
+    recipe = PRETRAIN.recipe("faster_rcnn_r50_fpn", "sgd")
     config = replace(DetectorConfig.from_paper("faster_rcnn_r50_fpn", ("a", "b"), (1, 2)), backbone="resnet18")
     trial = Trial(config, frozen, False, recipe, 0, torch.device("cpu"), "no")
     return fitting_micro_batch_size(trial, table, preset, sizes)
@@ -60,6 +63,19 @@ def test_sizes_that_keep_the_global_batch() -> None:
     assert micro_batch_sizes(64, 3) == []
 
 
+def test_a_trial_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed, and memory blamed: a library whose allocation failed may wait for ever."""
+    monkeypatch.setattr(micro_batch, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(micro_batch, "MAX_IDLE_SECONDS", 1.0)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=time.sleep, args=(600,), daemon=True)
+    process.start()
+    answer = micro_batch._answer(receiver, process)
+    sender.close()
+    assert "made no progress" in answer and not process.is_alive()
+
+
 def test_a_trial_that_ends_for_another_reason(table: AnnotationTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is not blamed for an interpreter that does not start."""
     monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
@@ -73,7 +89,7 @@ def test_what_is_tried_is_the_heaviest(table: AnnotationTable) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**20))
         with pytest.raises(InputError, match=r"2 image\(s\) of 96x96"):
-            fitting(table, FinetunePreset(64, 96), [2], frozen=True)
+            fitting(table, FinetunePreset(64, 96), [2], frozen="paper")
 
 
 def test_a_run_finds_its_size_and_keeps_it(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

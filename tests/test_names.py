@@ -1,6 +1,7 @@
 """Label files and images whose names do not agree, folders that are no data, lists and splits of other names."""
 
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -135,6 +136,101 @@ def test_no_label_file_fits(tmp_path: Path) -> None:
     assert kinds(problems, ERROR) == {"label names": 1}
 
 
+def notes(problems: Problems, folder: Path) -> dict[str, str]:
+    """The message on each file."""
+    return {str(Path(problem.file).relative_to(folder)): problem.message for problem in problems.listed}
+
+
+TWENTY = {f"{n:02d}.jpg": f"{n:02d}.txt" for n in range(20)}
+
+
+def test_a_label_file_beside_an_image_alone(tmp_path: Path) -> None:
+    """Though there is a folder of labels, it is no negative."""
+    folder = yolo(tmp_path, TWENTY)
+    (folder / "labels/train/00.txt").rename(folder / "images/train/00.txt")
+    table, problems = load(folder)
+    assert set(images_and_objects(table).values()) == {1}
+    assert kinds(problems, REPAIRED) == {"label files of other names taken": 1} and not kinds(problems, NOTE)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("place", ["labels/00.txt", "labels/trian/00.txt", "labels/train/deep/00.txt"])
+def test_a_label_file_in_the_wrong_place(tmp_path: Path, place: str, lists: bool) -> None:
+    """It is named, with the place where it belongs."""
+    folder = yolo(tmp_path, TWENTY)
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / "labels/train/00.txt").rename(folder / place)
+    if lists:
+        write(folder / "data.yaml", "names: [cat]\ntrain: train.txt\n")
+        write(folder / "train.txt", "\n".join(f"images/train/{image}" for image in TWENTY))
+    table, problems = load(folder)
+    assert images_and_objects(table)["images/train/00.jpg"] == 0
+    text = "is not used; if it is of images/train/00.jpg, it must be labels/train/00.txt: move it there, or remove it"
+    assert notes(problems, folder) == {place: text}
+    assert f"label files without an image, such as {folder / place}: 1" in table.describe()
+
+
+def test_label_files_that_others_stand_in_for(tmp_path: Path) -> None:
+    """Named where they say something else than the one that is used; copies are none of anyone's concern."""
+    folder = yolo(tmp_path, TWENTY)
+    shutil.copy(folder / "labels/train/00.txt", folder / "images/train/00.txt")
+    shutil.copy(folder / "labels/train/00.txt", folder / "labels/train/00.jpg.txt")
+    write(folder / "images/train/captions.txt", "a text about cats")
+    assert not load(folder)[1].listed
+    for place in ("images/train/01.txt", "labels/train/01.jpg.txt"):
+        write(folder / place, "0 .3 .3 .2 .2\n")
+    text = "is not used, as the label file of images/train/01.jpg is labels/train/01.txt; remove one of them"
+    assert notes(load(folder)[1], folder) == {"images/train/01.txt": text, "labels/train/01.jpg.txt": text}
+
+
+def test_two_images_with_one_label_file(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt", "a.png": None, "b.jpg": "b.txt"})
+    table, problems = load(folder)
+    assert set(images_and_objects(table).values()) == {1}
+    text = "is the label file of images/train/a.jpg and of images/train/a.png: both get its objects; rename one image "
+    assert notes(problems, folder) == {"labels/train/a.txt": text + "and its labels"}
+    assert f"label files of two images, such as {folder}/labels/train/a.txt: 1" in table.describe()
+
+
+def test_a_hidden_image_that_a_list_names(tmp_path: Path) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt", ".h.jpg": ".h.txt"})
+    assert images_and_objects(load(folder)[0]) == {"images/train/a.jpg": 1}
+    write(folder / "data.yaml", "names: [cat]\ntrain: train.txt\n")
+    write(folder / "train.txt", "images/train/a.jpg\nimages/train/.h.jpg\n")
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/.h.jpg": 1, "images/train/a.jpg": 1} and not problems.listed
+
+
+# Links to folders
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    """Their images and labels are part of the set, wherever they lie."""
+    folder = yolo(tmp_path / "set", {"a.jpg": "a.txt"})
+    for place in ("images", "labels"):
+        (tmp_path / "more" / place / "deep").mkdir(parents=True)
+        (folder / place / "train/extra").symlink_to(tmp_path / "more" / place)
+    save_image(tmp_path / "more/images/deep/b.jpg")
+    write(tmp_path / "more/labels/deep/b.txt", CENTRED)
+    write(tmp_path / "more/labels/stray.txt", CENTRED)
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/a.jpg": 1, "images/train/extra/deep/b.jpg": 1}
+    assert set(notes(problems, folder)) == {"labels/train/extra/stray.txt"}
+
+
+@pytest.mark.parametrize("target", [".", "deep", "../..", "/"])
+def test_no_folder_is_read_twice(tmp_path: Path, target: str) -> None:
+    folder = yolo(tmp_path, {"a.jpg": "a.txt"})
+    save_image(folder / "images/train/deep/b.jpg")
+    write(folder / "labels/train/deep/b.txt", CENTRED)
+    (folder / "images/train/again").symlink_to(target)
+    (folder / "images/train/lost").symlink_to("nowhere")
+    table, problems = load(folder)
+    assert images_and_objects(table) == {"images/train/a.jpg": 1, "images/train/deep/b.jpg": 1}
+    assert kinds(problems, NOTE) == {"links to folders left out": 1, "links that lead nowhere": 1}
+    assert set(notes(problems, folder)) == {"images/train/again", "images/train/lost"}
+
+
 # Folders and files that are no data
 
 
@@ -189,7 +285,9 @@ def test_a_label_folder_that_cannot_be_listed(tmp_path: Path) -> None:
     folder = yolo(tmp_path, {"a.jpg": "a.txt"})
     shutil.rmtree(folder / "labels/train")
     (folder / "labels/train").symlink_to(folder / "labels/train")
-    with pytest.raises(DataError, match="labels/train: cannot be listed"):
+    with pytest.raises(
+        DataError, match=r"labels/train: cannot be listed as a folder of labels \(Too many levels of symbolic links\)"
+    ):
         load_tables(DataOptions(data=folder, val_share=0))
 
 
@@ -241,6 +339,66 @@ def test_coco_trees_with_folders_of_splits(tmp_path: Path, val: str, file: str, 
 # Copies of one photograph
 
 
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("annotations/instances_train.json", "images/train"),
+        ("annotations/instances_train.json", "train"),
+        ("annotations/instances_train2017.json", "images/train2017"),
+        ("annotations/instances_default.json", "images"),  # CVAT
+        ("annotations/instances_default.json", "images/default"),
+        ("result.json", "images"),  # Label Studio
+    ],
+)
+def test_coco_trees_of_other_programs(tmp_path: Path, file: str, images: str) -> None:
+    coco_split(tmp_path, images, "labels.json")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / images / "labels.json").rename(tmp_path / file)
+    table, _ = load(tmp_path)
+    assert table.folder == tmp_path / images and len(table) == 1 and len(table.boxes) == 1
+
+
+def test_coco_file_names_choose_the_folder(tmp_path: Path) -> None:
+    """Names that are relative to images/, where there is images/train too; and the reverse."""
+    coco_split(tmp_path, "images/train", "labels.json")
+    (tmp_path / "annotations").mkdir()
+    content = json.loads((tmp_path / "images/train/labels.json").read_text())
+    save_image(tmp_path / "images/train/é.jpg")  # escaped in the file
+    pairs = [(name, "images/train") for name in ("a.jpg", "é.jpg")] + [
+        ("train/é.jpg", "images"),
+        ("train/a.jpg", "images"),
+    ]
+    for written, folder in pairs:
+        content["images"][0]["file_name"] = written
+        (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
+        table, _ = load(tmp_path)
+        assert table.folder == tmp_path / folder and table.path(0).is_file()
+
+
+def test_coco_images_that_are_not_listed(tmp_path: Path) -> None:
+    """Named where the folder is of one split alone: by training as by check_data."""
+    for place in ("train", "valid"):
+        coco_split(tmp_path, place, "_annotations.coco.json")
+    save_image(tmp_path / "train/more/b.jpg")
+    for collect in (False, True):
+        table, problems = load(tmp_path, collect=collect)
+        assert len(table) == 1 and kinds(problems, NOTE) == {"images that are not listed": 1}
+        assert [kind for kind in table.repairs if "not listed" in kind] == [
+            f"images that are not listed, such as {tmp_path / 'train/more/b.jpg'}"
+        ]
+
+
+@pytest.mark.parametrize("val", ["images", "images/val"])
+def test_images_of_validation_that_are_trained_on(tmp_path: Path, val: str) -> None:
+    write(tmp_path / "data.yaml", f"names: [cat]\ntrain: images\nval: {val}\n")
+    for place in ("images/val/a", "images/b"):
+        save_image(tmp_path / f"{place}.jpg")
+        write(tmp_path / f"{place.replace('images', 'labels')}.txt", CENTRED)
+    count = {"images": 2, "images/val": 1}[val]
+    found = load_tables(DataOptions(data=tmp_path))["train"].repairs
+    assert [number for kind, number in found.items() if "val that train has too" in kind] == [count]
+
+
 def test_copies_of_one_photograph_stay_on_one_side(coco_folder: MakeCocoFolder) -> None:
     """Roboflow's augmentation writes NAME.rf.HASH.jpg; other names are held out as ever."""
     made = coco_folder([(8, 8)] * 60)
@@ -265,7 +423,8 @@ def unused(folder: Path) -> set[str]:
     table, problems = load(folder)
     found = [problem for problem in problems.listed if problem.kind == "splits that are not used"]
     assert sum(count for text, count in table.repairs.items() if text.startswith("splits that")) == len(found)
-    return {str(Path(problem.file).relative_to(folder)) for problem in found}
+    root = folder if folder.is_dir() else folder.parent
+    return {str(Path(problem.file).relative_to(root)) for problem in found}
 
 
 def test_unused_splits_of_coco(tmp_path: Path) -> None:
@@ -283,6 +442,7 @@ def test_unused_splits_of_yolo(tmp_path: Path) -> None:
     save_image(folder / "images/val/b.jpg")
     write(folder / "test.txt", "images/val/b.jpg\n")
     assert unused(folder) == {"images/val", "test.txt"}
+    assert unused(folder / "data.yaml") == {"images/val", "test.txt"}  # the file stands for its folder
     write(folder / "data.yaml", "names: [cat]\ntrain: ../images/train\nval: images/val\ntest: test.txt\n")
     assert unused(folder) == set()
 
@@ -321,6 +481,8 @@ def test_voc_lists(tmp_path: Path, lists: dict[str, str], train: str, val: str) 
 
 def test_unused_lists_of_voc(tmp_path: Path) -> None:
     folder = voc(tmp_path, ("a.jpg", "b.jpg"), {"train": "a", "val": "b", "cat_train": "a 1", "trainval": "a\nb"})
+    assert unused(folder) == set()  # as the devkit has it
+    (folder / "ImageSets/Main/trainval.txt").write_text("a\nb\nc")
     assert unused(folder) == {"ImageSets/Main/trainval.txt"}
     write(folder / "ImageSets/Main/valid.txt", "a")
     assert unused(folder) == {"ImageSets/Main/trainval.txt", "ImageSets/Main/valid.txt"}
@@ -351,6 +513,7 @@ def test_a_yaml_file_stands_for_its_folder(tmp_path: Path) -> None:
     assert load(folder / "data.yaml")[0].source == load(folder)[0].source
     shutil.copy(folder / "data.yaml", folder / "mine.yaml")
     (folder / "data.yaml").rename(folder / "other.yml")
+    write(folder / "mine.yaml", "names: [dog]\ntrain: images/train\n")
     assert len(load(folder / "mine.yaml")[0]) == 2
     assert refusal(folder).endswith(f"(mine.yaml, other.yml): give one of them, --data {folder}/mine.yaml")
 
@@ -365,6 +528,23 @@ def test_what_is_no_folder_of_a_data_set(tmp_path: Path) -> None:
     assert refusal(folder.parent) == f"--data {folder.parent}: holds no data set itself, but {folder} is one: give that"
     assert "holds none of: COCO's" in refusal(tmp_path)
     assert refusal(tmp_path / "absent").endswith("absent: no such folder")
+
+
+def test_what_is_neither_a_folder_nor_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (Path(os.devnull), tmp_path / "pipe"):
+        assert f"--data {place}: is neither a folder nor a file: give the folder of the data set" in refusal(place)
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"), [("", "write a data.yaml with names and train"), ("images", "give the folder above")]
+)
+def test_a_part_of_a_data_set(tmp_path: Path, place: str, hint: str) -> None:
+    """labelImg's folders, whose classes no data.yaml names; and a folder too deep."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    save_image(tmp_path / "images/a.jpg")
+    assert hint in refusal(tmp_path / place)
 
 
 def test_a_yaml_file_that_names_a_folder_elsewhere(tmp_path: Path) -> None:

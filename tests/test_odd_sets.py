@@ -1,6 +1,8 @@
 """Sets at the edges of what is trained on: each ends sensibly."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import small_runs as runs
 from PIL import Image
 
-from direct_pt.data.loader import SampleOrder, TableFeed, repeat_factors
+from direct_pt.data.loader import TableFeed
+from direct_pt.data.order import SampleOrder, repeat_factors
+from direct_pt.data.problems import NOTE, Problems
 from direct_pt.data.sources import DataOptions, hold_out, load_tables
 from direct_pt.errors import InputError
 from direct_pt.transforms import PretrainPreset
@@ -97,6 +101,100 @@ def test_hold_out_is_stated_and_stable(tmp_path: Path) -> None:
     assert sorted(turned.image_ids) == sorted(held.image_ids)
     more = hold_out(whole["train"].select(np.arange(20)), 0.5)[1]
     assert set(held.image_ids[held.image_ids <= 20]) <= set(more.image_ids)
+
+
+HASHES = [f"{number:032x}" for number in range(60)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{side}/photo{photo}_jpg.rf.{hash}.jpg",
+        "photo{photo}_jpg.rf.{hash}.{suffix}",
+        "{side}/photo{photo}_jpg.rf.{hash}_jpg.rf.{hash}.jpg",  # exported twice
+    ],
+)
+def test_copies_in_several_folders_stay_on_one_side(tmp_path: Path, name: str) -> None:
+    table = load_tables(DataOptions(data=write(tmp_path / "set", [[0]] * 60, 1), val_share=0))["train"]
+    names = [
+        name.format(side="ab"[row % 2], suffix=("jpg", "png")[row % 2], photo=row // 3, hash=HASHES[row])
+        for row in range(60)
+    ]
+    table.file_names = np.array([name.encode() for name in names])
+    train, val = hold_out(table, 0.1)
+    photographs = [{re.sub(rb".*/|_jpg.*", b"", name) for name in part.file_names.tolist()} for part in (train, val)]
+    assert not photographs[0] & photographs[1] and 4 <= len(val) <= 8
+
+
+def test_photographs_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    """They are no copies, and held out by their whole names, as ever."""
+    table = load_tables(DataOptions(data=write(tmp_path / "set", [[0]] * 60, 1), val_share=0))["train"]
+    table.file_names = np.array([b"%d/%04d.jpg" % (row % 3, row // 3) for row in range(60)])
+    lowest = sorted(table.file_names.tolist(), key=lambda name: hashlib.sha256(name).digest())[:6]
+    assert sorted(hold_out(table, 0.1)[1].file_names.tolist()) == sorted(lowest)
+
+
+# Flags, and joined sets
+
+
+def notes(options: DataOptions) -> list[str]:
+    """The notes of check_data; the banner of training has as many."""
+    problems = {split: Problems(collects=True) for split in ("train", "val", "test")}
+    load_tables(options, problems=problems)
+    found = [problem for own in problems.values() for problem in own.listed if problem.grade == NOTE]
+    banner = {text: count for table in load_tables(options).values() for text, count in table.repairs.items()}
+    assert sum(count for text, count in banner.items() if ", such as " in text) == len(found)
+    return [str(problem) for problem in found]
+
+
+def test_flags_without_effect(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", [[0]] * 4, 1)
+    assert notes(DataOptions(data=data)) == notes(DataOptions(data=data, val_share=0.3)) == []
+    hub = "has no effect: it is for Hugging Face data"
+    assert notes(DataOptions(data=data, subset="x", bbox_format="voc")) == [f"--subset: {hub}", f"--bbox-format: {hub}"]
+    explicit = (data / "images",), (data / "annotations/instances_train.json",)
+    options = DataOptions(
+        train_images=explicit[0], train_annotations=explicit[1], val_images=explicit[0], val_annotations=explicit[1],
+        val_share=0.3, bbox_format="voc", shuffle_buffer=5,
+    )  # fmt: skip
+    found = notes(options)
+    assert found[:3] == [
+        f"--bbox-format: {hub}",
+        "--val-share: has no effect: there is a validation split",
+        "--shuffle-buffer: has no effect: it is for --streaming",
+    ]
+    assert len(found) == 7 and all("is in train too" in note for note in found[3:])  # the same four images
+
+
+def test_repairs_of_joined_files_count_once(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", [[0]], 1), write(tmp_path / "b", [[0]], 1)
+    files = [folder / "annotations/instances_train.json" for folder in (first, second)]
+    content = json.loads(files[0].read_text())
+    content["annotations"][0]["bbox"][2] = 500
+    files[0].write_text(json.dumps(content))
+    options = DataOptions(
+        train_images=(first / "images", second / "images"), train_annotations=tuple(files), val_share=0
+    )
+    problems = {"train": Problems(collects=True)}
+    expected = {"boxes clipped to their image by more than 1 pixel": 1}
+    assert load_tables(options)["train"].repairs == expected
+    assert load_tables(options, ["train"], problems)["train"].repairs == expected
+
+
+@pytest.mark.parametrize("second", ["images", "link", "link/../images", "links"])
+def test_one_image_in_two_joined_files(tmp_path: Path, second: str) -> None:
+    """By whatever path: the folder itself, a link to it, or a folder of links to its files."""
+    data = write(tmp_path / "set", [[0], [0]], 1)
+    (data / "link").symlink_to("images")
+    (data / "links").mkdir()
+    for image in (data / "images").iterdir():
+        (data / "links" / image.name).symlink_to(image)
+    file = data / "annotations/instances_train.json"
+    other = data / "other.json"
+    other.write_text(file.read_text())
+    options = DataOptions(train_images=(data / "images", data / second), train_annotations=(file, other))
+    with pytest.raises(InputError, match=r"other\.json: lists 0000\.jpg, as does .*instances_train\.json; join its"):
+        load_tables(options)
 
 
 # Classes

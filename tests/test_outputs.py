@@ -99,6 +99,20 @@ def test_pictures_in_place_of_the_photographs(model: Path, photos: Path) -> None
         assert contents(photos) == before
 
 
+def test_files_that_predict_did_not_make(model: Path, photos: Path, tmp_path: Path) -> None:
+    """A photo that is not predicted, and a file of results by another program; its own results it replaces."""
+    shutil.copy(photos / "more/b.jpg", photos / "more/a.jpg")
+    before = contents(photos)
+    message = refusal(*predict(model, photos / "more/a.jpg", "--output-dir", photos))
+    assert f"{photos / 'a.jpg'} was not made by predict.py; name another place" in message
+    assert contents(photos) == before
+    output = tmp_path / "output"
+    for _ in range(2):
+        runs.call_script(*predict(model, photos, "--output-dir", output))
+    (output / "predictions.json").write_text('[{"image_id": 1, "score": 0.5}]')
+    assert "predictions.json was not made by predict.py" in refusal(*predict(model, photos, "--output-dir", output))
+
+
 def test_links_in_the_output_folder(model: Path, photos: Path) -> None:
     """To an image they are refused; to anything else they are replaced, and what they lead to stays."""
     output = photos.parent / "pictures"
@@ -233,6 +247,14 @@ def test_data_check_over_the_images(demo: Path, tmp_path: Path) -> None:
     assert contents(data) == before
 
 
+def test_report_of_another_program(demo: Path, tmp_path: Path) -> None:
+    for content in ("{}", "no JSON"):
+        (tmp_path / "report.json").write_text(content)
+        flags = ("--data", demo, "--output-dir", tmp_path, "--num-workers", 0)
+        assert "report.json was not made by check_data.py" in refusal("check_data", *flags)
+        assert (tmp_path / "report.json").read_text() == content
+
+
 def test_runs_over_their_data_or_initial_weights(demo: Path, model: Path, tmp_path: Path) -> None:
     """Only a new run is checked: one that began before may resume."""
     imported = tmp_path / "imported"
@@ -255,10 +277,28 @@ def test_runs_over_their_data_or_initial_weights(demo: Path, model: Path, tmp_pa
     def flags_of(kind: type[Any], *flags: object) -> Any:
         return parse_flags(kind, "", list(map(str, flags)))
 
-    inside = ("--init", imported / "first/model", "--output-dir", imported)
-    save_model(imported / "first/model", small_detector(), [])
+    inside = ("--init", tmp_path / "second/first/model", "--output-dir", tmp_path / "second")
+    save_model(tmp_path / "second/first/model", small_detector(), [])
     check_inputs(flags_of(FinetuneFlags, "--data", demo, *inside))
     check_inputs(flags_of(PretrainFlags, "--data", demo, "--model", runs.MODEL, "--output-dir", demo / "run"))
+
+
+def test_a_new_run_over_a_model(demo: Path, model: Path, tmp_path: Path) -> None:
+    """A folder with the model of a run that is not there: copied, imported, or a link to one that training reads."""
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/best").symlink_to(model / "model")
+    shutil.copytree(model, tmp_path / "copied")
+    before = contents(tmp_path)
+    flags = ("--data", demo, "--model", runs.MODEL)
+    for script, folder, more in (
+        ("pretrain", "copied", runs.PRETRAIN),
+        ("finetune", "copied", (*runs.FINETUNE, "--init", "none")),
+        ("finetune", "linked", (*runs.FINETUNE, "--init", model)),
+        ("finetune", "linked", (*runs.FINETUNE, "--init", "none")),
+    ):
+        message = refusal(script, *flags, *more, "--output-dir", tmp_path / folder)
+        assert "choose another folder" in message or "is read" in message
+        assert contents(tmp_path) == before
 
 
 # What cannot be written

@@ -1,6 +1,8 @@
 """What `Detector.predict` takes: one picture in many forms gives the same detections, what is ambiguous is refused."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,37 @@ def test_the_same_as_the_script_finds(detector: Detector, photo: Path, tmp_path:
         assert [row["category_name"] for row in rows] == found["labels"]
 
 
+def test_folders_are_searched_as_training_data_are(
+    detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clutter is no photograph; what is left out is said."""
+    save_model(tmp_path / "model", detector, [])
+    photos = tmp_path / "photos"
+    for name in ("a.jpg", "deep/b.png", "@eaDir/a.jpg", ".ipynb_checkpoints/c.jpg", "._a.jpg"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(COLOURS).save(photos / name)
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(COLOURS).save(tmp_path / "elsewhere/d.jpg")
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("e.HEIC", "f.cr2"):
+        (photos / name).write_bytes(b"no picture")
+    flags = ("--checkpoint", tmp_path, "--output-dir", photos / "found", "--score-threshold", 0, *runs.MACHINE)
+    for _ in range(2):
+        runs.call_script("predict", photos, *flags)
+        rows = json.loads((photos / "found/predictions.json").read_text())
+        expected = {str(photos / name) for name in ("a.jpg", "deep/b.png", "linked/d.jpg")}
+        assert {row["file_name"] for row in rows} == expected
+        printed = capsys.readouterr().out
+        for kind, count in {"folders": 2, "hidden images": 1, "images of other formats": 2}.items():
+            assert re.search(rf"{kind} left out, such as {photos}/.*: {count}$", printed, re.MULTILINE)
+        assert "3 images, 0 unreadable" in printed
+    for path in ("a.jpg", "deep/b.png", "linked/d.jpg"):
+        (photos / path).unlink()
+    shutil.rmtree(photos / "found")
+    with pytest.raises(InputError, match=r"no image files there .*images of other formats left out, such as .*: 2"):
+        runs.call_script("predict", photos, *flags)
+
+
 def test_pixels() -> None:
     """Each form's value, by hand."""
     grey = np.repeat(GREY[:, :, None], 3, axis=2)
@@ -136,6 +169,9 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     (np.zeros((1, 8, 9, 3), np.uint8), "uint8 array [1, 8, 9, 3]: is no image"),
     (np.zeros((0, 9, 3), np.uint8), "uint8 array [0, 9, 3]: has no pixels"),
     (torch.zeros(3, 0, 9), "has no pixels"),
+    (torch.zeros(3, 8, 9).to_sparse(), "give a dense tensor"),
+    (torch.zeros(3, 8, 9, device="meta"), "without values; give a dense tensor"),
+    (torch.quantize_per_tensor(torch.zeros(3, 8, 9), 0.1, 0, torch.quint8), "give a dense tensor"),
     (Image.new("RGB", (0, 5)), "has no pixels (0x5)"),
     ([[1, 2], [3, 4]], "is a list, not an image; give a file's path, a PIL image, or an array"),
     (None, "is a NoneType, not an image"),
@@ -159,6 +195,7 @@ def test_refused_alone(detector: Detector) -> None:
     for image, text in (
         (WIDE - 2, "values from -2"),
         (None, "NoneType"),
+        (np.array(3), "is no image"),
         (5, "is a int"),
         ("absent.jpg", "absent.jpg"),
     ):

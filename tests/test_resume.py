@@ -103,6 +103,18 @@ def test_stopped_in_the_middle_of_a_step(
     assert_same_run(run, reference)
 
 
+def test_killed_while_the_last_curves_were_drawn(demo: Path, tmp_path: Path) -> None:
+    """The run has ended: all that is left is the unfinished picture, and it is drawn again."""
+    run = tmp_path / "run"
+    flags = (*runs.EIGHT, "--max-steps", 2, *runs.NO_EVALUATION)
+    train(run, demo, *flags)
+    picture = (run / "curves.png").read_bytes()
+    (run / "curves.png").unlink()
+    (run / ".curves.png.partial").write_bytes(picture[:100])
+    train(run, demo, *flags, "--resume")
+    assert (run / "curves.png").read_bytes() == picture and not list(run.rglob(".*"))
+
+
 def test_stopped_in_an_evaluation(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,17 +153,20 @@ def test_a_signal_to_all_processes_of_a_run(number: signal.Signals, demo: Path, 
 def test_a_second_signal_ends_at_once(demo: Path, tmp_path: Path) -> None:
     """But not the launcher's echo of the first one."""
     process = runs.start_script(
-        "pretrain", "--data", demo, *runs.TINY, *LENGTH, "--global-batch-size", 512, *runs.NO_EVALUATION,
+        "pretrain", "--data", demo, *runs.TINY, *LENGTH, "--global-batch-size", 2**12, *runs.NO_EVALUATION,
         "--output-dir", tmp_path / "run",
     )  # fmt: skip
     assert process.stderr is not None
-    while "0/12" not in process.stderr.readline(100):  # the progress bar's first line: signals are caught
-        pass
+    errors = b""
+    while b"0/12" not in errors:  # the progress bar as it begins, which ends with no new line: signals are caught
+        read = os.read(process.stderr.fileno(), 4096)
+        assert read, errors
+        errors += read
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     time.sleep(ECHO_SECONDS + 1)
-    assert process.poll() is None  # in its step of 256 micro-batches
+    assert process.poll() is None  # in its first step of 2,048 micro-batches, a minute on any machine
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == -signal.SIGTERM
 

@@ -10,7 +10,7 @@ import pytest
 
 from direct_pt.errors import InputError
 from direct_pt.models.detector import MODELS
-from direct_pt.recipes import STAGES, recipe_name
+from direct_pt.recipes import STAGES, paper_optimizer, recipe_name
 from direct_pt.training.banner import recipe_text
 from direct_pt.training.plan import Plan, make_plan
 from direct_pt.training.resume import resumed_plan
@@ -41,7 +41,7 @@ def plan(
 ) -> Plan:
     """Of a detector with its own backbone."""
     options = parse(stage, *flags).schedule
-    recipe = STAGES[stage].recipe(model, model in WITH_LAYERNORM, recipe_name(options.recipe, images))
+    recipe = STAGES[stage].recipe(model, paper_optimizer(model in WITH_LAYERNORM), recipe_name(options.recipe, images))
     return make_plan(options, recipe, images, processes)
 
 
@@ -73,11 +73,11 @@ def test_the_papers_numbers_on_coco(model: str, processes: int) -> None:
 def test_optimizers(stage: str) -> None:
     """AdamW wherever the backbone normalises with LayerNorm, whatever the detector; else SGD."""
     for model in MODELS:
-        recipe = STAGES[stage].recipe(model, has_layernorm=True)
+        recipe = STAGES[stage].recipe(model, "adamw")
         assert (recipe.optimizer, recipe.weight_decay) == ("adamw", 0.05)
         assert recipe.lr == {"pretrain": 4e-4, "finetune": 1e-4}[stage]
         assert (recipe.warmup_steps, recipe.epochs) == (500, STAGES[stage].paper.epochs)
-        recipe = STAGES[stage].recipe(model, has_layernorm=False)
+        recipe = STAGES[stage].recipe(model, "sgd")
         assert (recipe.optimizer, recipe.weight_decay) == ("sgd", 1e-4)
 
 
@@ -197,8 +197,8 @@ def test_the_small_batch_on_many_processes(stage: str, batches: dict[int, tuple[
 
 def test_the_banner_names_the_numbers() -> None:
     """Of the small recipe beside the paper's; of the paper's where flags replace some."""
-    paper = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", False)
-    small = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", False, "small")
+    paper = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", "sgd")
+    small = STAGES["pretrain"].recipe("faster_rcnn_r50_fpn", "sgd", "small")
     text = recipe_text(small, paper, plan("pretrain", images=300), is_given=False)
     assert text == (
         "small (under 5,000 training images): batch 8, lr 0.01, warm-up 200 steps; the paper's (--recipe paper): 64, "
@@ -361,7 +361,7 @@ def test_bad_config(tmp_path: Path) -> None:
         '{"settings": {"stage": "pretrain", "learning_rate": 1}}': "unknown settings: learning_rate",
         '{"settings": {"streaming": "yes"}}': "streaming is 'yes': write true or false",
         '{"settings": {"data": {"a": 1}}}': "data is {'a': 1}: write one value, or a list of values",
-        '{"settings": {"classes": ["a,b"]}}': "classes has a name with a comma",
+        '{"settings": {"classes": [""]}}': "names no class: give some, such as person,car",
     }
     for content, message in cases.items():
         config.write_text(content)
@@ -374,6 +374,22 @@ def test_bad_config(tmp_path: Path) -> None:
     assert (data.train_images, data.train_annotations) == ((Path("-x"),), (Path("a"), Path("-b")))
     with pytest.raises(InputError, match=r"absent\.json: cannot be read"):
         parse("pretrain", "--config", tmp_path / "absent.json")
+
+
+CLASS_NAMES = ("cat, big", " dog ", '"quoted"', '6" pipe', "a,b", "plain", "it's")
+
+
+def test_every_class_can_be_named(tmp_path: Path) -> None:
+    """Also on the way through a run's config.json."""
+    text = """ "cat, big" ," dog ",\"\"\"quoted\"\"\",6" pipe,"a,b", plain ,it's,plain,"""
+    options = parse("pretrain", "--classes", text)
+    assert options.data.classes == CLASS_NAMES
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"settings": options.to_dict()}))
+    assert parse("pretrain", "--config", config).data.classes == CLASS_NAMES
+    for wrong in ('"cat', 'dog,"cat, big', '"cat" dog', ",", '""'):
+        with pytest.raises(InputError, match=r"has a quote that does not end|names no class"):
+            parse("pretrain", "--classes", wrong)
 
 
 def assert_one_line(error: BaseException) -> None:

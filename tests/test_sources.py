@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pycocotools import mask as coco_mask
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats import json_stream
 from direct_pt.data.formats.coco import CocoSplit, find_coco
-from direct_pt.data.problems import DataError, Problems
+from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.sources import DataOptions, find_sources, load_split, load_tables
 from direct_pt.errors import InputError
 
@@ -301,7 +302,7 @@ def test_real_data_in_small_pieces(name: str, split: str, monkeypatch: pytest.Mo
 def test_several_chunks(coco_folder: MakeCocoFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of outline on both sides of a chunk's end."""
     kinds = [SQUARE, TWO_PARTS, run_lengths(some_mask(20, 20)), [], None, {"size": [20, 20], "counts": [30, 20, 350]}]
-    boxes = np.random.default_rng(0).uniform(1, 9, (50, 4)).tolist()
+    boxes = np.random.default_rng(0).uniform((1, 1, 9, 9), (3, 3, 12, 12), (50, 4)).tolist()
     annotations = [
         box_of(10 * (13 * row % 9) + 10, box, segmentation=kinds[row * 5 % 6], iscrowd=row % 2, area=box[2])
         for row, box in enumerate(boxes)
@@ -589,12 +590,75 @@ def test_bad_segmentation(folder: CocoFolder, case: str) -> None:
         assert word in message
 
 
+BESIDE = run_lengths(some_mask(40, 25))  # columns 5 to 11, rows 3 to 8
+OFF_THE_BOX = {  # box in an image 25 wide and 40 high, outline, the reason
+    "in shares": ([5, 10, 10, 20], [[0.2, 0.2, 0.6, 0.2, 0.6, 0.7]], "looks like shares"),
+    "in shares, the box at the corner": ([0, 0, 25, 40], [[0, 0, 1, 0, 1, 1, 0, 1]], "looks like shares"),
+    "to the left": ([14, 10, 10, 20], SQUARE, "outside of its bbox"),
+    "below": ([2, 3, 10, 5], [[2, 20, 9, 20, 9, 30]], "outside of its bbox"),
+    "below, of two parts": ([2, 30, 10, 9], TWO_PARTS, "outside of its bbox"),
+    "in the part of the box that is cut off": ([20, 5, 30, 5], [[30, 5, 50, 5, 50, 10]], "or of its image"),
+    "run lengths": ([14, 10, 10, 20], BESIDE, "outside of its bbox"),
+}
+
+
+@pytest.mark.parametrize("case", OFF_THE_BOX)
+def test_outlines_off_their_box(folder: CocoFolder, case: str) -> None:
+    """Their masks would be empty."""
+    box, outline, reason = OFF_THE_BOX[case]
+    folder.content["annotations"].append({"id": 55, "category_id": 2, **box_of(20, box, segmentation=outline)})
+    message = refused(folder)
+    assert "annotation 55 has a 'segmentation'" in message and reason in message
+
+
+@pytest.mark.parametrize(
+    ("box", "outline"),
+    [
+        ([13.4, 3, 5, 5], SQUARE),  # less than a pixel beside it
+        ([0, 0, 2, 2], [[0, 0, 1, 0, 1, 1, 0, 1]]),
+        ([12.5, 3, 0.5, 5], TWO_PARTS),
+        ([24.5, 10, 5, 5], SQUARE),  # half a pixel of the box is left in the image: it is not trained on
+        ([1, 1, 20, 30], {"size": [40, 25], "counts": [1000]}),
+        ([11, 8, 10, 20], BESIDE),
+    ],
+)
+def test_outlines_that_fit_their_box(folder: CocoFolder, box: list[float], outline: Any) -> None:
+    folder.content["annotations"].append({"id": 55, "category_id": 2, **box_of(20, box, segmentation=outline)})
+    assert len(folder.load().boxes) == 5
+
+
 def test_listed_images_are_absent(folder: CocoFolder) -> None:
     (folder.paths.images / "1.png").unlink()
     (folder.paths.images / "2.png").unlink()
     message = refused(folder)
     for word in (str(folder.paths.images / "1.png"), "2 of 3", "check the image folder"):
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ("./0.png", "0.png", "./0.png and 0.png are the same file"),
+        ("sub/0.png", "sub//./0.png", "sub/0.png and sub//./0.png are the same file"),
+        ("SUB/0.png", "sub/%30.png", "'SUB/0.png' and 'sub/%30.png', which both mean 'sub/0.png'"),
+        ("./SUB/0.png", "SUB/0.PNG", "'./SUB/0.png' and 'SUB/0.PNG', which both mean 'sub/0.png'"),
+    ],
+)
+def test_two_names_of_one_file(folder: CocoFolder, first: str, second: str, words: str) -> None:
+    """Each would teach that there is nothing but its own objects."""
+    (folder.paths.images / "sub").mkdir()
+    shutil.copy(folder.paths.images / "0.png", folder.paths.images / "sub")
+    for record, name in zip(folder.content["images"], (first, second), strict=False):
+        record["file_name"] = name
+    assert words in refused(folder)
+    problems = Problems(collects=True)
+    table = load_split(folder.paths, problems=problems)
+    assert problems.counts(ERROR).popitem()[1] == 1 and len(table) == 2
+
+
+def test_names_with_superfluous_parts(folder: CocoFolder) -> None:
+    folder.content["images"][0]["file_name"] = ".//0.png"
+    assert folder.load().read_image(0).shape[:2] == SIZES[0]
 
 
 def test_no_size_and_an_unreadable_image(folder: CocoFolder) -> None:

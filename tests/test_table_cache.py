@@ -254,11 +254,48 @@ def with_header(text: str) -> Callable[[Path], Any]:
     return lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
 
 
+def alter_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def swap_text(old: bytes, new: bytes) -> Callable[[Path], Any]:
+    def swap(path: Path) -> None:
+        content = path.read_bytes()
+        assert content.count(old) == 1 and len(old) == len(new)
+        path.write_bytes(content.replace(old, new))
+
+    return swap
+
+
+def offsets(first: object, last: object) -> Callable[[Path], None]:
+    """Of one array, in the header."""
+
+    def change(path: Path) -> None:
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header["labels"]["data_offsets"] = [first, last]
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+    return change
+
+
+def name_of_first(name: bytes) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def change(arrays: dict[str, Any], about: dict[str, Any]) -> None:
+        names = np.array([name] * len(arrays["file_names"]), "S20")
+        arrays["file_names"] = names[:, None].view(np.uint8)
+
+    return change
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (cut(0), "empty"),
     "header's length cut short": (cut(5), ""),
     "header cut short": (cut(200), ""),
-    "arrays cut short": (lambda file: file.write_bytes(file.read_bytes()[:-8]), "cannot reshape array"),
+    "arrays cut short": (lambda file: file.write_bytes(file.read_bytes()[:-8]), "lies outside of the file"),
     "no safetensors file": (lambda file: file.write_text("nonsense" * 100), ""),
     "a length beyond any file": (lambda file: file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:]), ""),
     "header a list": (with_header("[]"), "its header is damaged: TypeError"),
@@ -291,7 +328,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "labels of other classes than the 2 named",
     ),
     "classes that are no list": (edit(lambda _, about: about.update(class_names=3)), "header is damaged: TypeError"),
-    "another version": (edit(lambda _, about: about.update(version=99)), "of version 99, this program's is 3"),
+    "another version": (edit(lambda _, about: about.update(version=99)), "of version 99, this program's is 5"),
+    "areas altered": (edit(lambda arrays, _: arrays["areas"].__setitem__(0, 7)), "their checksum does not fit"),
+    "a byte of an area": (alter_last_byte, "does not fit: the file was altered, or is damaged"),
+    "a class's name": (swap_text(b"two", b"one"), "their checksum does not fit: the file was altered"),
+    "offsets below nothing": (offsets(-16, 16), "lies outside of the file"),
+    "offsets that fall": (offsets(48, 16), "lies outside of the file"),
+    "offsets that are no numbers": (offsets("a", "b"), "its header is damaged: TypeError"),
+    "brackets without end": (with_header("[" * 100_000), "levels deep"),
+    "no pixels": (edit(lambda arrays, _: arrays["sizes"].__setitem__((0, 0), 0)), "sizes of images without pixels"),
+    "boxes that are not finite": (edit(lambda arrays, _: arrays["boxes"].fill(np.nan)), "that are not finite"),
+    "names elsewhere": (edit(name_of_first(b"/etc/passwd")), "file_names that leave the folder of the images"),
+    "names above": (edit(name_of_first(b"../a.png")), "file_names that leave the folder of the images"),
+    "more ids than classes": (edit(lambda _, about: about["category_ids"].append(9)), "other names than ids"),
     "no version": (edit(lambda _, about: about.pop("version")), "its header is damaged: KeyError('version')"),
 }
 
@@ -312,6 +361,48 @@ def test_damaged(case: str, folder: CocoFolder, root: Path, capsys: pytest.Captu
     other_content(paths)
     assert area(load_split(paths)) == 33.5
     assert capsys.readouterr().err == ""
+
+
+# Where others may write
+
+
+def test_a_pipe_in_place_of_the_table(folder: CocoFolder, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Replaced, as what is damaged is."""
+    paths = folder.write()
+    load_split(paths)
+    place = cached_file(root)
+    place.unlink()
+    os.mkfifo(place)
+    assert_equal(load_split(paths), uncached(paths))
+    assert "it is a named pipe, not a file" in capsys.readouterr().err
+    assert cached_file(root).is_file()
+
+
+def test_a_link_in_place_of_the_table(
+    folder: CocoFolder, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = folder.write()
+    load_split(paths)
+    place = cached_file(root)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    line = refused_to_write(paths, capsys)
+    assert (
+        f"the cached annotations are not used: {place} is a link; remove it" in line and str(paths.annotations) in line
+    )
+    assert place.is_symlink() and (tmp_path / "elsewhere").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_table_of_another_user(folder: CocoFolder, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = folder.write()
+    load_split(paths)
+    place = cached_file(root)
+    os.chown(place, 54_321, 54_321)
+    before = place.read_bytes()
+    assert "belongs to another user (number 54321)" in refused_to_write(paths, capsys)
+    assert place.read_bytes() == before and place.stat().st_uid == 54_321
 
 
 # Where it cannot be written

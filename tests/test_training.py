@@ -1,6 +1,7 @@
 """Real runs of both stages on real images: what they write, and that neither accumulation, nor a second process, nor an
 interruption changes what is learnt."""
 
+from direct_pt.program import run_program
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from direct_pt.checkpoint import from_pretrained, read_history, save_model
 from direct_pt.coco_eval import METRICS
-from direct_pt.errors import InputError, StopSignal, TrainingStopped, run_program
+from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.recipes import PRETRAIN
 from direct_pt.training.plan import make_plan
 from direct_pt.training.settings import PretrainFlags, parse_flags
@@ -45,9 +46,9 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
         assert picture.format == "PNG"
 
     config = runs.read_json(pretrained / "config.json")
-    assert set(config) == {"settings", "plan", "data", "git", "launcher"}
+    assert set(config) == {"settings", "choices", "plan", "data", "git", "launcher"}
     flags = parse_flags(PretrainFlags, "", ["--config", str(pretrained / "config.json")])
-    plan = make_plan(flags.schedule, PRETRAIN.recipe(runs.MODEL, False, "small"), runs.TRAIN_IMAGES, 1)
+    plan = make_plan(flags.schedule, PRETRAIN.recipe(runs.MODEL, "sgd", "small"), runs.TRAIN_IMAGES, 1)
     assert config["settings"] == flags.to_dict() and flags.data.data == demo
     assert config["plan"] == json.loads(json.dumps(asdict(plan))) and (plan.total_steps, plan.eval_steps) == (4, 2)
 

@@ -10,8 +10,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
+from direct_pt.geometry import Geometry, fit
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, build_detector
-from direct_pt.transforms import FinetunePreset, Geometry, PretrainPreset, TestPreset, fit, render
+from direct_pt.transforms import FinetunePreset, PretrainPreset, TestPreset, render
 
 Preset = Callable[[np.ndarray, Objects, np.random.Generator], Sample]
 
@@ -64,7 +65,7 @@ def test_pretraining_crops_anywhere() -> None:
     for offsets in (lefts, tops):  # 0 to 100 in the image's pixels
         assert min(offsets) < 12 and max(offsets) > 88 and max(offsets) <= 101
     assert {tuple(sample.image.shape) for sample in samples} == {(3, 60, 60)}
-    unflipped = samples_of(replace(preset, flip=0.0), ramp, Objects.none(), 20)
+    unflipped = samples_of(replace(preset, flips="none"), ramp, Objects.none(), 20)
     assert not any(sample.image[0, 0, 0] > sample.image[0, 0, -1] for sample in unflipped)
 
 

@@ -121,7 +121,7 @@ def test_a_path_of_another_machine(tmp_path: Path) -> None:
         assert names(read(find(tmp_path)["train"], problems)) == ["images/train/a.png"]
         text = f"its 'path' '{path}' is not there: paths are taken relative to {tmp_path}"
         assert list(map(str, problems.listed)) == [f"{tmp_path}/data.yaml: {text}"]
-        assert problems.counts(NOTE) == {"path ignored": 1}
+        assert problems.counts(NOTE) == {"YAML 'path' that is not there": 1}
 
 
 @pytest.mark.parametrize("name", ["data.yaml", "dataset.yaml", "data.yml", "mine.yaml", "mine.yml"])
@@ -137,9 +137,32 @@ def test_no_yolo(tmp_path: Path) -> None:
     assert find_yolo(tmp_path / "nothing") is None
     write(tmp_path / "recipe.yaml", "names: [other]\nepochs: 3")
     assert find_yolo(tmp_path) is None
-    for name in ("a.yaml", "b.yaml"):
+
+
+@pytest.mark.parametrize("files", [("a.yaml", "b.yaml"), ("data.yml", "dataset.yaml"), ("data.yaml", "mine.yml")])
+def test_several_yaml_files(tmp_path: Path, files: tuple[str, str]) -> None:
+    """Nothing says which is meant, unless they are equal."""
+    make(tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    for name in files:
         write(tmp_path / name, YAML)
-    assert find_yolo(tmp_path) is None  # nothing says which
+    write(tmp_path / "recipe.yaml", "names: [other]\nepochs: 3")
+    assert names(read(find(tmp_path)["train"])) == ["images/train/a.png"]
+    write(tmp_path / files[1], YAML.replace("dog", "pig"))
+    with pytest.raises(
+        DataError, match=rf"holds several YAML files of a YOLO set \(.*{files[1]}.*\): give one of them"
+    ):
+        find_yolo(tmp_path)
+    assert find(tmp_path / files[1])["train"].class_names == ("cat", "pig")
+
+
+@pytest.mark.parametrize("key", ["Train", "training", "TRAIN", "train"])
+def test_split_keys_of_other_spelling(tmp_path: Path, key: str) -> None:
+    make(tmp_path, YAML.replace("train:", f"{key}:").replace("val:", "validation:"))
+    splits = find(tmp_path)
+    assert {split: names(read(one)) for split, one in splits.items()} == {
+        "train": ["images/train/a.png"], "val": ["images/val/b.png"]
+    }  # fmt: skip
 
 
 def test_names(tmp_path: Path) -> None:
@@ -188,7 +211,7 @@ def test_no_label_at_all(tmp_path: Path) -> None:
     assert read(find(folder)["train"], problems)["annotations"] == []
     text = f"none of its 1 images has a label file, such as {folder}/labels/train/a.txt"
     assert list(map(str, problems.listed)) == [f"{folder}/data.yaml (train): {text}"]
-    assert problems.counts(NOTE) == {"no label files": 1}
+    assert problems.counts(NOTE) == {"splits without a label file": 1}
 
 
 def test_links(tmp_path: Path) -> None:
@@ -282,7 +305,8 @@ SPLITS: dict[str, tuple[dict[str, str | bytes], str, list[str]]] = {
     "aside": ({"data.yaml": "train: images/../.."}, "{folder}/data.yaml: " + PATH.format("images/../.."), []),
     "a file": ({"data.yaml": "train: images/train/a.png"},
                "{folder}/data.yaml: " + PATH.format("images/train/a.png"), []),
-    "long": ({"data.yaml": "train: " + 5000 * "x"}, "{folder}/data.yaml: " + PATH.format(5000 * "x"), []),
+    "long": ({"data.yaml": "train: " + 5000 * "x"}, "{folder}/data.yaml: " +
+             PATH.format(5000 * "x").replace("; write", " (File name too long); write"), []),
     "path outside": (
         {"data.yaml": "path: ..\ntrain: images/train"},
         "{folder}/data.yaml: its 'path' '..' lies outside of {folder}, where nothing is read; copy the file into "
@@ -366,7 +390,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
 NAMES = "needs 'names', a list of the classes or a mapping {index: name}"
 NUMBERED = "its 'names' must number its {} classes from 0 without gaps; found {!r}"
 OWN = "give every class a name of its own"
-BOMB = "names: &a0 [x]\n" + "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+BOMB = "k0: &a0 [x]\n" + "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 MERGES = "k0: &a0 {x: y}\n" + "".join(f"k{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 60))
 YAMLS: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "must hold a mapping with the keys 'names', 'train' and 'val'"),
@@ -387,6 +411,8 @@ YAMLS: dict[str, tuple[str | bytes, str]] = {
     "no split": ("names: [cat]\ntrain:\n", "needs the key 'train' or 'val' with the folder of its images"),
     "split a mapping": ("names: [cat]\ntrain: {a: b}", "its 'train' must be a path or a list of paths"),
     "split of lists": ("names: [cat]\nval: [[a]]", "its 'val' must be a path or a list of paths"),
+    "two keys": ("names: [cat]\nval: a\nValid: b",
+                 "has 'val' and 'Valid' for one split, which differ: leave one of them"),
     "path a list": ("names: [cat]\ntrain: a\npath: [a]", "its 'path' must be one path"),
     "keypoints": ("names: [cat]\ntrain: a\nkpt_shape: [17, 3]",
                   "has 'kpt_shape': its labels hold keypoints, which are not supported; export boxes or polygons"),
@@ -402,6 +428,25 @@ YAMLS: dict[str, tuple[str | bytes, str]] = {
     "two": ("names: [cat]\n---\nnames: [dog]", "cannot be read as YAML (expected a single document"),
     "no character": ('names: ["\\UFFFFFFFF"]', "cannot be read as YAML ("),
 }  # fmt: skip
+
+
+REPEATED = {
+    "names: {0: cat, 0: dog, 1: bird}\ntrain: a": (1, "0", 1),
+    "names:\n  0: cat\n  1: dog\n  '0': bird\ntrain: a": (4, "0", 2),
+    'names: [cat]\ntrain: a\nnc: 1\n"train": b': (4, "train", 2),
+    "names: [cat]\ntrain: a\nnames: [dog]": (3, "names", 1),
+}
+
+
+@pytest.mark.parametrize("content", REPEATED)
+def test_a_key_that_stands_twice(tmp_path: Path, content: str) -> None:
+    """No class and no folder is lost."""
+    write(tmp_path / "data.yaml", content)
+    line, key, first = REPEATED[content]
+    with pytest.raises(DataError) as error:
+        find_yolo(tmp_path)
+    text = f"has the key {key!r} again, after line {first}; YAML allows it once: remove one"
+    assert str(error.value) == f"{tmp_path}/data.yaml:{line}: {text}"
 
 
 @pytest.mark.parametrize("case", YAMLS)

@@ -22,7 +22,8 @@ from direct_pt.errors import StopSignal
 from direct_pt.models.detector import build_detector
 from direct_pt.models.layers import batchnorms
 from direct_pt.training import start
-from direct_pt.training.loop import Trainer, average_running_statistics
+from direct_pt.training.loop import Trainer
+from direct_pt.training.norm_statistics import average_running_statistics
 
 FOURS = ("--global-batch-size", "8", "--micro-batch-size", "4")
 STEPS = ("--max-steps", "3", *runs.NO_EVALUATION, "--log-every", "1")

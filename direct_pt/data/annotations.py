@@ -13,7 +13,8 @@ import numpy as np
 from direct_pt.batch import Objects
 from direct_pt.data.outlines import Segmentations, positions_of, starts_of
 from direct_pt.errors import InputError
-from direct_pt.images import DEFAULT_DECODING, Decoding, Size, UnreadableImage, decode_image
+from direct_pt.files import read_regular
+from direct_pt.images import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed, decode_image
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
 SIZES_FROM_FILES = "image sizes read from the image files"  # a key of `AnnotationTable.repairs`
@@ -92,7 +93,7 @@ class AnnotationTable:
 
     def image_content(self, image: int) -> bytes:
         """The encoded image. Raises OSError."""
-        return self.path(image).read_bytes() if self.encoded is None else self.encoded.content(image)
+        return read_regular(self.path(image)) if self.encoded is None else self.encoded.content(image)
 
     def image_size(self, image: int) -> Size:
         """(height, width) in pixels."""
@@ -105,7 +106,7 @@ class AnnotationTable:
         try:
             content = self.image_content(image)
         except OSError as error:
-            raise UnreadableImage(f"{name}: cannot be read ({error})") from error
+            raise UnreadableImage(f"{name}: cannot be read ({blamed(error)})") from error
         return decode_image(content, name, self.image_size(image), least, self.decoding)
 
     def image_of_object(self) -> np.ndarray:
@@ -204,8 +205,7 @@ class AnnotationTable:
         ]
         if with_masks:
             for row, annotation in enumerate(annotations):
-                height, width = (int(side) for side in self.sizes[images[row]])
-                outline = self.segmentations.of_object(row, (height, width))
+                outline = self.segmentations.of_object(row, self.image_size(int(images[row])))
                 polygons = [polygon.ravel().tolist() for polygon in outline] if isinstance(outline, list) else outline
                 annotation["segmentation"] = polygons
         return {

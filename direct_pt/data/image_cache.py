@@ -1,8 +1,9 @@
 """Low-resolution copies of the training images: stage 1 sees each image 48 times, but decodes and shrinks it once.
 
 A cache is a folder: `manifest.json` says what it was made from, `pixels` holds one copy after another, `index` has a
-record per image that says where its copy is, written once the pixels are on the disk. The cache is complete when every
-image has a record; an interrupted build continues after the last record.
+record per image with the place and the checksum of its copy, written once the pixels are on the disk. The cache is
+complete when every image has a record; an interrupted build continues after the last record. What an index says is
+checked, and a copy that is not what was written is not trained on.
 """
 
 import fcntl
@@ -12,11 +13,10 @@ import math
 import os
 import shutil
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,28 @@ import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.cache_files import checksum, open_own, require_own_folder
+from direct_pt.data.reader_processes import Readers, runs
 from direct_pt.data.table_cache import cache_root
+from direct_pt.errors import printable
+from direct_pt.files import parse_json, write_json
+from direct_pt.geometry import fit
 from direct_pt.images import Size, UnreadableImage, decode_jpeg
-from direct_pt.transforms import PretrainPreset, fit
+from direct_pt.transforms import PretrainPreset
 
-VERSION = 1
+VERSION = 2
 # The longest side of the copies, in crop sizes. JPEGs are as large as the largest resize; raw copies are a little
 # smaller, so that COCO train2017 takes less than 30 GB.
 KINDS = {"jpeg": PretrainPreset.scale_range[1], "raw": 1.05}
 BYTES_PER_PIXEL = {"jpeg": 0.4, "raw": 1.5}  # JPEG's is a cautious estimate, to check the free space on the disk
 CHUNK = 256  # images between two writes of the index
-RECORD = np.dtype([("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4")])
+RECORD = np.dtype([("offset", "<i8"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"), ("checksum", "<u8")])
+MAX_MANIFEST_BYTES = 10_000
 Manifest = dict[str, Any]
 JPEG_QUALITY = 90
 
@@ -50,8 +56,9 @@ class ImageCache:
     def __init__(self, folder: Path, made_from: Manifest) -> None:
         self.folder = folder
         self.made_from = made_from
-        self.index = _valid_records(folder)
-        self.pixels = (folder / "pixels").open("rb")  # stays readable even if the folder is removed
+        self.index = _valid_records(folder, made_from)
+        self.pixels = open_own(folder / "pixels")  # stays readable even if the folder is removed
+        self._has_warned = False
 
     @property
     def gigabytes(self) -> float:
@@ -63,15 +70,19 @@ class ImageCache:
 
         The caller will resize it to `resized`; raw copies have that size already.
         """
-        offset, length, height, width = self.index[row].tolist()
-        try:
-            stored = os.pread(self.pixels.fileno(), length, offset)
-            if not length or len(stored) < length:
-                return None
-            jpeg = self.made_from["kind"] == "jpeg"
-            return decode_jpeg(stored) if jpeg else from_yuv(stored, (height, width), resized)
-        except (OSError, RuntimeError, ValueError):  # a disk error; the image file remains
+        offset, length, height, width, checksum = self.index[row].tolist()
+        if not length:
             return None
+        with suppress(OSError, RuntimeError, ValueError, cv2.error):  # a disk error; the image file remains
+            stored = os.pread(self.pixels.fileno(), length, offset)
+            if checksum_of(stored, (height, width)) == checksum:
+                jpeg = self.made_from["kind"] == "jpeg"
+                return decode_jpeg(stored) if jpeg else from_yuv(stored, (height, width), resized)
+        if not self._has_warned:
+            _warn(f"{self.folder}: the copy of image {row + 1} is damaged or was altered; such images are read from "
+                  "their files. Remove the folder, and it is built anew")  # fmt: skip
+            self._has_warned = True
+        return None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _complete_cache, (self.folder, self.made_from)
@@ -104,7 +115,7 @@ def open_image_cache(
     try:
         if not root.exists():
             root.mkdir(parents=True, exist_ok=True)
-        with (root / f"{folder.name}.lock").open("w") as lock:
+        with open_own(root / f"{folder.name}.lock", "r+b", create=True) as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)  # not flock, which workers that outlive this process would hold
             finished = _finished_images(folder, made_from)
             try:
@@ -138,7 +149,8 @@ def _made_from(table: AnnotationTable, kind: str, image_size: int) -> Manifest:
 def _complete_cache(folder: Path, made_from: Manifest) -> ImageCache | None:
     """The cache in `folder`, if it is complete and was made from `made_from`."""
     with suppress(OSError, ValueError):
-        if json.loads((folder / "manifest.json").read_text()) == made_from:
+        require_own_folder(folder)
+        if _read_manifest(folder) == made_from:
             cache = ImageCache(folder, made_from)
             return cache if len(cache.index) == made_from["images"] else None
     return None
@@ -146,13 +158,15 @@ def _complete_cache(folder: Path, made_from: Manifest) -> ImageCache | None:
 
 def _finished_images(folder: Path, made_from: Manifest) -> int:
     """How many images a cache holds, after partial writes are cut off. A useless cache is removed."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return 0
+    require_own_folder(folder)
     try:
-        if json.loads((folder / "manifest.json").read_text()) == made_from:
-            index = _valid_records(folder)
-            os.truncate(folder / "index", index.nbytes)
-            os.truncate(folder / "pixels", index["length"].sum())
+        if _read_manifest(folder) == made_from:
+            index = _valid_records(folder, made_from)
+            for name, size in (("index", index.nbytes), ("pixels", index["length"].sum())):
+                with open_own(folder / name, "r+b") as file:
+                    file.truncate(size)
             return len(index)
         _warn(f"{folder}: was made from other images or by another version; it is built anew")
     except (OSError, ValueError):
@@ -161,36 +175,47 @@ def _finished_images(folder: Path, made_from: Manifest) -> int:
     return 0
 
 
-def _valid_records(folder: Path) -> np.ndarray:
+def _valid_records(folder: Path, made_from: Manifest) -> np.ndarray:
     """The index up to the first record that contradicts those before it or lacks pixels. Raises OSError."""
-    index = np.fromfile(folder / "index", RECORD)
+    with open_own(folder / "index") as file:
+        content = file.read(made_from["images"] * RECORD.itemsize)
+    index = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize).copy()
     ends = np.cumsum(index["length"])
     valid = (index["offset"] == ends - index["length"]) & (index["length"] >= 0)
-    valid &= ends <= (folder / "pixels").stat().st_size
+    for side in ("height", "width"):
+        valid &= (index[side] > 0) == (index["length"] > 0)
+        valid &= (index[side] >= 0) & (index[side] <= made_from["side"])
+    with open_own(folder / "pixels") as file:
+        valid &= ends <= os.fstat(file.fileno()).st_size
     return index[np.logical_and.accumulate(valid)]
+
+
+def _read_manifest(folder: Path) -> Any:
+    """What a cache was made from. Raises OSError or ValueError."""
+    with open_own(folder / "manifest.json") as file:
+        return parse_json(file.read(MAX_MANIFEST_BYTES))
+
+
+def checksum_of(content: bytes, size: Size) -> int:
+    """The checksum of a copy and its (height, width)."""
+    return checksum(content, size[0] << 32 | size[1])
 
 
 def _build(table: AnnotationTable, folder: Path, made_from: Manifest, finished: int, workers: int) -> None:
     """Append the images from row `finished` on."""
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps(made_from))
+    write_json(folder / "manifest.json", made_from)
     kind, side = made_from["kind"], made_from["side"]
     pixels_left = sum(math.prod(copy_size((height, width), side)) for height, width in table.sizes[finished:].tolist())
     needed, free = pixels_left * BYTES_PER_PIXEL[kind], shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} are free")
-    chunks: Iterable[list[tuple[bytes, Size]]] = DataLoader(
-        Copies(table, kind, side),
-        sampler=range(finished, len(table)),
-        batch_size=CHUNK,
-        collate_fn=list,
-        num_workers=workers,
-        generator=torch.Generator(),  # its own, as in make_loader
-        worker_init_fn=_end_with_parent,
-    )
+    rows = partial(iter, runs(finished, len(table), CHUNK))
+    copies: Readers[list[tuple[bytes, Size]]] = Readers(Copies(table, kind, side), rows, workers, list)
     with (
-        (folder / "pixels").open("ab") as pixels,
-        (folder / "index").open("ab") as index,
+        closing(iter(copies)) as chunks,
+        open_own(folder / "pixels", "ab", create=True) as pixels,
+        open_own(folder / "index", "ab", create=True) as index,
         tqdm(total=len(table), initial=finished, desc=f"image cache ({kind})", unit="image") as bar,
     ):
         for chunk in chunks:
@@ -198,6 +223,7 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, finished: 
             records = np.zeros(len(chunk), RECORD)
             records["offset"], records["length"] = pixels.tell() + np.cumsum(lengths) - lengths, lengths
             records["height"], records["width"] = np.array([size for _, size in chunk]).T
+            records["checksum"] = [checksum_of(*copy) for copy in chunk]
             for file, content in ((pixels, b"".join(content for content, _ in chunk)), (index, records.tobytes())):
                 file.write(content)
                 file.flush()
@@ -205,20 +231,8 @@ def _build(table: AnnotationTable, folder: Path, made_from: Manifest, finished: 
             bar.update(len(chunk))
 
 
-def _end_with_parent(worker: int) -> None:
-    """End a worker whose parent was killed: waiting to hand over its results, it would live forever."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _warn(message: str) -> None:
-    print(f"image cache: {message}", file=sys.stderr, flush=True)
+    print(printable(f"image cache: {message}"), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

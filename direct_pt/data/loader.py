@@ -1,11 +1,9 @@
-"""From the annotation table to batches: the order of images, and reading and transforming them in worker processes.
+"""From the annotation table to batches: worker processes read the images and transform them.
 
-The order is a function of (seed, epoch), an image's augmentation of (seed, epoch, image): a resumed run, or one with
-another number of processes, sees the same samples.
+An image's augmentation is a function of (seed, epoch, image), as the order is of (seed, epoch): a resumed run, or one
+with another number of processes, sees the same samples.
 """
 
-import math
-import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,150 +11,53 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from direct_pt.augmentations import Mix, mixed_sample
 from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
+from direct_pt.data.order import Key, SampleOrder, aspect_groups, repeat_factors
+from direct_pt.data.reader_processes import Readers
 from direct_pt.images import UnreadableImage
-from direct_pt.transforms import Preset, TestPreset, render
+from direct_pt.transforms import Preset, TestPreset
 
-Key = tuple[int, ...]  # (epoch, image), and if it came before in this epoch, how often
 MAX_READ_TRIES = 10  # images that are tried in place of an unreadable one
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """The endless sequence of training images: one permutation after another, each epoch with all images.
-
-    Attributes:
-        images: number of images.
-        seed: of the permutations.
-        micro_batch_size: images that pass through the detector together.
-        groups: [images] int group of each image (by aspect ratio); a micro-batch is of one group, except for a few at
-            the ends of an epoch. None for no grouping.
-        repeats: [images] float64 from 1, how often each image comes in an epoch, on average; None for once.
-    """
-
-    images: int
-    seed: int
-    micro_batch_size: int
-    groups: np.ndarray | None = None
-    repeats: np.ndarray | None = None
-
-    @property
-    def count(self) -> int:
-        """Samples per epoch."""
-        return self.images if self.repeats is None else math.ceil(self.repeats.sum())
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        """[count] the images of one epoch, in order."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.count)
-        if self.repeats is not None:
-            order = self._repeated(rng)[order]
-        # The first images complete the micro-batch that the previous epoch began.
-        return arrange(order, self.groups, self.micro_batch_size, -epoch * self.count % self.micro_batch_size, rng)
-
-    def micro_batches(self, start: int, stop: int, rank: int, world: int) -> Iterator[list[Key]]:
-        """The keys of this process's micro-batches.
-
-        Args:
-            start: the first micro-batch, counted over all processes from the start of training.
-            stop: one past the last.
-            rank: of this process.
-            world: number of processes; they take turns.
-        """
-        known_epoch, order, before = -1, np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for micro_batch in range(start + rank, stop, world):
-            keys: list[Key] = []
-            for position in range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size):
-                epoch, offset = divmod(position, self.count)
-                if known_epoch != epoch:
-                    known_epoch, order = epoch, self.epoch(epoch)
-                    before = _times_before(order) if self.repeats is not None else np.zeros_like(order)
-                repeat = (int(before[offset]),) if before[offset] else ()
-                keys.append((epoch, int(order[offset]), *repeat))
-            yield keys
-
-    def _repeated(self, rng: np.random.Generator) -> np.ndarray:
-        """[count] images, each as often as `repeats` says, randomly rounded up or down."""
-        assert self.repeats is not None
-        ends = np.cumsum(self.repeats * (self.count / self.repeats.sum()))
-        copies = np.diff(np.floor(ends + rng.random()), prepend=0).astype(np.int64)
-        copies[-1] += self.count - copies.sum()  # a rounding error of the sum
-        return np.repeat(np.arange(self.images), copies)
-
-
-def arrange(
-    order: np.ndarray, groups: np.ndarray | None, size: int, missing: int, rng: np.random.Generator
-) -> np.ndarray:
-    """[n] the images in another order, so that micro-batches are of one group, as far as possible.
-
-    Args:
-        order: [n] rows of images.
-        groups: the group of each image; None for no grouping.
-        size: of a micro-batch.
-        missing: images that complete the micro-batch begun before.
-        rng: shuffles the micro-batches.
-    """
-    if groups is None:
-        return order
-    chunks, rest = [], []
-    for group in np.unique(groups):
-        members = order[groups[order] == group]
-        whole = len(members) // size * size
-        chunks.extend(members[:whole].reshape(-1, size))
-        rest.append(members[whole:])
-    leftovers = np.concatenate(rest)
-    while len(leftovers) < min(missing, len(order)):
-        leftovers = np.concatenate([leftovers, chunks.pop()])
-    arranged = [chunks[row] for row in rng.permutation(len(chunks))]
-    return np.concatenate([leftovers[:missing], *arranged, leftovers[missing:]])
-
-
-def _times_before(order: np.ndarray) -> np.ndarray:
-    """[n] how often each value of `order` [n] occurs before."""
-    by_image = np.argsort(order, kind="stable")
-    sorted_images = order[by_image]
-    times = np.empty_like(order)
-    times[by_image] = np.arange(len(order)) - np.searchsorted(sorted_images, sorted_images)
-    return times
-
-
-def repeat_factors(table: AnnotationTable, threshold: float) -> np.ndarray:
-    """[N] float64, how often to show each image in an epoch, because few images have some of its classes.
-
-    It is the repeat factor of the image's rarest class: max(1, sqrt(threshold / share of the images that have the
-    class)). Source: Gupta, Dollar, Girshick, "LVIS", appendix B.
-    """
-    image_of = table.image_of_object()
-    targets = table.usable() & ~table.crowd
-    pairs = np.unique(np.stack([image_of, table.labels])[:, targets], axis=1)
-    shares = np.bincount(pairs[1], minlength=len(table.class_names)) / len(table)
-    factors = np.ones(len(table))
-    np.maximum.at(factors, pairs[0], np.sqrt(threshold / shares[pairs[1]]))
-    return factors
 
 
 class TrainingImages(Dataset[Sample]):
     """Samples by key. An unreadable image is replaced by another one, and listed in the sample."""
 
     def __init__(
-        self, table: AnnotationTable, preset: Preset, seed: int, with_masks: bool, cache: ImageCache | None = None
+        self,
+        table: AnnotationTable,
+        preset: Preset,
+        seed: int,
+        with_masks: bool,
+        cache: ImageCache | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.table = table
         self.preset = preset
         self.seed = seed
         self.with_masks = with_masks
         self.cache = cache
+        self.mix = mix
 
     def __getitem__(self, key: Key) -> Sample:
-        image, rng = key[1], np.random.default_rng((self.seed, *key))
+        rng = np.random.default_rng((self.seed, *key))
+        if self.mix is not None and rng.random() < self.mix.share:
+            sample = mixed_sample(self.mix.kind, key[1], len(self.table), self.preset, self.read, rng, self.with_masks)
+        else:
+            sample = self.read(key[1], self.preset, rng, self.with_masks)
+        return replace(sample, seed=int(rng.integers(2**62)))
+
+    def read(self, image: int, preset: Preset, rng: np.random.Generator, with_masks: bool) -> Sample:
+        """The sample of an image, or of another one in place of an unreadable one."""
         unreadable: tuple[int, ...] = ()
         for _ in range(MAX_READ_TRIES):
-            objects = self.table.objects(image, self.with_masks)
-            geometry = self.preset.geometry(self.table.image_size(image), objects, rng)
+            objects = self.table.objects(image, with_masks)
+            geometry = preset.geometry(self.table.image_size(image), objects, rng)
             try:
                 pixels = None if self.cache is None else self.cache.read(image, geometry.resized)
                 if pixels is None:
@@ -165,11 +66,10 @@ class TrainingImages(Dataset[Sample]):
                 unreadable = (*unreadable, image)
                 image = int(rng.integers(len(self.table)))
                 continue
-            sample = render(pixels, objects, geometry, self.preset.padded_size(geometry.size))
-            return replace(sample, index=image, seed=int(rng.integers(2**62)), unreadable=unreadable)
+            return replace(preset.sample(pixels, objects, geometry, rng), index=image, unreadable=unreadable)
         # Almost no image is readable: an empty sample carries the rows to the training loop, which stops.
         blank = np.zeros((64, 64, 3), np.uint8)
-        return replace(self.preset(blank, Objects.none(self.with_masks), rng), index=image, unreadable=unreadable)
+        return replace(preset(blank, Objects.none(with_masks), rng), index=image, unreadable=unreadable)
 
 
 class EvaluationImages(Dataset[Sample]):
@@ -182,7 +82,7 @@ class EvaluationImages(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         image, size = key[1], self.table.image_size(key[1])
         try:
-            sample = self.preset.sample(size, lambda least: self.table.read_image(image, least))
+            sample = self.preset.image_sample(size, lambda least: self.table.read_image(image, least))
             return replace(sample, index=image)
         except UnreadableImage:
             return replace(self.preset.black_sample(size), index=image, unreadable=(image,))
@@ -253,6 +153,7 @@ class TableFeed:
         grouped: whether a micro-batch has images of similar aspect ratio.
         cache: low-resolution copies of the images; None to read the image files.
         repeat_threshold: see repeat_factors; None for every image once per epoch.
+        mix: which samples are made of several images; None for none.
     """
 
     table: AnnotationTable
@@ -263,6 +164,7 @@ class TableFeed:
     grouped: bool = False
     cache: ImageCache | None = None
     repeat_threshold: float | None = None
+    mix: Mix | None = None
 
     @property
     def source(self) -> str:
@@ -294,9 +196,9 @@ class TableFeed:
         groups = aspect_groups(self.table) if self.grouped else None
         repeats = repeat_factors(self.table, self.repeat_threshold) if self.repeat_threshold else None
         order = SampleOrder(len(self.table), self.seed, share.micro_batch_size, groups, repeats)
-        images = TrainingImages(self.table, self.preset, self.seed, self.with_masks, self.cache)
+        images = TrainingImages(self.table, self.preset, self.seed, self.with_masks, self.cache, self.mix)
         keys = partial(order.micro_batches, share.start, share.stop, share.rank, share.world)
-        return read_batches(make_loader(images, keys, self.num_workers))
+        return iter(make_loader(images, keys, self.num_workers))
 
     def state(self, taken: int) -> None:
         """Stateless: seed and position fix the order."""
@@ -312,7 +214,7 @@ class TableFeed:
 
 def evaluation_loader(
     table: AnnotationTable, preset: TestPreset, micro_batch_size: int, rank: int, world: int, num_workers: int
-) -> DataLoader[Batch]:
+) -> Readers[Batch]:
     """Batches with every image once over all processes.
 
     Images of similar aspect ratio share a batch. The batches do not depend on the number of processes, so that neither
@@ -327,11 +229,6 @@ def evaluation_loader(
     return make_loader(EvaluationImages(table, preset), partial(iter, batches[rank::world]), num_workers)
 
 
-def aspect_groups(table: AnnotationTable) -> np.ndarray:
-    """[N] int64, 0 for images that are at least as wide as high, 1 for the others."""
-    return (table.sizes[:, 1] < table.sizes[:, 0]).astype(np.int64)
-
-
 def unreadable_reason(table: AnnotationTable, image: int) -> str:
     """The image's file, and why it cannot be read."""
     try:
@@ -341,43 +238,8 @@ def unreadable_reason(table: AnnotationTable, image: int) -> str:
     return f"{table.image_name(image)}: could not be read before, and can now"
 
 
-class _MicroBatches:
-    """A batch sampler: the data loader calls `__iter__` for each of its own iterators."""
-
-    def __init__(self, start: Callable[[], Iterator[list[Any]]]) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self.start()
-
-
 def make_loader(
     images: Dataset[Sample], micro_batches: Callable[[], Iterator[list[Any]]], num_workers: int
-) -> DataLoader[Batch]:
-    """A data loader that collates the samples whose keys `micro_batches` yields."""
-    return DataLoader(
-        images,  # type: ignore[arg-type]  # collate makes Batches of its Samples
-        batch_sampler=_MicroBatches(micro_batches),
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: iterators would draw from the global one, which a resumed run restores
-        worker_init_fn=_leave_signals_to_parent,
-    )
-
-
-def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """A loader's batches. Closing the generator ends the loader's worker processes.
-
-    Workers ignore stop signals, and would wait forever if an exception that ends the program kept the iterator alive.
-    """
-    yield from loader
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore stop signals, which may reach all processes, so that the current step can be finished.
-
-    Workers end when their parent process asks them to, or is gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+) -> Readers[Batch]:
+    """Batches of the samples whose keys `micro_batches` yields; iterating gives a generator, to be closed."""
+    return Readers(images, micro_batches, num_workers, collate, pin_memory=torch.cuda.is_available())

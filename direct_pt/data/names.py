@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote
 
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
+from direct_pt.files import what_is_there
 from direct_pt.images import FORMATS
 
 # Folders that file managers, archives and notebooks leave behind, with copies of images in them.
@@ -43,31 +45,48 @@ def normal_name(name: str) -> str:
     return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
+class Spellings:
+    """Names that are found by others that mean the same."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+        self._by_normal_name: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> list[str]:
+        """The name itself if it is there, or else all that mean the same, sorted."""
+        if name in self.names:
+            return [name]
+        if self._by_normal_name is None:
+            self._by_normal_name = defaultdict(list)
+            for own in sorted(self.names):
+                self._by_normal_name[normal_name(own)].append(own)
+        return self._by_normal_name.get(normal_name(name), [])
+
+
 class Folder:
     """The names in one folder, none if it does not exist. Raises DataError if it cannot be listed.
 
     Attributes:
         names: as they are on the disk, but for those that are no data.
+        left_out: those that are no data.
     """
 
     def __init__(self, path: Path) -> None:
         try:
-            self.names = {name for name in os.listdir(path) if not is_no_data(name)}  # noqa: PTH208
+            found = set(os.listdir(path))  # noqa: PTH208
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
-            self.names = set()
+            found = set()
         except OSError as error:
             raise DataError("unreadable folder", path, f"cannot be listed ({error.strerror}); allow it") from error
-        self._by_normal_name: dict[str, list[str]] | None = None
+        self.left_out = set(filter(is_no_data, found))
+        self.names = found - self.left_out
+        self._spellings = Spellings(self.names)
 
     def find(self, name: str) -> str | None:
-        """The file of this name, or else the only one whose name means the same."""
-        if name in self.names:
+        """The file of this name, even if it is no data, or else the only one whose name means the same."""
+        if name in self.left_out:  # who names it exactly means it
             return name
-        if self._by_normal_name is None:
-            self._by_normal_name = defaultdict(list)
-            for own in self.names:
-                self._by_normal_name[normal_name(own)].append(own)
-        found = self._by_normal_name.get(normal_name(name), [])
+        found = self._spellings.find(name)
         return found[0] if len(found) == 1 else None
 
 
@@ -94,28 +113,68 @@ class Folders:
         return found
 
 
-def walk_images(place: Path, problems: Problems, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[Path]:
-    """The image files in a folder and its subfolders, except for links to folders.
+def walk_folders(place: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+    """The folders in a place, itself first, each with the names of its files. Links to folders are followed.
 
-    What is left out is noted: folders that are no data, hidden images, images of formats that are not read.
-
-    Args:
-        place: the folder.
-        problems: gets the notes.
-        wanted: whether a subfolder, by its path, is searched.
+    Each folder comes once: at its own place if that is inside, else by the first link to it. What is left out is noted:
+    folders that are no data, links that lead to what is searched anyway, to a folder around the place, or nowhere.
 
     Raises:
         DataError: a folder cannot be listed.
     """
 
-    def fail(error: OSError) -> None:
-        raise DataError("unreadable folder", error.filename, f"cannot be listed ({error.strerror})") from error
+    def leave_out(kind: str, path: str, text: str) -> None:
+        problems.add(Problem(NOTE, kind, path, f"is left out: {text}"))
 
-    for folder, below, names in os.walk(place, onerror=fail):
-        for name in [name for name in below if is_no_data(name)]:
-            text = "is left out: its name says that it holds no data"
-            problems.add(Problem(NOTE, "folders left out", str(Path(folder, name)), text))
-        below[:] = [name for name in below if not is_no_data(name) and wanted(os.path.join(folder, name))]  # noqa: PTH118
+    whole = Path(os.path.realpath(place))
+    seen: set[str] = set()
+    waiting = [str(place)]
+    for top in waiting:  # it grows by the links
+        for folder, below, names in os.walk(top, onerror=_fail_to_list):
+            target = os.path.realpath(folder)
+            if target in seen or (seen and whole.is_relative_to(target)):
+                below.clear()
+                if folder == top:
+                    text = f"it leads to {target}, which is searched anyway or holds this folder; copy what is needed"
+                    leave_out("links to folders left out", folder, text)
+                continue
+            seen.add(target)
+            for name in filter(is_no_data, below):
+                leave_out("folders left out", os.path.join(folder, name), "its name says that it holds no data")  # noqa: PTH118
+            for name in names:
+                path = os.path.join(folder, name)  # noqa: PTH118
+                if "." not in name and os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
+                    leave_out("links that lead nowhere", path, "there is no file or folder where it leads; mend it")
+            below[:] = [name for name in below if not is_no_data(name)]
+            paths = [os.path.join(folder, name) for name in sorted(below)]  # noqa: PTH118
+            waiting += filter(os.path.islink, paths)  # os.walk does not enter them
+            yield folder, names
+
+
+def _fail_to_list(error: OSError) -> NoReturn:
+    raise DataError("unreadable folder", error.filename, f"cannot be listed ({error.strerror}); allow it") from error
+
+
+def require_readable(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Check a folder that a library reads: it would wait for a pipe, and leave out folders that it may not list.
+
+    Raises:
+        DataError: a folder in it cannot be listed, or a pipe, socket or device has one of these suffixes.
+    """
+    for place, below, names in os.walk(folder, onerror=_fail_to_list):
+        below[:] = [name for name in below if not is_no_data(name)]
+        for path in (Path(place, name) for name in names if name.endswith(suffixes)):
+            if (there := what_is_there(path)) not in ("", "a file", "a folder"):
+                raise DataError("no file", path, f"cannot be read as a file: {there}; put one there, or remove it")
+
+
+def walk_images(place: Path, problems: Problems) -> Iterator[Path]:
+    """The image files in a folder and its subfolders: see walk_folders. Images that are left out are noted.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    for folder, names in walk_folders(place, problems):
         for name in names:
             if is_image(Path(folder, name), problems):
                 yield Path(folder, name)
@@ -135,6 +194,18 @@ def is_image(path: Path, problems: Problems) -> bool:
     return True
 
 
+def is_no_folder(path: Path) -> bool:
+    """Whether something is there that is no folder: a file, or what stands in its place, and reading it will name.
+
+    Raises:
+        OSError: the folder around it cannot be entered.
+    """
+    try:
+        return (path.is_symlink() or path.exists()) and not path.is_dir()
+    except ValueError:  # a name that no file can have
+        return False
+
+
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder that are named as splits."""
     return _named_as_splits(folder, "", Path.is_dir)
@@ -142,7 +213,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 def split_files(folder: Path, suffix: str) -> dict[str, Path]:
     """The files with this suffix in a folder that are named as splits."""
-    return _named_as_splits(folder, suffix, Path.is_file)
+    return _named_as_splits(folder, suffix, is_no_folder)
 
 
 def report_unused_splits(data: Path, used: Iterable[Path], problems: Problems) -> None:

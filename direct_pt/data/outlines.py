@@ -12,6 +12,8 @@ from direct_pt.data.problems import DataError, Problems
 
 MIN_POLYGON_NUMBERS = 6  # x and y of three corners
 MAX_CORNER_DISTANCE = 3.0  # of a corner from the image's origin, in multiples of the image's longer side
+OUTLINE_TOLERANCE = 1.0  # pixels between an outline and its box: corners count from 0 or 1, sides are rounded
+MIN_SIDE_TO_JUDGE_SHARES = 4.0  # pixels, of a box; outlines within one pixel of the origin fit smaller ones
 MAX_COUNT_CHARACTERS = 6  # of one run length: 5 bits each, so that counts stay under 2**30
 
 
@@ -183,11 +185,11 @@ def outlines_fit(
     source: str,
     problems: Problems,
 ) -> np.ndarray:
-    """[M] bool, whether each object's outline fits its image.
+    """[M] bool, whether each object's outline fits its image and its box.
 
     Args:
         outlines: of M objects.
-        objects: their columns id, image_id and run_length_size.
+        objects: their columns id, image_id, bbox and run_length_size.
         sizes: [M, 2] (height, width) of each object's image.
         known: [M] bool, whether the object's image and class are known; the others are not checked.
         source: for messages.
@@ -198,22 +200,74 @@ def outlines_fit(
     other_size = with_runs & (stated != sizes).any(axis=1)
     totals = run_length_totals(outlines.run_lengths, outlines.run_length_starts)
     broken = with_runs & ~other_size & (totals != sizes.prod(axis=1, dtype=np.int64))
-    far = np.zeros(len(sizes), bool)  # drawing an outline takes time and memory up to its farthest corner
-    if len(outlines.coordinates):
-        object_of_polygon = np.repeat(np.arange(len(sizes)), np.diff(outlines.object_polygons))
-        object_of_corner = np.repeat(object_of_polygon, np.diff(outlines.polygon_starts))
-        limit = MAX_CORNER_DISTANCE * sizes.max(axis=1)
-        far[object_of_corner[np.abs(outlines.coordinates).max(axis=1) > limit[object_of_corner]]] = True
-    wrong = known & (other_size | broken | far)
+    extents = polygon_extents(outlines)
+    # Drawing an outline takes time and memory up to its farthest corner.
+    far = np.abs(extents).max(axis=1) > MAX_CORNER_DISTANCE * sizes.max(axis=1)
+    drawn = (np.diff(outlines.object_polygons) > 0) & ~far
+    masks = np.flatnonzero(with_runs & ~other_size & ~broken)
+    extents[masks] = run_length_extents(outlines, sizes, masks)
+    drawn[masks] = extents[masks, 2] > 0  # not of no pixel
+    in_shares, outside = _off_their_boxes(extents, objects["bbox"], sizes, drawn)
+    in_shares &= ~with_runs
+    wrong = known & (other_size | broken | far | in_shares | outside)
     for row in np.flatnonzero(wrong):
         with problems.caught():
+            number, image = int(objects["id"][row]), int(objects["image_id"][row])
+            if in_shares[row] or outside[row]:
+                box = [float(f"{side:.6g}") for side in objects["bbox"][row]]
+                text = f"annotation {number} has a 'segmentation' outside of its bbox {box}, or of its image; mend one"
+                if in_shares[row]:
+                    text = (
+                        f"annotation {number} has a 'segmentation' within 1 pixel and the bbox {box}: it looks like "
+                        "shares of the image's sides; outlines are in pixels"
+                    )
+                raise DataError("segmentation", source, text, image, number)
             reason = "its counts do not sum to the pixels of its size"
             if other_size[row]:
                 reason = f"its size {stated[row].tolist()} is not the image's {sizes[row].tolist()}"
             elif far[row]:
                 reason = f"it has a corner far outside of its image of {sizes[row, 1]}x{sizes[row, 0]} pixels"
-            raise _outline_error(int(objects["id"][row]), int(objects["image_id"][row]), reason, source)
+            raise _outline_error(number, image, reason, source)
     return ~wrong
+
+
+def polygon_extents(outlines: Segmentations) -> np.ndarray:
+    """[M, 4] float64 (x1, y1, x2, y2) around each object's polygons; zeros where there are none."""
+    extents = np.zeros((len(outlines.object_polygons) - 1, 4))
+    rows = np.flatnonzero(np.diff(outlines.object_polygons))
+    if len(rows):
+        begins = outlines.polygon_starts[outlines.object_polygons[rows]]  # an object's corners stand together
+        extents[rows, :2] = np.minimum.reduceat(outlines.coordinates, begins)
+        extents[rows, 2:] = np.maximum.reduceat(outlines.coordinates, begins)
+    return extents
+
+
+def run_length_extents(outlines: Segmentations, sizes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[m, 4] float64 (x1, y1, x2, y2) around the sound run lengths of the objects `rows` [m]; zeros if of no pixel."""
+    if not len(rows):
+        return np.zeros((0, 4))
+    boxes = coco_mask.toBbox([outlines.of_object(row, tuple(sizes[row].tolist())) for row in rows.tolist()])
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _off_their_boxes(
+    extents: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether masks would be empty: [M] bool, if outlines are shares of the image, and [M] bool, if they miss the box.
+
+    Args:
+        extents: [M, 4] (x1, y1, x2, y2) around the outlines.
+        boxes: [M, 4] (x, y, width, height).
+        sizes: [M, 2] (height, width) of the images.
+        rows: [M] bool, which objects to check.
+    """
+    low, high = boxes[:, :2].clip(0, sizes[:, ::-1]), (boxes[:, :2] + boxes[:, 2:]).clip(0, sizes[:, ::-1])
+    rows = rows & (high - low >= 1).all(axis=1)  # others are not trained on
+    unit = (extents >= 0).all(axis=1) & (extents <= 1).all(axis=1)
+    in_shares = rows & unit & ((high - low).max(axis=1) > MIN_SIDE_TO_JUDGE_SHARES)
+    outside = (extents[:, 2:] < low - OUTLINE_TOLERANCE).any(axis=1)
+    outside |= (extents[:, :2] > high + OUTLINE_TOLERANCE).any(axis=1)
+    return in_shares, rows & outside & ~in_shares
 
 
 def run_length_totals(characters: np.ndarray, starts: np.ndarray) -> np.ndarray:

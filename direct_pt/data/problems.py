@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, printable
 
 # The grades: training refuses errors, repairs are made and reported, notes may surprise.
 ERROR, REPAIRED, NOTE = "error", "repaired", "note"
@@ -32,7 +32,7 @@ class Problem:
     annotation: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.message}"
+        return printable(f"{self.file}: {self.message}")  # one line, whatever names are in it
 
 
 class DataError(InputError):

@@ -5,7 +5,6 @@ missing sizes, areas and iscrowd are filled in; boxes are clipped to their image
 trained on; polygons with fewer than three corners are dropped. Everything else that is wrong is an error.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from direct_pt.data.annotations import (
     decode_name,
     encode_name,
 )
-from direct_pt.data.names import Folders
+from direct_pt.data.image_files import JOIN, find_files, note_unlisted_images, plain_paths
 from direct_pt.data.outlines import outlines_fit, pop_segmentations, read_outlines
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.images import Decoding, UnreadableImage, encoded_size, image_size
@@ -51,6 +50,10 @@ class Source(Protocol):
     @property
     def annotation_file(self) -> Path | None:
         """The one file with all annotations, whose table can be cached; None if there is no such file."""
+
+    @property
+    def owns_folder(self) -> bool:
+        """Whether all images in `folder` should be in its records, and what is not shall be noted by who reads them."""
 
     @property
     def paths_read(self) -> tuple[Path, ...]:
@@ -107,6 +110,8 @@ def read_table(source: Source, problems: Problems, decoding: Decoding) -> Annota
         encoded=encoded,
         decoding=decoding,
     )
+    if source.owns_folder:
+        note_unlisted_images(source.folder, images["file_name"], source.source, problems)
     _reject_other_box_formats(table)
     _report_repairs(table, np.isnan(areas), objects["dropped"] > 0, problems)
     table.repairs = problems.summary()
@@ -256,7 +261,9 @@ def _integers(records: list[Json], first: int, key: str, field: str, source: str
     for row, record in enumerate(records, first):
         value = record[field]
         if type(value) is not int or abs(value) >= 2**63:
-            text = f"has {field} {value!r:.60}; it must be a whole number"
+            is_name = field == "category_id" and isinstance(value, str) and not value.strip().isdigit()
+            expected = "one of 'categories', or the object left out" if is_name else "a whole number"
+            text = f"has {field} {value!r:.60}; it must be {expected}"
             raise _record_error(field, text, key, row, record, source)
     return np.array([record[field] for record in records], dtype=np.int64)
 
@@ -288,9 +295,9 @@ def _check_images(
     images["row"] = np.arange(len(images["id"]))  # in `encoded`
     images = _unique(images, "images", "id", "ids must be unique", source, problems)
     if encoded is None:
-        images = _unique(images, "images", "file_name", "join the annotations of the two records", source, problems)
-    if encoded is None:
-        names, exists = find_files(source, images["file_name"], problems)
+        images = _unique(images, "images", "file_name", JOIN, source, problems)
+        images = _unique_paths(images, source, problems)
+        names, exists = find_files(source.folder, images["file_name"], source.source, problems)
         images = _select(images | {"file_name": names}, exists)
     images = _fill_in_sizes(images, source, problems, decoding, encoded)
     if encoded is not None and problems.collects:
@@ -310,6 +317,21 @@ def _unique(columns: Columns, key: str, field: str, remedy: str, source: Source,
             name = f"{key}[].{field}"
             raise DataError(name, source.source, f"{name} {shown!s:.200} is used twice; {remedy}")
     return _select(columns, first)
+
+
+def _unique_paths(images: Columns, source: Source, problems: Problems) -> Columns:
+    """The images of different files; names that lead to the file of one before, such as ./a.jpg, are errors."""
+    names = images["file_name"]
+    paths = plain_paths(names)
+    if paths is names:
+        return images
+    first = _is_first(paths)
+    for row in np.flatnonzero(~first):
+        with problems.caught():
+            before = decode_name(names[np.flatnonzero(paths == paths[row])[0]])
+            text = f"images[].file_name {before:.200} and {decode_name(names[row]):.200} are the same file; {JOIN}"
+            raise DataError("images[].file_name", source.source, text)
+    return _select(images, first)
 
 
 def _is_first(values: np.ndarray) -> np.ndarray:
@@ -342,40 +364,6 @@ def _fill_in_sizes(
                 text = f"image {images['id'][row]} states no width and height, and {error}"
                 raise DataError("size", source.source, text, name) from error
     return _select(images, readable)
-
-
-def find_files(source: Source, names: np.ndarray, problems: Problems) -> tuple[np.ndarray, np.ndarray]:
-    """The names [N] of the image files on the disk, and [N] bool, whether they exist; missing ones are errors.
-
-    A file whose name means the same is taken: see normal_name.
-    """
-    folder, folders = str(source.folder), Folders(source.folder)
-    # os.path: pathlib takes several times as long for 100,000 files.
-    exists = np.array([os.path.isfile(os.path.join(folder, decode_name(name))) for name in names.tolist()], bool)  # noqa: PTH113, PTH118
-    absent = [(row, decode_name(names[row])) for row in np.flatnonzero(~exists).tolist()]
-    listed = set(names[exists].tolist()) if absent else set()
-    for row, name in list(absent):
-        found = folders.find(name)
-        if found is not None and encode_name(found) not in listed and os.path.isfile(source.folder / found):  # noqa: PTH113
-            problems.add(Problem(REPAIRED, "images of other spelling taken", source.source, f"{name} is {found}", name))
-            names, exists[row] = _with_name(names, row, encode_name(found)), True
-            absent.remove((row, name))
-    for _, name in absent:
-        remedy = "check the image folder"
-        if "\\" in name and os.path.isfile(source.folder / name.replace("\\", "/")):  # noqa: PTH113
-            remedy = "write its name with / in place of \\"
-        with problems.caught():
-            missing = f"({len(absent)} of {len(names)} images are missing)"
-            text = f"listed in {source.source} but not there {missing}; {remedy}"
-            raise DataError("missing image", source.folder / name, text, name)
-    return names, exists
-
-
-def _with_name(names: np.ndarray, row: int, name: bytes) -> np.ndarray:
-    """The names with another one, which may be longer than all."""
-    names = names.astype(f"S{max(names.itemsize, len(name))}")
-    names[row] = name
-    return names
 
 
 def _look_up(

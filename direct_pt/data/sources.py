@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +16,16 @@ import numpy as np
 from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.formats.voc import find_voc
-from direct_pt.data.formats.yolo import find_yolo, yaml_files
-from direct_pt.data.names import is_no_data, report_unused_splits
+from direct_pt.data.formats.yolo import find_yolo
+from direct_pt.data.image_files import find_files, note_shared_images
+from direct_pt.data.names import is_no_data, is_no_folder, report_unused_splits
 from direct_pt.data.outlines import Segmentations, starts_of
-from direct_pt.data.problems import DataError, Problems
-from direct_pt.data.records import Source, find_files, read_table
+from direct_pt.data.problems import NOTE, DataError, Problem, Problems
+from direct_pt.data.records import Source, read_table
 from direct_pt.data.table_cache import CachedTable, cached_table
-from direct_pt.errors import InputError, class_differences, first_names
-from direct_pt.flags import FREE, flag, names, positive_integer, share
+from direct_pt.errors import InputError, class_differences
+from direct_pt.files import reading
+from direct_pt.flags import FREE, flag, names, positive_integer, quoted_name, share
 from direct_pt.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 
 SPLITS = ("train", "val", "test")
@@ -31,6 +34,7 @@ MAX_HELD_OUT = 5000  # of the training images, if a set has no validation split
 SPOT_CHECKED = 256  # images, spread over the table
 MAX_WRONG_SHARE = 0.01  # of the spot-checked images that training tolerates; one is always tolerated
 COPY = re.compile(rb"\.rf\.[0-9A-Za-z]{16,}(?=\.)")  # what Roboflow puts into the names of augmented copies
+FIRST_COPY = re.compile(rb"([^/]*?)\.rf\.[0-9A-Za-z]{16,}[._]")  # the same behind the photograph's own name
 MAX_FOLDERS_SEARCHED = 100  # in one that is no data set, for one that is
 Paths = tuple[Path, ...]
 
@@ -136,7 +140,7 @@ def _find_files(data: Path, decoding: Decoding) -> Mapping[str, Source] | None:
     trees: Iterator[Mapping[str, Source] | None] = iter(())
     if data.is_dir():
         trees = (find(data) for find in (find_coco, partial(find_yolo, decoding=decoding), find_voc))
-    elif data.suffix in (".yaml", ".yml") and data.is_file():
+    elif data.suffix in (".yaml", ".yml") and is_no_folder(data):
         trees = iter([find_yolo(data, decoding)])
     return next((tree for tree in trees if tree), None)
 
@@ -145,6 +149,8 @@ def _why_no_data_set(data: Path, options: DataOptions) -> str:
     """What is wrong with a path where no data set was found, and the remedy."""
     if not data.exists():
         return "no such folder"
+    if not data.is_file() and not data.is_dir():
+        return "is neither a folder nor a file: give the folder of the data set"
     if data.is_file():
         if data.suffix == ".json":
             return "is a file: name COCO files with --train-annotations, and the folder of their images --train-images"
@@ -152,25 +158,30 @@ def _why_no_data_set(data: Path, options: DataOptions) -> str:
         return f"is a file: {what} the folder of the data set (a YOLO set's YAML file may be given too)"
     if options.streaming:
         return "--streaming reads Hugging Face data sets alone (on the hub, or a folder of parquet files): leave it out"
-    if len(files := yaml_files(data)) > 1:
-        names = first_names([path.name for path in files])
-        return f"holds several YAML files of a YOLO set ({names}): give one of them, --data {files[0]}"
+    from direct_pt.data.formats.hugging_face import holds_saved_rows  # see _find_tree
+
     inside = sorted(path for path in data.iterdir() if path.is_dir() and not is_no_data(path.name))
     for place in inside[:MAX_FOLDERS_SEARCHED]:  # nothing is read outside of the folder that was given
         try:
             found = _find_files(place, options.decoding)
         except InputError:  # a set, with faults of its own
             found = {"train": None}  # type: ignore[dict-item]
-        if found:
+        if found or holds_saved_rows(place):
             return f"holds no data set itself, but {place} is one: give that"
+    hint = ""
+    if (data / "labels").is_dir() and (data / "images").is_dir():
+        hint = "; it has images/ and labels/: write a data.yaml with names and train, as YOLO has it"
+    elif data.name in ("images", "labels", "annotations", "Annotations", "JPEGImages", *SPLITS, "valid"):
+        hint = "; it looks like a part of a data set: give the folder above"
     return (
         "holds none of: COCO's annotations/instances_train2017.json (with images in train2017/) or "
         "annotations/instances_train.json (with images in images/), Roboflow's train/_annotations.coco.json, YOLO's "
         "data.yaml, Pascal VOC's Annotations/, a Hugging Face data set (save_to_disk, parquet, metadata.jsonl); or "
-        "name COCO files with --train-images, --train-annotations, --val-images, --val-annotations"
+        f"name COCO files with --train-images, --train-annotations, --val-images, --val-annotations{hint}"
     )
 
 
+@reading("the data")
 def load_tables(
     options: DataOptions,
     wanted: Iterable[str] = ("train", "val"),
@@ -201,19 +212,19 @@ def load_tables(
     for split in (split for split in SPLITS if split in needed and split in sources):
         split_problems = problems[split] if problems else Problems()
         with split_problems.caught():
-            parts = [load_split(source, options.decoding, split_problems) for source in sources[split]]
+            parts = [  # without a list to collect them in, each part counts its own problems
+                load_split(source, options.decoding, split_problems if problems else Problems())
+                for source in sources[split]
+            ]
             tables[split] = parts[0] if len(parts) == 1 else join(parts, like=tables.get("train"))
+            if problems:
+                tables[split].repairs = split_problems.summary()
     first = next(iter(tables.values()), None)
-    if first is not None and options.data is not None and options.data.is_dir():
+    if first is not None:
         notes = problems[next(iter(tables))] if problems else Problems()
-        used = [path for parts in sources.values() for source in parts for path in source.paths_read]
-        if any(path.suffix == ".txt" for path in used):  # the folders of listed images
-            for table in tables.values():
-                folders = {name.rpartition(b"/")[0] for name in table.file_names.tolist()}
-                used += [table.folder / decode_name(folder) for folder in folders]
-        if used:
-            report_unused_splits(options.data, used, notes)
-            first.repairs = first.repairs | notes.summary()
+        _note_unused(options, sources, tables.values(), notes)
+        note_shared_images(tables, notes)
+        first.repairs = first.repairs | notes.summary()
     for split, table in tables.items():
         if first is not None and _classes(table) != _classes(first):
             differences = class_differences(_classes(table), _classes(first))
@@ -227,6 +238,35 @@ def load_tables(
         if len(val):
             tables["val"] = val
     return {split: table for split, table in tables.items() if split in wanted}
+
+
+def _note_unused(
+    options: DataOptions,
+    sources: Mapping[str, list[Source]],
+    tables: Iterable[AnnotationTable],
+    notes: Problems,
+) -> None:
+    """Note the flags that do not matter to these data, and what is named as a split and is not used."""
+    parts = [source for split in sources.values() for source in split]
+    files = all(source.encoded is None for source in parts)
+    held_out = "val" not in sources or options.val_share in (0, DataOptions.val_share)
+    streamed = options.streaming or options.shuffle_buffer == DataOptions.shuffle_buffer
+    for name, given, reason in (
+        ("subset", files and options.subset is not None, "it is for Hugging Face data"),
+        ("bbox-format", files and options.bbox_format != DataOptions.bbox_format, "it is for Hugging Face data"),
+        ("val-share", not held_out, "there is a validation split"),
+        ("shuffle-buffer", not streamed, "it is for --streaming"),
+    ):
+        if given:
+            notes.add(Problem(NOTE, "flags without effect", f"--{name}", f"has no effect: {reason}"))
+    used = [path for source in parts for path in source.paths_read]
+    if options.data is None or not used:
+        return
+    if any(path.suffix == ".txt" for path in used):  # the folders of listed images
+        for table in tables:
+            folders = {name.rpartition(b"/")[0] for name in table.file_names.tolist()}
+            used += [table.folder / decode_name(folder) for folder in folders]
+    report_unused_splits(options.data if options.data.is_dir() else options.data.parent, used, notes)
 
 
 def load_split(
@@ -244,7 +284,7 @@ def load_split(
         return read_table(source, problems, decoding)
     table = cached_table(file, source.folder, lambda: read_table(source, problems, decoding))
     if isinstance(table, CachedTable):
-        table.file_names, _ = find_files(source, table.file_names, problems)
+        table.file_names, _ = find_files(source.folder, table.file_names, source.source, problems)
     table.decoding = decoding
     return table
 
@@ -253,9 +293,10 @@ def hold_out(table: AnnotationTable, share: float) -> tuple[AnnotationTable, Ann
     """Training and validation images from one table, the same for every stage, seed and order of the files.
 
     The images whose names have the lowest SHA-256 are held out: `share` of all, at least one of two or more, at most
-    MAX_HELD_OUT. Augmented copies of one photograph (Roboflow's NAME.rf.HASH.jpg) are held out together, or not at all.
+    MAX_HELD_OUT. Augmented copies of one photograph (Roboflow's NAME.rf.HASH.jpg, whatever their folders) are held out
+    together, or not at all.
     """
-    digests = [hashlib.sha256(COPY.sub(b"", name)).digest() for name in table.file_names.tolist()]
+    digests = _digests(table)
     order = sorted(range(len(table)), key=digests.__getitem__)
     count = min(max(1, round(share * len(table))), MAX_HELD_OUT, len(table) - 1)
     cuts = [row for row in range(1, len(order)) if digests[order[row]] != digests[order[row - 1]]]
@@ -265,11 +306,29 @@ def hold_out(table: AnnotationTable, share: float) -> tuple[AnnotationTable, Ann
     return replace(table.select(kept), source=source), replace(table.select(held), source=source, repairs={})
 
 
+def _digests(table: AnnotationTable) -> list[bytes]:
+    """SHA-256 of each image's name; of copies of one photograph the lowest."""
+    names = own = table.file_names.tolist()
+    if table.encoded is not None:  # "row 7, NAME": the order of the rows does not matter, unless names repeat
+        own = [name.partition(b", ")[2] for name in names]
+        counts = Counter(own)
+        names = [name if name and counts[name] == 1 else row for name, row in zip(own, names, strict=True)]
+    digests = [hashlib.sha256(COPY.sub(b"", name)).digest() for name in names]
+    copies = [FIRST_COPY.match(name, name.rfind(b"/") + 1) for name in own]
+    photographs = [copy[1] if copy else digest for copy, digest in zip(copies, digests, strict=True)]
+    lowest: dict[bytes, bytes] = {}
+    for photograph, digest in zip(photographs, digests, strict=True):
+        lowest[photograph] = min(digest, lowest.get(photograph, digest))
+    return [lowest[photograph] for photograph in photographs]
+
+
 def _only_classes(table: AnnotationTable, names: tuple[str, ...]) -> AnnotationTable:
     for name in names:
         if name not in table.class_names:
             near = difflib.get_close_matches(name, table.class_names, n=3) or list(table.class_names[:5])
-            raise InputError(f"--classes {name}: {table.source} has no such class; near ones: {', '.join(near)}")
+            raise InputError(
+                f"--classes {name}: {table.source} has no such class; near ones: {', '.join(map(quoted_name, near))}"
+            )
     chosen = [row for row, name in enumerate(table.class_names) if name in names]
     ids = tuple(table.category_ids[row] for row in chosen)
     return table.with_classes(tuple(table.class_names[row] for row in chosen), ids)
@@ -307,12 +366,13 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
 
     folder = Path(os.path.commonpath([table.folder.absolute() for table in tables]))
     paths: list[Path] = []
-    listed_by: dict[Path, AnnotationTable] = {}
+    listed_by: dict[str, AnnotationTable] = {}
     for table in tables:
+        resolved: dict[str, str] = {}  # folders of images, without links
         for name in map(decode_name, table.file_names.tolist()):
             paths.append(table.folder.absolute() / name)
-            if listed_by.setdefault(paths[-1], table) is not table:
-                text = f"lists {name}, as does {listed_by[paths[-1]].source}; join its objects in one file"
+            if listed_by.setdefault(file := _real_path(paths[-1], resolved), table) is not table:
+                text = f"lists {name}, as does {listed_by[file].source}; join its objects in one file"
                 raise DataError("duplicate image", table.source, text, name)
     image_ids = np.concatenate([table.image_ids for table in tables])
     if len(np.unique(image_ids)) < len(image_ids):
@@ -336,6 +396,14 @@ def join(tables: list[AnnotationTable], like: AnnotationTable | None = None) -> 
         repairs=repairs,
         **joined,
     )
+
+
+def _real_path(path: Path, folders: dict[str, str]) -> str:
+    """A file's path without links; `folders` keeps that of its folder, because each look-up takes a system call."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.realpath(path) if path.is_symlink() else f"{folders[folder]}/{name}"
 
 
 def spot_check(table: AnnotationTable) -> None:

@@ -24,7 +24,8 @@ from direct_pt.batch import Batch, Sample
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.formats.hub_rows import Layout, find_layouts
 from direct_pt.data.formats.hugging_face import damaged_file, image_bytes, image_root, load_splits
-from direct_pt.data.loader import FeedFailed, Share, TrainingImages, arrange, aspect_groups, make_loader, read_batches
+from direct_pt.data.loader import FeedFailed, Share, TrainingImages, make_loader
+from direct_pt.data.order import arrange, aspect_groups
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
 from direct_pt.errors import InputError
@@ -145,7 +146,7 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int, s
     Raises:
         InputError: it cannot be streamed.
     """
-    splits, _ = load_splits(data, True, subset)
+    splits, _, declared = load_splits(data, True, subset)
     if not splits:
         raise InputError(f"--streaming: --data {data} is no data set on the hub, and no folder of parquet files")
     if "train" not in splits:
@@ -153,7 +154,7 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int, s
     rows = splits["train"]
     if not isinstance(rows, datasets.IterableDataset):
         raise InputError(f"--streaming: --data {data} was written by save_to_disk: read it without --streaming")
-    layout = find_layouts(splits, str(data), bbox_format)["train"]
+    layout = find_layouts(splits, str(data), bbox_format, declared)["train"]
     stated = (rows.info.splits or {}).get(str(rows.split))
     images = stated.num_examples if stated is not None else _rows_of_files(data, str(rows.split), subset)
     undecoded = rows.cast_column(layout.image, datasets.Image(decode=False))
@@ -162,7 +163,8 @@ def open_stream(data: Path, bbox_format: str, decoding: Decoding, window: int, s
 
 def _rows_of_files(data: Path, split: str, subset: str | None) -> int:
     """Rows of a local split's parquet files; 0 if it has other files."""
-    files = (datasets.load_dataset_builder(str(data), subset).config.data_files or {}).get(split, [])
+    place = data.absolute() if data.exists() else data
+    files = (datasets.load_dataset_builder(str(place), subset).config.data_files or {}).get(split, [])
     paths = [Path(str(file)) for file in files]
     if not all(path.suffix == ".parquet" and path.is_file() for path in paths):
         return 0
@@ -182,6 +184,7 @@ class Window:
     folder: Path = Path()
 
     annotation_file = None
+    owns_folder = False
     paths_read = ()
 
     @property
@@ -305,7 +308,7 @@ class StreamFeed:
             if [state["rank"], state["world"]] != [share.rank, share.world]:
                 place, skipped = Place(place.epoch + 1), 0
         images = StreamedImages(self.preset, self.seed, self.with_masks)
-        return read_batches(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
+        return iter(make_loader(images, partial(self._micro_batches, share, place, skipped), self.num_workers))
 
     def state(self, taken: int) -> dict[str, Any] | None:
         """The place of the next sample's window, and how many of its samples have been used."""

@@ -1,30 +1,36 @@
 """The table of a large annotation file, kept on disk between runs and mapped into memory.
 
-A cached table is a safetensors file: the arrays, and as metadata which annotation file it was made from. Opening it
-takes a millisecond, and all processes of a machine share the same pages of memory.
+A cached table is a safetensors file: the arrays, and as metadata which annotation file it was made from, and checksums.
+It is read once to compare those, a fraction of a second; all processes of a machine share the same pages of memory.
 """
 
+import functools
 import hashlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from direct_pt.data.annotations import SIZES_FROM_FILES, AnnotationTable
+from direct_pt.data.cache_files import ForeignFile, checksum, open_own
 from direct_pt.data.outlines import Segmentations
+from direct_pt.errors import printable
+from direct_pt.files import parse_json
 
-VERSION = 3  # of the cache's format; caches of other versions are not read
+VERSION = 5  # of the cache's format; caches of other versions are not read
 MIN_BYTES = 8 * 2**20  # smaller annotation files are read in less than a second, and not cached
 ABOUT = "about"  # the key of the file's metadata: the table's origin and what is no array, as JSON
+CHECKSUM = "checksum"  # the key of that text's checksum; in it, that of the arrays' checksums by name
+CHUNK_BYTES = 1 << 20
 TYPES = {"BOOL": "?", "U8": "u1", "I32": "i4", "I64": "i8", "F64": "f8"}  # safetensors' names, numpy's
 # The arrays' types and shapes: N images, M objects, P polygons, K corners, R bytes of run lengths, W bytes a file name.
 ROWS = {
@@ -77,6 +83,8 @@ def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationT
         return _load(file, made_from, annotations, images)
     except (FileNotFoundError, NotADirectoryError, _Outdated):
         pass
+    except ForeignFile as error:
+        problem, file = f"the cached annotations are not used: {error}; reading {annotations} instead", None
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory
         problem = f"the cached annotations cannot be used ({error}); reading {annotations} instead"
     table = read()
@@ -90,7 +98,7 @@ def cached_table(annotations: Path, images: Path, read: Callable[[], AnnotationT
             with suppress(OSError, ValueError, _Outdated):
                 table = _load(file, made_from, annotations, images)  # frees the memory of the table that was read
     if problem:
-        print(f"warning: {file or 'cache'}: {problem}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {file or 'cache'}: {problem}"), file=sys.stderr, flush=True)
     return table
 
 
@@ -144,30 +152,62 @@ def _load(file: Path, made_from: Json, annotations: Path, images: Path) -> Cache
     Raises:
         FileNotFoundError, NotADirectoryError: there is no cached table.
         _Outdated: it is of an earlier state of the annotation file.
-        OSError, ValueError: it is damaged, or of another version.
+        ForeignFile: it is a link, or another user's.
+        OSError, ValueError: it is damaged, altered, or of another version.
     """
     table = _map(file, str(annotations), images)
-    if json.loads(json.loads(table.header)["__metadata__"][ABOUT])["made_from"] != made_from:
+    header = parse_json(table.header)
+    if parse_json(header["__metadata__"][ABOUT]).get("made_from") != made_from:
         raise _Outdated
+    with open_own(file) as stream:
+        if stream.read(len(table.header) + 8)[8:] != table.header:
+            raise ValueError("another process replaced it")
+        _compare_checksums(stream, header)
     return table
+
+
+def _compare_checksums(stream: IO[bytes], header: Json) -> None:
+    """Raise ValueError where the content is not what was written.
+
+    It is not read by way of the mapped memory, which would make each process as large as the file.
+    """
+    text, start = header["__metadata__"][ABOUT], stream.tell()
+    expected = json.loads(text).get("checksums")
+    if header["__metadata__"].get(CHECKSUM) != str(checksum(text.encode())) or not isinstance(expected, dict):
+        raise ValueError("their checksum does not fit: the file was altered, or is damaged")
+    for name in (*ROWS, *OUTLINES):
+        first, last = header[name]["data_offsets"]
+        stream.seek(start + first)
+        chunks = (stream.read(min(CHUNK_BYTES, last - place)) for place in range(first, last, CHUNK_BYTES))
+        if _checksum_of(chunks) != expected.get(name):
+            raise ValueError(f"the checksum of {name} does not fit: the file was altered, or is damaged")
+
+
+def _checksum_of(chunks: Iterable[bytes | np.ndarray]) -> int:
+    """The checksum of an array in pieces of CHUNK_BYTES."""
+    return functools.reduce(lambda before, chunk: checksum(chunk, before), chunks, 0)
 
 
 def _map(file: Path, source: str, images: Path) -> CachedTable:
     """The table in `file`, of whatever state of the annotation file. Raises OSError or ValueError."""
-    with file.open("rb") as stream:
+    with open_own(file) as stream:
         content = np.memmap(stream, np.uint8, mode="r").view(np.ndarray)  # slicing a memmap is slow
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     try:
-        header = json.loads(content[8:start].tobytes())
-        about = json.loads(header["__metadata__"][ABOUT])
+        header = parse_json(content[8:start].tobytes())
+        about = parse_json(header["__metadata__"][ABOUT])
         if about["version"] != VERSION:
             raise ValueError(f"they are of version {about['version']}, this program's is {VERSION}")
         arrays: Json = {}
         for name in (*ROWS, *OUTLINES):
             first, last = header[name]["data_offsets"]
+            if not 0 <= first <= last <= len(content) - start:
+                raise ValueError(f"{name} lies outside of the file")
             values = content[start + first : start + last].view(TYPES[header[name]["dtype"]])
             arrays[name] = values.reshape(header[name]["shape"])
         _check(arrays, len(about["class_names"]))
+        if len(about["class_names"]) != len(about["category_ids"]):
+            raise ValueError("its classes have other names than ids")
         arrays["file_names"] = arrays["file_names"].view(f"S{arrays['file_names'].shape[1]}")[:, 0]
         table = CachedTable(
             source=source,
@@ -178,7 +218,7 @@ def _map(file: Path, source: str, images: Path) -> CachedTable:
             category_ids=tuple(about["category_ids"]),
             repairs=dict(about["repairs"]),
         )
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is damaged: {error!r}") from error
     table.cache, table.header = file, content[8:start].tobytes()
     return table
@@ -205,6 +245,22 @@ def _check(arrays: dict[str, np.ndarray], num_classes: int) -> None:
     labels = arrays["labels"]
     if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(f"labels of other classes than the {num_classes} named")
+    if (arrays["sizes"] < 1).any():
+        raise ValueError("sizes of images without pixels")
+    if not (np.isfinite(arrays["boxes"]).all() and np.isfinite(arrays["areas"]).all()):
+        raise ValueError("boxes or areas that are not finite")
+    names = arrays["file_names"].view(f"S{counts['W']}")[:, 0]
+    if (arrays["file_names"][:, 0] == ord("/")).any() or any(b".." in name.split(b"/") for name in _with_dots(names)):
+        raise ValueError("file_names that leave the folder of the images")
+
+
+def _with_dots(names: np.ndarray) -> list[bytes]:
+    return names[np.char.find(names, b"..") >= 0].tolist()
+
+
+def _chunks(values: np.ndarray) -> Iterable[np.ndarray]:
+    content = values.reshape(-1).view(np.uint8)
+    return (content[place : place + CHUNK_BYTES] for place in range(0, len(content), CHUNK_BYTES))
 
 
 def _save(table: AnnotationTable, file: Path, made_from: Json) -> None:
@@ -218,18 +274,20 @@ def _save(table: AnnotationTable, file: Path, made_from: Json) -> None:
         "class_names": list(table.class_names),
         "category_ids": list(table.category_ids),
         "repairs": table.repairs,
+        "checksums": {name: _checksum_of(_chunks(values)) for name, values in arrays.items()},
     }
+    text = json.dumps(about)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{file.name}.", dir=file.parent, ignore_cleanup_errors=True) as beside:
         temporary = Path(beside, file.name)
-        save_file(arrays, temporary, {ABOUT: json.dumps(about)})
+        save_file(arrays, temporary, {ABOUT: text, CHECKSUM: str(checksum(text.encode()))})
         temporary.replace(file)
 
 
 def _read_header(file: Path) -> bytes:
     """The header of the file as it is now; empty if it cannot be read."""
     try:
-        with file.open("rb") as stream:
-            return stream.read(int.from_bytes(stream.read(8), "little"))
+        with open_own(file) as stream:
+            return stream.read(min(int.from_bytes(stream.read(8), "little"), os.fstat(stream.fileno()).st_size))
     except OSError:
         return b""

@@ -16,12 +16,16 @@ import psutil
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, PartialState
 
+from direct_pt.distributed.peers import watch_peers
 from direct_pt.errors import InputError
-from direct_pt.flags import CHANGEABLE, FREE, flag, not_negative_integer
+from direct_pt.flags import CHANGEABLE, FREE, environment_number, flag, worker_count
 
 PRECISIONS = ("auto", "no", "fp16", "bf16")
 DEFAULT_JOIN_SECONDS = 300  # how long processes wait for each other at the start
+PEER_SECONDS = 30  # that an answer of the store may take
 COLLECTIVE_SECONDS = 3600  # how long they wait for each other later: the main one evaluates while the others wait
+MAX_JOIN_SECONDS = 7 * 24 * 3600
+MAX_PROCESSES = 100_000
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
@@ -35,7 +39,7 @@ class DeviceOptions:
         "that computes in it",
         choices=PRECISIONS, on_resume=CHANGEABLE,
     )  # fmt: skip
-    num_workers: int = flag(2, "processes that read images", not_negative_integer, metavar="N", on_resume=FREE)
+    num_workers: int = flag(2, "processes that read images", worker_count, metavar="N", on_resume=FREE)
 
 
 def _is_set(variable: str) -> bool:
@@ -64,16 +68,22 @@ def join_processes() -> PartialState:
     Raises:
         InputError: the launcher asks for something that this machine cannot do, or a process is missing.
     """
-    world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world_size, local_world_size = (
+        environment_number(name, 1, 1, MAX_PROCESSES) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    environment_number("LOCAL_RANK", 0, -1, MAX_PROCESSES)  # accelerate reads it
     _check_launch(world_size, local_world_size)
     options: dict[str, Any] = {}
     if world_size > 1 and not torch.distributed.is_initialized():
+        rank = environment_number("RANK", None, 0, world_size - 1)
+        environment_number("MASTER_PORT", None, 1, 65535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise InputError(f"WORLD_SIZE={world_size}, but MASTER_ADDR is not set: start processes with a launcher")
         if not on_gpu():
             options["backend"] = "gloo"
             # gloo's own choice is the interface of the host's name, which often leads nowhere.
             if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
-        rank = int(os.environ["RANK"])
         torch.distributed.init_process_group(
             options.get("backend", "nccl"),
             store=_roll_call(rank, world_size),
@@ -125,10 +135,7 @@ def _check_launch(world_size: int, local_world_size: int) -> None:
 
 def join_seconds() -> int:
     """How long processes and machines wait for each other at the start. Raises InputError."""
-    given = os.environ.get("DIRECT_PT_JOIN_SECONDS", str(DEFAULT_JOIN_SECONDS))
-    if not given.isdecimal() or int(given) == 0:
-        raise InputError(f"DIRECT_PT_JOIN_SECONDS={given}: give whole seconds from 1, such as {DEFAULT_JOIN_SECONDS}")
-    return int(given)
+    return environment_number("DIRECT_PT_JOIN_SECONDS", DEFAULT_JOIN_SECONDS, 1, MAX_JOIN_SECONDS)
 
 
 def _roll_call(rank: int, world_size: int) -> torch.distributed.Store:
@@ -163,6 +170,9 @@ def _roll_call(rank: int, world_size: int) -> torch.distributed.Store:
         raise InputError(
             f"of {world_size} processes, number {', '.join(missing[:8])} did not reach {place} in {seconds} s: {check}"
         ) from error
+    patience = datetime.timedelta(seconds=PEER_SECONDS)
+    client = torch.distributed.TCPStore(address, int(port), world_size, False, patience, wait_for_workers=False)
+    watch_peers(torch.distributed.PrefixStore(f"direct_pt/{restart}/peers", client), rank, world_size)
     return store
 
 
@@ -183,6 +193,11 @@ def interface_to(address: str) -> str | None:
 # Device and precision
 
 
+def computes_bf16() -> bool:
+    """Whether this machine's CPU computes in bf16, and does not imitate it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def resolve_precision(mixed_precision: str) -> str:
     """The precision that "auto" stands for: the launcher's, else fp16 on a GPU, bf16 on a CPU that computes in it.
 
@@ -198,7 +213,7 @@ def resolve_precision(mixed_precision: str) -> str:
             elif on_gpu():
                 precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
             else:
-                precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+                precision = "bf16" if computes_bf16() else "no"
     if precision not in PRECISIONS:
         raise InputError(f"mixed_precision {precision} is not supported: use {', '.join(PRECISIONS[1:])}")
     if precision == "fp16" and not on_gpu():
@@ -250,7 +265,7 @@ def make_accelerator(
 
 def _configure_cpu() -> None:
     """Share the cores among this machine's processes, and let the C library keep freed memory."""
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_world_size = environment_number("LOCAL_WORLD_SIZE", 1, 1, MAX_PROCESSES)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))  # the launcher sets one thread
     # By default the C library returns large blocks to the system at once, and the system clears each page of the next
     # block: for activations, that takes about a tenth of a step.
@@ -269,7 +284,7 @@ def _deepspeed_plugin(
         import transformers  # noqa: F401 - accelerate needs it for DeepSpeed
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install deepspeed transformers") from error
-    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    stage = environment_number("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2, 0, 99)
     devices = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE", "none") for kind in ("OPTIMIZER", "PARAM")]
     optimizer, parameters = ("none" if device in ("None", "") else device for device in devices)
     if not 1 <= stage <= 3 or "nvme" in (optimizer, parameters):

@@ -3,12 +3,15 @@
 Every process must call each of these functions.
 """
 
+import json
+import math
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from direct_pt.errors import InputError
@@ -47,6 +50,44 @@ def local_main_process_first(read: Callable[[], Value], processes: PartialState)
     if failure is not None:
         raise failure
     return first[0] if first else read()
+
+
+def check_same(facts: dict[str, Any], what: str, processes: PartialState) -> None:
+    """Raise InputError, on every process, where one process's facts are not the main process's.
+
+    Args:
+        facts: by name, JSON values; floats may differ in their last digits, as other processors round differently.
+        what: all of them are, for the message.
+        processes: to compare.
+    """
+    if processes.num_processes == 1:
+        return
+    hosts = gather_object([socket.gethostname()])
+    for rank, other in enumerate(gather_object([facts])):
+        if rank == 0:
+            expected = other
+            continue
+        for name in sorted(expected.keys() | other.keys()):  # the same first one on all
+            found, wanted = other.get(name), expected.get(name)
+            if not _is_same(found, wanted):
+                raise InputError(
+                    f"process {rank} on {hosts[rank]} has another {name} than process 0 on {hosts[0]} ({what}): "
+                    f"{_short(found)} in place of {_short(wanted)}; start the same command with the same "
+                    "files everywhere"
+                )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
+    return bool(one == other)
+
+
+def _short(value: Any) -> str:
+    """A fact, for messages."""
+    return f"{json.dumps(value):.120}"
 
 
 def gather_to_main(value: Value, accelerator: Accelerator) -> list[Value]:

@@ -58,14 +58,14 @@ class Backbone(nn.Module):
         self.channels_last = getattr(network, "output_fmt", None) == "NHWC"
         for module in network.modules():
             # timm starts residual branches at zero (their last norm's weight); the recipe starts them at one.
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and weight is not None and not weight.any():
+            weight = module.weight if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) else None
+            if weight is not None and not weight.is_meta and not weight.any():
                 nn.init.ones_(weight)
             # Without random biases, maps are constant in the padding, and each LayerNorm there multiplies gradients by
             # 1,000. ConvNeXt's first gradient would measure 1e10, overflow float16, and keep AdamW's steps tiny for
             # thousands of steps. With them, as in Swin's patch embedding, it measures about 1.
             bias = module.bias if self.has_layernorm and isinstance(module, nn.Conv2d) else None
-            if bias is not None and not bias.any():
+            if bias is not None and not bias.is_meta and not bias.any():
                 nn.init.normal_(bias, std=0.02)
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = DetectionSwinBlock

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from direct_pt.errors import InputError
 from direct_pt.models.backbone import Backbone
+from direct_pt.models.weights import bad_values, wrong_kind
 
 # The hub has several weights of these; we take torchvision's, which the paper and MMDetection start from.
 RESNETS = re.compile(r"resnet(18|34|50|101|152)")
@@ -62,6 +63,8 @@ def load_backbone(backbone: Backbone, name: str, source: str) -> LoadedWeights:
             f"misshapen, first {first}: expected {list(wanted[first].shape)}, {actual}; give weights of "
             f"{name}, or the backbone that these are of"
         )
+    if reason := bad_values(found) or wrong_kind(found, wanted):
+        raise InputError(f"--init {source}: {reason}; give other weights of {name}")
     # A deeper network has all names and shapes of a shallower one, and more blocks in the same parts.
     parts = {re.sub(r"_\d+$", "", key.split(".")[0]) for key in wanted}
     known = timm.create_model(name, pretrained=False).state_dict()

@@ -18,6 +18,7 @@ from direct_pt.models.layers import batchnorms, use_groupnorm
 from direct_pt.models.masks import MaskHead, paste_masks
 from direct_pt.models.matching import Matching, Sampling
 from direct_pt.models.retinanet import RetinaHead
+from direct_pt.models.roi_align import FINEST_SCALE
 from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
 from direct_pt.transforms import TestPreset
@@ -31,10 +32,17 @@ MODELS = {
     "mask_rcnn_swin_t_fpn": "swin_tiny_patch4_window7_224",
 }
 BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}  # convolutions and fully connected layers
+# What stage 2 leaves as it is.
+FREEZES = {
+    "paper": "BatchNorm, stem and first stage frozen",
+    "norm": "BatchNorm frozen",
+    "none": "nothing frozen",
+}
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB
 PIXEL_STD = (58.395, 57.12, 57.375)
 STRIDES = (4, 8, 16, 32, 64, 128)  # P2..P7
 RATIOS = (0.5, 1.0, 2.0)  # of anchors
+RPN_SCALE, RETINA_SCALE = 8.0, 4.0  # the paper's `anchor_scale`
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class DetectorConfig:
         channels: of the pyramid and the heads.
         proposals: per image, after NMS. Candidates per level before NMS: twice as many in training, as many in testing.
         rois_per_image: how many RoIs are sampled for the second stage's loss.
+        anchor_scale: side of a level's smallest anchors at ratio 1, in strides; None for the paper's, see `anchors_of`.
         short_side: test images are resized to fit into (long_side, short_side), in pixels.
         long_side: see above.
     """
@@ -65,6 +74,7 @@ class DetectorConfig:
     channels: int = 256
     proposals: int = 1000
     rois_per_image: int = 512
+    anchor_scale: float | None = None
     short_side: int = 800
     long_side: int = 1333
 
@@ -76,14 +86,8 @@ class DetectorConfig:
         box_head = "2fc" if name == "cascade_rcnn_r50_fpn" else "4conv1fc"
         return cls(name, class_names, category_ids, MODELS[name], box_head=box_head)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DetectorConfig":
-        """From JSON. Raises TypeError for unknown or missing keys."""
-        lists = {key: tuple(values[key]) for key in ("class_names", "category_ids")}
-        return cls(**{**values, **lists})
-
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; `saved_config.config_from_json` reads it back."""
         return asdict(self)
 
 
@@ -95,6 +99,7 @@ class Detector(nn.Module, ABC):
     Attributes:
         config: what it was built from.
         has_masks: whether it learns and predicts masks.
+        frozen: what does not train, one of FREEZES.
     """
 
     has_masks = False
@@ -104,7 +109,7 @@ class Detector(nn.Module, ABC):
         self.config = config
         self.backbone = backbone
         self.fpn = fpn
-        self.batchnorm_frozen = False
+        self.frozen = "none"
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -174,22 +179,22 @@ class Detector(nn.Module, ABC):
             self.train(was_training)
         return results
 
-    def freeze_for_finetuning(self) -> None:
-        """Freeze what the recipe's stage 2 does not train: every BatchNorm with its statistics, stem and first stage.
+    def freeze_for_finetuning(self, kind: str = "paper") -> None:
+        """Freeze what stage 2 does not train, one of FREEZES.
 
         Networks without BatchNorm, such as Swin, train whole.
         """
-        self.batchnorm_frozen = True
-        for layer in batchnorms(self):
+        self.frozen = kind
+        for layer in batchnorms(self) if kind != "none" else ():
             layer.requires_grad_(False)
-        for parameter in self.backbone.stem_and_first_stage():
+        for parameter in self.backbone.stem_and_first_stage() if kind == "paper" else ():
             parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Detector":
         """As in torch, but frozen BatchNorm layers keep their statistics."""
         super().train(mode)
-        if self.batchnorm_frozen:
+        if self.frozen != "none":
             for layer in batchnorms(self):
                 layer.eval()
         return self
@@ -272,7 +277,7 @@ def build_detector(
                 RetinaHead(
                     channels,
                     num_classes,
-                    Anchors(STRIDES[1:], scales=(4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3)), ratios=RATIOS),
+                    anchors_of(config),
                     Matching(positive=0.5, negative=0.4, low_quality=0.0),
                 ),
             )
@@ -307,13 +312,21 @@ def build_detector(
     return detector
 
 
+def anchors_of(config: DetectorConfig) -> Anchors:
+    """The anchors of a detector: three sizes an octave of RetinaNet, one of the others."""
+    if config.name == "retinanet_r50_fpn":
+        scale = config.anchor_scale or RETINA_SCALE
+        return Anchors(STRIDES[1:], (scale, scale * 2 ** (1 / 3), scale * 2 ** (2 / 3)), RATIOS)
+    return Anchors(STRIDES[:5], (config.anchor_scale or RPN_SCALE,), RATIOS)
+
+
 def _rpn(
     config: DetectorConfig, train_proposals: int | None = None, beta: float = 0.0, inside_only: bool = False
 ) -> RPN:
     """The paper's RPN. `train_proposals` per image leave it in training, as many as in testing if None."""
     return RPN(
         config.channels,
-        Anchors(STRIDES[:5], scales=(8.0,), ratios=RATIOS),
+        anchors_of(config),
         Matching(positive=0.7, negative=0.3, low_quality=0.3),
         Sampling(per_image=256, positive_share=0.5),
         train_counts=ProposalCounts(2 * config.proposals, train_proposals or config.proposals),
@@ -337,6 +350,7 @@ def _roi_head(
         [BoxHead(config.channels, num_classes, convs, fcs, class_agnostic) for _ in refinements],
         refinements,
         strides=list(STRIDES[:4]),
+        finest_scale=FINEST_SCALE * (config.anchor_scale or RPN_SCALE) / RPN_SCALE,
         sampling=Sampling(per_image=config.rois_per_image, positive_share=0.25),
         mask_head=mask_head,
         beta=beta,

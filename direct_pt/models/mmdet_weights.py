@@ -5,10 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from direct_pt.errors import InputError, first_names
+from direct_pt.models.backbone import Backbone
 from direct_pt.models.detector import BOX_HEADS, RATIOS, Detector, DetectorConfig, build_detector
+from direct_pt.models.saved_config import MAX_CLASSES, check_config
+from direct_pt.models.weights import bad_values, outline_of
+from direct_pt.schema import WrongValue
 
 # (MMDetection's, ours): beginnings of names, `#` is an index. The first that matches counts.
 RENAMES = (
@@ -98,9 +102,12 @@ def detector_from_mmdet(
     Raises:
         InputError: the number of names contradicts the shapes, or a tensor is missing, left over or misshapen.
     """
+    if reason := bad_values(state):
+        raise InputError(f"{source}: {reason}; give a file of finite weights, each saved whole")
     config = _infer_config(state, model, class_names, category_ids, backbone, source)
-    detector = build_detector(model, config=config)
-    weights, indices = detector.state_dict(), _position_indices(detector)
+    weights = outline_of(config).state_dict()  # compared before memory is taken for it
+    is_swin = any(name.endswith(POSITION_TABLE) for name in weights)
+    indices = _position_indices(Backbone(config.backbone), "backbone.") if is_swin else {}
     wanted = {**weights, **indices}
     found: dict[str, Tensor] = {}
     left_over, misshapen = [], []
@@ -130,7 +137,8 @@ def detector_from_mmdet(
         if any(name.startswith("ema_") for name in left_over):
             remedy = "names with ema_ are a second copy of the weights: save the state dict without them"
         raise InputError(f"{source}: its tensors are not those of {model} with {config.backbone}: {misfits}; {remedy}")
-    detector.load_state_dict({**weights, **{name: found[name] for name in weights if name in found}})
+    detector = build_detector(model, config=config)
+    detector.load_state_dict({**detector.state_dict(), **{name: found[name] for name in weights if name in found}})
     return detector
 
 
@@ -176,6 +184,10 @@ def _infer_config(
         num_classes = _num_rows(state, to_mmdet("head.logits.weight", model)) // anchors_per_cell
     else:
         num_classes = _num_rows(state, to_mmdet("roi_head.box_heads.0.class_logits.weight", model)) - 1
+    if num_classes > MAX_CLASSES:
+        raise InputError(
+            f"{source}: has weights for {num_classes} classes, of {MAX_CLASSES} at most; is it a detector's?"
+        )
     names = tuple(class_names) if class_names is not None else tuple(f"class {i}" for i in range(max(1, num_classes)))
     if num_classes > 0 and len(names) != num_classes:
         raise InputError(
@@ -186,7 +198,7 @@ def _infer_config(
         len({found[1] for name in state if (found := re.search(rf"\.{layers}\.(\d+)\.", name))})
         for layers in ("shared_convs", "shared_fcs")
     )
-    return replace(
+    config = replace(
         config,
         class_names=names,
         category_ids=tuple(category_ids) if category_ids is not None else tuple(range(1, len(names) + 1)),
@@ -194,6 +206,11 @@ def _infer_config(
         box_head=next((head for head, layers in BOX_HEADS.items() if layers == (convs, fcs)), config.box_head),
         channels=_num_rows(state, to_mmdet("fpn.lateral.0.weight", model)) or config.channels,
     )
+    try:
+        check_config(config)
+    except WrongValue as error:
+        raise InputError(f"{source}: would be read as a detector that cannot be: {error}") from error
+    return config
 
 
 def _num_rows(state: Mapping[str, Tensor], name: str) -> int:
@@ -207,9 +224,9 @@ def _check_backbone(name: str) -> None:
         raise InputError(f"backbone {name}: no counterpart in MMDetection is known; there is one of {known}")
 
 
-def _position_indices(detector: Detector) -> dict[str, Tensor]:
+def _position_indices(network: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Swin's buffers with the table row for each pair of positions in a window. MMDetection saves them."""
-    return {name: buffer for name, buffer in detector.named_buffers() if name.endswith(POSITION_INDEX)}
+    return {prefix + name: buffer for name, buffer in network.named_buffers() if name.endswith(POSITION_INDEX)}
 
 
 def _shape_and_dtype(tensor: Tensor) -> str:

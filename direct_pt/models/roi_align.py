@@ -8,17 +8,22 @@ from direct_pt.models.boxes import area, group_sizes
 from direct_pt.models.layers import takes_gpu_path
 from direct_pt.models.roi_align_cpu import roi_align_by_rows
 
-FINEST_SCALE = 56  # pixels: RoIs whose side is under twice this are read from the finest level
+FINEST_SCALE = 56.0  # pixels: RoIs whose side is under twice this are read from the finest level
 
 
-def roi_levels(boxes: Tensor, num_levels: int) -> Tensor:
+def roi_levels(boxes: Tensor, num_levels: int, finest_scale: float = FINEST_SCALE) -> Tensor:
     """The pyramid level [...] int64 that each box [..., 4] is read from, 0 the finest."""
     scale = area(boxes).clamp(min=0).sqrt()
-    return torch.log2(scale / FINEST_SCALE + 1e-6).floor().clamp(0, num_levels - 1).long()
+    return torch.log2(scale / finest_scale + 1e-6).floor().clamp(0, num_levels - 1).long()
 
 
 def pyramid_roi_align(
-    features: list[Tensor], strides: list[int], images: Tensor, boxes: Tensor, output_size: int
+    features: list[Tensor],
+    strides: list[int],
+    images: Tensor,
+    boxes: Tensor,
+    output_size: int,
+    finest_scale: float = FINEST_SCALE,
 ) -> Tensor:
     """RoIAlign (aligned, adaptive sampling) of each box on the level that suits its size, computed in float32.
 
@@ -30,12 +35,13 @@ def pyramid_roi_align(
         images: [R] int64, the position in the batch that each box lies in.
         boxes: [R, 4].
         output_size: bins a side.
+        finest_scale: half the side under which boxes are read from the finest level, in pixels.
 
     Returns:
         [R, C, output_size, output_size] of the features' dtype.
     """
     pool = roi_align_by_levels if takes_gpu_path(boxes) else roi_align_by_rows
-    levels = roi_levels(boxes, len(features))
+    levels = roi_levels(boxes, len(features), finest_scale)
     return pool(features, strides, images, boxes, levels, output_size).to(features[0].dtype)
 
 

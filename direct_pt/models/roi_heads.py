@@ -14,7 +14,7 @@ from direct_pt.batch import Batch, Detections
 from direct_pt.models.boxes import best_detections, decode, encode, gather_boxes, unit_boxes_where_invalid
 from direct_pt.models.masks import MaskHead, mask_targets
 from direct_pt.models.matching import Matching, Sampling, match, sample
-from direct_pt.models.roi_align import pyramid_roi_align
+from direct_pt.models.roi_align import FINEST_SCALE, pyramid_roi_align
 from direct_pt.models.rpn import Proposals
 
 
@@ -113,6 +113,7 @@ class RoIHead(nn.Module):
         sampling: how many RoIs enter the losses.
         mask_head: predicts which pixels of a box are the object's.
         beta: of the smooth L1 box loss, 0 for L1.
+        finest_scale: see `pyramid_roi_align`.
         score_threshold: detections score strictly more.
         nms_threshold: IoU with a better detection of the same class, above which a detection is suppressed.
         max_detections: per image.
@@ -126,6 +127,7 @@ class RoIHead(nn.Module):
         sampling: Sampling,
         mask_head: MaskHead | None = None,
         beta: float = 0.0,
+        finest_scale: float = FINEST_SCALE,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         max_detections: int = 100,
@@ -138,6 +140,7 @@ class RoIHead(nn.Module):
         self.sampling = sampling
         self.mask_head = mask_head
         self.beta = beta
+        self.finest_scale = finest_scale
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.max_detections = max_detections
@@ -151,7 +154,8 @@ class RoIHead(nn.Module):
 
     def pool(self, features: list[Tensor], images: Tensor, boxes: Tensor, size: int) -> Tensor:
         """RoI features [R, C, size, size] of `boxes` [R, 4] in the batch's `images` [R]."""
-        return pyramid_roi_align(features[: len(self.strides)], self.strides, images, boxes, size)
+        levels = features[: len(self.strides)]
+        return pyramid_roi_align(levels, self.strides, images, boxes, size, self.finest_scale)
 
     def losses(self, features: list[Tensor], proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
         """Class (cross-entropy) and box (smooth L1, the object's own class) loss of each box head, over the number of

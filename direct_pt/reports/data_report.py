@@ -11,6 +11,7 @@ from PIL import Image
 from direct_pt.batch import PackedMasks
 from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED
+from direct_pt.errors import printable
 from direct_pt.files import replacing
 from direct_pt.reports.duplicates import Fingerprints
 from direct_pt.reports.plots import plot_classes, plot_image_sizes, plot_object_sizes
@@ -55,7 +56,7 @@ def report_text(report: dict[str, Any]) -> str:
         lines += ["", f"{stage}: {length}, by the {schedule['recipe']} recipe"]
         lines += [f"    {note}" for note in schedule["notes"]]
     lines += ["", f"advice: {len(report['advice']) or 'none'}", *(f"  * {line}" for line in report["advice"])]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # each is one line, whatever names are in it
 
 
 def _quantiles(values: dict[str, float | None]) -> str:

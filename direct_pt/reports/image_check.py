@@ -1,22 +1,25 @@
 """Every image of a data set, decoded: what is wrong with it, what may surprise, and its fingerprint."""
 
 import io
-import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.problems import ERROR, NOTE, Problem, Problems
+from direct_pt.data.reader_processes import Readers, runs
 from direct_pt.images import READABLE, UnreadableImage, header_sizes
 from direct_pt.reports.duplicates import Fingerprints, perceptual_hash, pixel_digest
 
 Checked = tuple[list[Problem], tuple[int, int, np.ndarray] | None]  # problems; row, digest and hash
+
+IMAGES_AT_ONCE = 8  # of a process
 
 
 class CheckedImages(Dataset[Checked]):
@@ -34,7 +37,7 @@ class CheckedImages(Dataset[Checked]):
             pixels = self.table.read_image(row)
             notes = [Problem(NOTE, kind, name, text, name) for kind, text in self._notes(row)]
             return notes, (row, pixel_digest(pixels), perceptual_hash(pixels))
-        except UnreadableImage as error:
+        except (UnreadableImage, OSError) as error:  # OSError: the file was removed meanwhile
             kind = "unreadable image"
             with suppress(UnreadableImage, OSError):
                 if self.table.image_size(row) not in header_sizes(self.table.image_content(row), name)[:2]:
@@ -73,17 +76,12 @@ def check_images(
     splits = [split for split, table in tables.items() for _ in range(len(table))]
     found: dict[str, list[tuple[int, int, np.ndarray]]] = {split: [] for split in tables}
     images: ConcatDataset[Checked] = ConcatDataset(CheckedImages(table) for table in tables.values())
-    loader = DataLoader(
-        images, batch_size=8, collate_fn=list, num_workers=num_workers, worker_init_fn=_leave_interrupt_to_parent
-    )
-    checked = (image for batch in loader for image in batch)
-    for split, (wrong, fingerprint) in zip(splits, tqdm(checked, "images", len(splits), unit="image"), strict=True):
-        for problem in wrong:
-            problems[split].add(problem)
-        if fingerprint is not None:
-            found[split].append(fingerprint)
+    keys = partial(iter, runs(0, len(splits), IMAGES_AT_ONCE))
+    with closing(iter(Readers(images, keys, num_workers, list))) as batches:
+        checked = (image for batch in batches for image in batch)
+        for split, (wrong, fingerprint) in zip(splits, tqdm(checked, "images", len(splits), unit="image"), strict=True):
+            for problem in wrong:
+                problems[split].add(problem)
+            if fingerprint is not None:
+                found[split].append(fingerprint)
     return {split: Fingerprints.gather(prints) for split, prints in found.items()}
-
-
-def _leave_interrupt_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,7 +18,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     losses, scores = figure.subplots(1, 2)
     steps = [record["step"] for record in logged]
     for name in logged[0]["losses"] if logged else []:
-        losses.plot(steps, [record["losses"][name] for record in logged], label=name, linewidth=1)
+        losses.plot(steps, [record["losses"].get(name) for record in logged], label=name, linewidth=1)
     losses.plot(steps, [record["loss"] for record in logged], label="sum", color="black", linewidth=1)
     rate = losses.twinx()
     rate.plot(steps, [record["lr"] for record in logged], color="grey", linestyle=":", linewidth=1)

@@ -11,6 +11,7 @@ import numpy as np
 
 from direct_pt.batch import Objects
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.images import Size
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE
@@ -28,9 +29,9 @@ MIN_VALIDATION_OBJECTS = 50
 MAX_NAMES = 5  # classes that one sentence names
 
 
-def whole_image(image_size: int) -> PretrainPreset:
+def whole_image(image_size: int, canvas: Size | None = None) -> PretrainPreset:
     """Stage 1 without its random choices: the whole image fits exactly."""
-    return PretrainPreset(image_size, scale_range=(1.0, 1.0), flip=0.0)
+    return PretrainPreset(image_size, scale_range=(1.0, 1.0), flips="none", canvas=canvas)
 
 
 STAGE_1, STAGE_2 = whole_image(IMAGE_SIZE), TestPreset()
@@ -112,6 +113,20 @@ def fitting_image_size(table: AnnotationTable) -> tuple[int, float]:
         if share <= MAX_SMALL_SHARE:
             break
     return size, share
+
+
+def nothing_to_learn(table: AnnotationTable) -> str:
+    """Why nobody can train on these images, and what to do; empty if someone can."""
+    if table.targets_per_image().any():
+        return ""
+    reason = "annotate some"
+    if len(table.boxes):
+        reason = (
+            "all of them are crowd regions (iscrowd 1, difficult), which nothing learns from"
+            if table.crowd.all()
+            else "those that are no crowd regions are under a pixel in their image"
+        )
+    return f"no image has an object to learn ({len(table)} images, {len(table.boxes)} objects); {reason}"
 
 
 def _is_target(table: AnnotationTable) -> np.ndarray:
@@ -244,7 +259,12 @@ def advice(tables: Mapping[str, AnnotationTable], recalls: Mapping[str, Mapping[
         line for preset in (STAGE_1, STAGE_2) if "train" in tables for line in _small_objects(tables["train"], preset)
     ]
     first, second = (recalls.get(size_name(stage), {}) for stage in (STAGE_1, STAGE_2))
-    lines += _anchors(first, SIZE_CLASSES, STAGE_1, "stage 2 learns them, or stage 1 with a larger --image-size")
+    lines += _anchors(
+        first,
+        SIZE_CLASSES,
+        STAGE_1,
+        "stage 2 learns them, or stage 1 with --anchor-scale auto, or a larger --image-size",
+    )
     lines += _anchors(second, SIZE_CLASSES, STAGE_2, "raise --short-side and --long-side")
     lines += _anchors(second, SHAPES, STAGE_2, "more RATIOS in direct_pt/models/detector.py fit them")
     return [*lines, *_classes(tables), *_splits(tables)]
@@ -312,13 +332,19 @@ def _splits(tables: Mapping[str, AnnotationTable]) -> list[str]:
     """Splits that are missing, small, or mostly empty."""
     lines = []
     empty = float((tables["train"].targets_per_image() == 0).mean()) if "train" in tables else 0.0
-    if empty > 0.5:
+    if 0.5 < empty < 1:
         lines.append(f"{empty:.0%} of the training images have no object: --drop-empty trains on the others alone")
     if "val" not in tables:
         lines.append("there is no validation split: the AP stays unknown, and no best weights are kept")
     for split in tables:
         objects = int(tables[split].targets_per_image().sum())
-        if split != "train" and objects < MIN_VALIDATION_OBJECTS:
+        if split != "train" and not objects:
+            count = len(tables[split])
+            lines.append(
+                f"none of the {count} images of {split} has an object to find: its AP stays -1 (unknown), and no best "
+                "weights are kept"
+            )
+        elif split != "train" and objects < MIN_VALIDATION_OBJECTS:
             lines.append(f"{split} has {objects} objects: under {MIN_VALIDATION_OBJECTS}, its AP is mostly chance")
     return lines
 
@@ -326,5 +352,5 @@ def _splits(tables: Mapping[str, AnnotationTable]) -> list[str]:
 def size_name(preset: Preset) -> str:
     """The image size of a preset as reports write it: 448x448, 1333x800."""
     if isinstance(preset, PretrainPreset):
-        return f"{preset.image_size}x{preset.image_size}"
+        return f"{preset.frame[1]}x{preset.frame[0]}"
     return f"{preset.long_side}x{preset.short_side}" if isinstance(preset, TestPreset) else str(preset)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import direct_pt
-from direct_pt.distributed.launch import precision_of
+from direct_pt.distributed.launch import computes_bf16, precision_of
+from direct_pt.errors import printable
 from direct_pt.models.layers import batchnorms
 from direct_pt.recipes import MIN_BATCHNORM_IMAGES, MIN_LARGE_SET_IMAGES, Recipe
 from direct_pt.training.loop import Run
@@ -23,7 +24,7 @@ GIT_PLACES = (
     "GIT_COMMON_DIR",
     "GIT_OBJECT_DIRECTORY",
 )  # set for its hooks
-OPTIMIZERS = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW, as the backbone normalises with LayerNorm"}
+OPTIMIZER_NAMES = {"sgd": "SGD, momentum 0.9", "adamw": "AdamW"}
 
 
 def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -> str:
@@ -53,7 +54,7 @@ def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -
         f"  val        {run.val.describe() if run.val else 'none: no evaluation'}",
         *(f"  data       {line}" for line in survey),
         f"  images     {images}",
-        f"  weights    {origin}",
+        f"  weights    {origin if not progress.step else f'of the checkpoint of step {progress.step}'}",
         f"  trainable  {len(trained)} of {len(sizes)} tensors, {sum(trained):,} of "
         f"{sum(size for size, _ in sizes):,} parameters",
         f"  recipe     {recipe if not progress.step else 'as the run began'}",
@@ -70,13 +71,17 @@ def banner(run: Run, images: str, origin: str, recipe: str, survey: list[str]) -
             f"  WARNING    BatchNorm trains on micro-batches of {plan.micro_batch_size}: under "
             f"{MIN_BATCHNORM_IMAGES} its statistics are poor; raise --micro-batch-size or use --norm group"
         )
+    if device == "CPU" and precision_of(run.accelerator) == "bf16" and not computes_bf16():
+        lines.append(
+            "  WARNING    this processor imitates bf16, up to a hundred times slower: use --mixed-precision no, or auto"
+        )
     counts = run.feed.objects_per_class()
     lines.append(f"  classes    {len(config.class_names)} (id name{': training objects' if counts else ''})")
     names = [f"{number} {name}" for number, name in zip(config.category_ids, config.class_names, strict=True)]
     rows = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)] if counts else names
     lines += [f"             {row}" for row in rows[:MAX_CLASSES]]
     lines += [f"             and {len(rows) - MAX_CLASSES} more"] if len(rows) > MAX_CLASSES else []
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # a name may hold a new line
 
 
 def recipe_text(recipe: Recipe, paper: Recipe, plan: Plan, is_given: bool) -> str:
@@ -98,7 +103,7 @@ def optimizer_text(run: Run) -> str:
     """The recipe's optimizer, with the options that the recipe does not have."""
     clip = "" if run.clip_grad_norm is None else f"; gradients clipped at a norm of {run.clip_grad_norm:g}"
     average = "" if run.average is None else f"; moving average of the weights, decay {run.average.decay:g}"
-    name, decay = OPTIMIZERS[run.recipe.optimizer], run.recipe.weight_decay
+    name, decay = OPTIMIZER_NAMES[run.recipe.optimizer], run.recipe.weight_decay
     return f"{name}, weight decay {decay:g} but on norms and position tables{clip}{average}"
 
 

@@ -4,6 +4,7 @@ The files do not depend on how many processes train, or on how DeepSpeed spreads
 is pickled.
 """
 
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from direct_pt.checkpoint import WEIGHTS, Tensors
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, read_tensors, sync, write_tensors
+from direct_pt.models.detector import Detector
+from direct_pt.models.weights import layouts, misfits
 from direct_pt.training.progress import Progress
+from direct_pt.training.saved_values import check_state
 
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"
+NAME = re.compile(r"step-([0-9]{1,18})")
 
 
 @dataclass
@@ -30,6 +35,7 @@ class TrainingState:
         scaler: the state of fp16's loss scaler.
         of_processes: what each process has gathered since the last log line.
         micro_batch_size: images at once on a device.
+        folder: that it was read from.
     """
 
     progress: Progress
@@ -39,6 +45,39 @@ class TrainingState:
     scaler: dict[str, Any] | None = None
     of_processes: list[dict[str, Any]] = field(default_factory=list)
     micro_batch_size: int = 0
+    folder: Path = Path()
+
+    def check_weights(self, detector: Detector) -> None:
+        """Raise InputError unless the weights, and their moving average, are the detector's."""
+        expected = layouts(detector.state_dict())
+        for name, tensors in ((WEIGHTS, self.weights), (AVERAGE, self.average)):
+            if tensors is not None:
+                reason = misfits(layouts(tensors), expected, "the detector of this run")
+                self._refuse(name, reason)
+
+    def check_optimizer(self, trained: list[str], entries: tuple[str, ...]) -> None:
+        """Raise InputError unless the optimizer state is of the parameters that train.
+
+        Args:
+            trained: their names.
+            entries: the tensors of a parameter's shape that the optimizer keeps for each.
+        """
+        known = (*entries, "step") if "exp_avg" in entries else entries  # SGD does not count
+        of_parameters = {name.rpartition("/")[0] for name in self.optimizer}
+        expected = {
+            f"{name}/{entry}": ([] if entry == "step" else list(self.weights[name].shape), "float32")
+            for name in trained
+            if name in of_parameters  # one that has had no gradient yet has no state
+            for entry in known
+        }
+        self._refuse(OPTIMIZER, misfits(layouts(self.optimizer), expected, "the optimizer of this run"))
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if reason:
+            raise InputError(
+                f"{self.folder / name}: {reason}; if {self.folder.name} is of another run, move it away, and the one "
+                "before it is used"
+            )
 
 
 def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
@@ -79,8 +118,12 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_training_state(folder: Path) -> TrainingState | None:
+def load_training_state(folder: Path, with_average: bool = False) -> TrainingState | None:
     """The newest undamaged state, or None if nothing has been saved yet. Damaged ones are named on stderr.
+
+    Args:
+        folder: of the run's checkpoints.
+        with_average: a state without a moving average is damaged.
 
     Raises:
         InputError: all checkpoints are damaged.
@@ -88,30 +131,32 @@ def load_training_state(folder: Path) -> TrainingState | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return _read_training_state(path)
+            return _read_training_state(path, with_average)
         except DamagedFile as error:
-            print(f"warning: {error}; the checkpoint before it is used", file=sys.stderr, flush=True)
+            print(printable(f"warning: {error}; the checkpoint before it is used"), file=sys.stderr, flush=True)
     if found:
         raise InputError(f"{folder}: none of its {len(found)} checkpoints is whole; remove the folder to begin anew")
     return None
 
 
-def _read_training_state(checkpoint: Path) -> TrainingState:
+def _read_training_state(checkpoint: Path, with_average: bool) -> TrainingState:
     """The state in one checkpoint. Raises DamagedFile."""
-    weights, _ = read_tensors(checkpoint / WEIGHTS)
-    optimizer, facts = read_tensors(checkpoint / OPTIMIZER)
-    average = read_tensors(checkpoint / AVERAGE)[0] if (checkpoint / AVERAGE).exists() else None
+    weights, _ = read_tensors(checkpoint / WEIGHTS, is_ours=True)
+    optimizer, facts = read_tensors(checkpoint / OPTIMIZER, is_ours=True)
+    average = None
+    if with_average or (checkpoint / AVERAGE).exists():
+        average, _ = read_tensors(checkpoint / AVERAGE, is_ours=True)
     try:
+        check_state(facts, _step(checkpoint))
         progress = Progress(**facts.pop("progress"))
-        return TrainingState(progress, weights, optimizer, average, **facts)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DamagedFile(f"{checkpoint / OPTIMIZER}: holds no training state ({error})") from error
+        return TrainingState(progress, weights, optimizer, average, **facts, folder=checkpoint)
+    except ValueError as error:
+        raise DamagedFile(f"{checkpoint / OPTIMIZER}: holds no training state: {error}") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by step and not by file time."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=_step)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
 
 
 def set_aside_checkpoints(folder: Path, calm_step: int) -> list[Path]:

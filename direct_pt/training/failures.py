@@ -1,11 +1,15 @@
 """What ends a run, in words, and the flags to continue with."""
 
 from direct_pt.data.loader import FeedFailed
+from direct_pt.data.reader_processes import ReadersFailed
+from direct_pt.distributed.peers import failed_peer
 from direct_pt.recipes import Recipe
 from direct_pt.training.micro_batch import is_out_of_memory
 from direct_pt.training.plan import Plan, smaller_micro_batches
 
 LOST_PEER_WORDS = ("gloo", "NCCL", "Connection", "c10d")  # in the messages of collectives that fail
+
+ONE_VALUE = "Expected more than 1 value per channel"  # in PyTorch's message
 
 
 def is_lost_peer(error: BaseException, plan: Plan) -> bool:
@@ -22,6 +26,8 @@ def explain_failure(error: BaseException, plan: Plan, source: str) -> tuple[str,
         source: of the training data, for messages.
     """
     first_line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, ReadersFailed):
+        return error.reason, f"--resume; {error.remedy}"
     if is_out_of_memory(error):
         smaller = smaller_micro_batches(plan)
         advice = f"--micro-batch-size {smaller[0]}, which keeps the global batch" if smaller else "a larger card"
@@ -29,10 +35,13 @@ def explain_failure(error: BaseException, plan: Plan, source: str) -> tuple[str,
         return what, f"--resume and {advice}, or --gradient-checkpointing"
     if isinstance(error, FeedFailed):
         return f"{source} cannot be read any further ({first_line})", "--resume"
-    if "DataLoader worker" in str(error):
-        return f"a process that reads images ended ({first_line})", "--resume and fewer --num-workers"
+    if ONE_VALUE in str(error):
+        what = f"BatchNorm saw one value of a channel, which has no variance ({first_line})"
+        return what, "--resume and a larger --micro-batch-size; else start anew with --norm group"
     if is_lost_peer(error, plan):
-        return f"another of the {plan.processes} processes is gone or stuck ({first_line})", "--resume"
+        failed = failed_peer()
+        gone = f"another of the {plan.processes} processes is gone or stuck ({first_line})"
+        return (gone if failed is None else str(failed)), "--resume"
     return None
 
 

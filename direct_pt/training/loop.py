@@ -30,6 +30,7 @@ from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import Recipe
 from direct_pt.training.checkpoints import TrainingState
 from direct_pt.training.failures import divergence_advice, explain_failure, is_lost_peer
+from direct_pt.training.norm_statistics import average_running_statistics, recompute_statistics
 from direct_pt.training.plan import Plan
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
@@ -59,6 +60,7 @@ class Run:
         val: what is evaluated on; None for no evaluation.
         test_preset: the transform of those images.
         progress: how far it has come.
+        recompute_norm: whether BatchNorm's statistics are computed anew at the end.
         history: one dictionary a stage of training, this one the last.
         saved_log: what this process had gathered since the last log line of a resumed run.
     """
@@ -75,6 +77,7 @@ class Run:
     val: AnnotationTable | None
     test_preset: TestPreset
     progress: Progress
+    recompute_norm: bool
     history: History
     saved_log: dict[str, Any] = field(default_factory=dict)
 
@@ -139,6 +142,8 @@ class Trainer:
                     self.bar.write(estimate)
                 self.run.history[-1]["steps"] = done = self.progress.step
                 self.bar.update()
+                if done == total and self.run.recompute_norm:
+                    recompute_statistics(self._result(), self.run.feed, self.plan, self.accelerator)
                 if done % options.log_every == 0 or done == total:
                     self._log()
                 if self._evaluation_due() or done % options.save_every == 0 or done == total:
@@ -151,7 +156,7 @@ class Trainer:
         self.folder.must_be_saved(self.progress.step)
         if self.accelerator.is_main_process:
             skipped = f"; {self.progress.skipped} of {total} steps were skipped" if self.progress.skipped else ""
-            print(f"done: {options.output_dir / 'model'}{skipped}", flush=True)
+            print(printable(f"done: {options.output_dir / 'model'}{skipped}"), flush=True)
 
     def _batches(self) -> Generator[Batch, None, None]:
         plan, process = self.plan, self.accelerator.process_index
@@ -399,7 +404,7 @@ class Trainer:
         """Explains what ends a run from outside: no memory left, another process lost, data that are gone."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:
             if self.signals.number and self.saved_step == self.progress.step and is_lost_peer(error, self.plan):
                 self._exit(self.signals.number)  # the others left an evaluation first
             explained = explain_failure(error, self.plan, self.run.feed.source)
@@ -412,15 +417,3 @@ class Trainer:
             raise TrainingStopped(
                 f"step {self.progress.step + 1}: {what}; {self.folder.newest_checkpoint()}; continue with {advice}"
             ) from error
-
-
-def average_running_statistics(detector: Detector, accelerator: Accelerator) -> None:
-    """Make BatchNorm's running statistics the mean over the processes: the model is then the same on all of them."""
-    if accelerator.num_processes == 1:
-        return
-    statistics = running_statistics(detector)
-    if statistics:
-        flat = accelerator.reduce(torch.cat([statistic.flatten() for statistic in statistics]), reduction="mean")
-        sizes = [statistic.numel() for statistic in statistics]
-        for statistic, mean in zip(statistics, flat.split(sizes), strict=True):
-            statistic.copy_(mean.view_as(statistic))

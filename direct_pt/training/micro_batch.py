@@ -1,9 +1,9 @@
 """How many images a device takes at once, found by training steps on the heaviest micro-batch that can come."""
 
 import multiprocessing
-import os
 import resource
 import signal
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -13,13 +13,16 @@ import torch
 
 from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.distributed.launch import MAX_PROCESSES
 from direct_pt.errors import InputError
+from direct_pt.flags import environment_number
 from direct_pt.models.detector import DetectorConfig, build_detector
 from direct_pt.models.layers import recompute_blocks
 from direct_pt.recipes import Recipe, make_optimizer
-from direct_pt.transforms import Preset
+from direct_pt.transforms import FLIPS, Preset
 
 SPARE_MEMORY = 0.05  # share of the memory that is left free: batches of other shapes leave gaps
+POLL_SECONDS, MAX_IDLE_SECONDS = 1.0, 60.0  # how often a trial is looked at, and how long it may do nothing
 MIN_OBJECT_SIDE = 16  # pixels, of the sides of the objects in `training_batch`
 
 
@@ -29,7 +32,7 @@ class Trial:
 
     Attributes:
         config: of the detector.
-        frozen: whether BatchNorm, stem and first stage are frozen, as in fine-tuning.
+        frozen: what does not train, see `Detector.freeze_for_finetuning`.
         gradient_checkpointing: whether the backbone's activations are computed twice.
         recipe: of the optimizer.
         copies: of the weights that training keeps besides: gradient buckets of several processes, a moving average.
@@ -38,7 +41,7 @@ class Trial:
     """
 
     config: DetectorConfig
-    frozen: bool
+    frozen: str
     gradient_checkpointing: bool
     recipe: Recipe
     copies: int
@@ -72,20 +75,38 @@ def fitting_micro_batch_size(trial: Trial, table: AnnotationTable, preset: Prese
         process = context.Process(target=_try, args=arguments, daemon=True)
         process.start()
         sender.close()
-        try:
-            answer = receiver.recv()
-        except EOFError:
-            process.join()
-            answer = "was killed, probably out of memory"
-            if process.exitcode != -signal.SIGKILL:
-                answer = f"the process that tried it ended with status {process.exitcode}"
-        process.join()
+        answer = _answer(receiver, process)
         if answer == "fits":
             return size
     raise InputError(
         f"--micro-batch-size auto: not even {sizes[-1]} image(s) of {frame[1]}x{frame[0]} fit ({answer}); use "
         "--gradient-checkpointing, a smaller --backbone or smaller images"
     )
+
+
+def _answer(receiver: Connection, process: multiprocessing.process.BaseProcess) -> str:
+    """What the process of a trial sends; or why it cannot, once it has ended. It is killed if it hangs.
+
+    Where memory runs out between two steps of a library, a lock may stay closed for ever.
+    """
+    seconds, since = -1.0, time.monotonic()
+    while not receiver.poll(POLL_SECONDS):  # true at the end, too
+        times = psutil.Process(process.pid).cpu_times()
+        if (now := times.user + times.system) > seconds:
+            seconds, since = now, time.monotonic()
+        elif time.monotonic() - since > MAX_IDLE_SECONDS:
+            process.kill()
+            process.join()
+            return f"made no progress for {MAX_IDLE_SECONDS:g} s, probably out of memory"
+    try:
+        answer = str(receiver.recv())
+    except EOFError:
+        process.join()
+        answer = "was killed, probably out of memory"
+        if process.exitcode != -signal.SIGKILL:
+            answer = f"the process that tried it ended with status {process.exitcode}"
+    process.join()
+    return answer
 
 
 def _try(
@@ -98,8 +119,7 @@ def _try(
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     try:
         detector = build_detector(trial.config.name, config=trial.config).train()
-        if trial.frozen:
-            detector.freeze_for_finetuning()
+        detector.freeze_for_finetuning(trial.frozen)
         if trial.gradient_checkpointing:
             recompute_blocks(detector.backbone.network)
         detector.to(trial.device).to(memory_format=torch.channels_last)
@@ -123,7 +143,10 @@ def _largest_frame(table: AnnotationTable, preset: Preset) -> tuple[int, int]:
     """(height, width) that holds every training image as the preset makes it: a micro-batch may mix their shapes."""
     rng = np.random.default_rng(0)
     shapes = {(height, width) for height, width in table.sizes.tolist()}
-    frames = [preset.padded_size(preset.geometry(shape, Objects.none(), rng).size) for shape in shapes]
+    sizes = {preset.geometry(shape, Objects.none(), rng).size for shape in shapes}
+    if FLIPS[preset.flips][2]:
+        sizes |= {size[::-1] for size in sizes}
+    frames = [preset.padded_size(size) for size in sizes]
     return max(height for height, _ in frames), max(width for _, width in frames)
 
 
@@ -131,7 +154,7 @@ def _memory(device: torch.device) -> int:
     """Bytes that a process on this device may have."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // environment_number("LOCAL_WORLD_SIZE", 1, 1, MAX_PROCESSES)
 
 
 def training_batch(

@@ -120,6 +120,10 @@ class PreparedModel:
                 found |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
         return found
 
+    def trained_names(self) -> tuple[list[str], tuple[str, ...]]:
+        """The names of the parameters that train, and of what the optimizer keeps for each."""
+        return [name for name, p in self.detector.named_parameters() if p.requires_grad], self._state_names
+
     def load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
         """Load what `optimizer_state` returned, however it was sharded then. Every process must call it."""
         for state in self._zero_states() if self.zero_stage else ():

@@ -1,10 +1,9 @@
 """How a run resumes: the folder is checked, its newest good checkpoint read by the main process and given to all."""
 
 import hashlib
-import json
 import os
 import socket
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,16 +14,28 @@ from timm.utils import ModelEmaV3
 
 from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.distributed.processes import main_decides, share_tensors
-from direct_pt.errors import InputError, class_differences
-from direct_pt.files import check_inputs_kept, check_output
+from direct_pt.distributed.processes import check_same, main_decides, share_tensors
+from direct_pt.errors import InputError, class_differences, first_names
+from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, writing
 from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
+from direct_pt.folder_lock import hold_folder
 from direct_pt.models.detector import Detector
+from direct_pt.recipes import Augmentation
 from direct_pt.training.checkpoints import TrainingState, load_training_state
+from direct_pt.training.choices import Choices
 from direct_pt.training.plan import Plan, micro_batch_sizes, warmup_notes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.settings import Flags, ScheduleOptions, is_restart, on_resume, option_groups, read_config
+from direct_pt.training.saved_values import read_choices, read_data_record, read_plan, read_records
+from direct_pt.training.settings import (
+    Flags,
+    ScheduleOptions,
+    checked_values,
+    is_restart,
+    on_resume,
+    option_groups,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from direct_pt.data.stream import Stream
@@ -45,6 +56,7 @@ class Resumption:
         plan: the run's batch, length, rate and schedule.
         notes: which flags have changed, in words.
         data: the run's `data_record`, if it has one.
+        choices: the run's, see `Choices.to_json`.
         state: the tensors, on the main process.
     """
 
@@ -55,14 +67,21 @@ class Resumption:
     plan: Plan
     notes: list[str]
     data: dict[str, Any] | None = None
+    choices: dict[str, Any] = field(default_factory=dict)
     state: TrainingState | None = None
 
     def load_weights(self, detector: Detector, accelerator: Accelerator) -> None:
-        """Load the weights, before the detector is prepared. Every process must call it, also the method below."""
+        """Load the weights, before the detector is prepared. Every process must call it, also the method below.
+
+        Raises:
+            InputError: they are of another detector.
+        """
+        main_decides(lambda: self._whole_state().check_weights(detector), accelerator.state)
         detector.load_state_dict(share_tensors(self._tensors("weights"), accelerator))
 
     def load_state(self, model: PreparedModel, average: ModelEmaV3 | None, accelerator: Accelerator) -> None:
-        """Load the optimizer, the moving average and the loss scale."""
+        """Load the optimizer, the moving average and the loss scale. Raises InputError where they do not fit."""
+        main_decides(lambda: self._whole_state().check_optimizer(*model.trained_names()), accelerator.state)
         model.load_optimizer_state(share_tensors(self._tensors("optimizer"), accelerator))
         if average is not None:
             average.module.load_state_dict(share_tensors(self._tensors("average"), accelerator))
@@ -73,8 +92,8 @@ class Resumption:
         """What this process had gathered; with another number of processes, the mean of what all had."""
         if len(self.process_logs) == accelerator.num_processes:
             return self.process_logs[accelerator.process_index]
-        first = self.process_logs[0]
-        sums = {name: sum(log["losses"][name] for log in self.process_logs) for name in first["losses"]}
+        first = self.process_logs[0] if self.process_logs else {"losses": {}}
+        sums = {name: sum(log["losses"].get(name, 0.0) for log in self.process_logs) for name in first["losses"]}
         return {**first, "losses": {name: total / len(self.process_logs) for name, total in sums.items()}}
 
     def compare_data(self, train: "AnnotationTable | Stream", val: AnnotationTable | None) -> None:
@@ -109,6 +128,11 @@ class Resumption:
         )
         return (note, *self.notes)
 
+    def _whole_state(self) -> TrainingState:
+        """On the main process."""
+        assert self.state is not None
+        return self.state
+
     def _tensors(self, name: str) -> Tensors | None:
         return None if self.state is None else getattr(self.state, name)
 
@@ -121,8 +145,11 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
         checkpoint, or None for a new run.
 
     Raises:
-        InputError: the folder holds another run, cannot be written or read, or all its checkpoints are damaged.
+        InputError: the folder holds another run, is being written by one, cannot be written or read, or all its
+            checkpoints are damaged; or the processes were started with different flags.
     """
+    given = {flag_name(name): value for name, value in flags.to_dict().items()}
+    check_same(given | {"--output-dir": None}, "flags", processes)  # only the main process's is written
     states: list[TrainingState] = []  # on the main process, which alone reads and writes there
 
     def read() -> tuple[SomeFlags, Resumption | None]:
@@ -132,14 +159,24 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
             check_inputs(flags)
             return flags, None
         check_flags(flags, path)
+        with writing(f"--output-dir {flags.run.output_dir}"):
+            hold_folder(flags.run.output_dir)
         resumed, notes = changed_flags(flags, read_config(path))
-        state = load_training_state(flags.run.output_dir / "checkpoints")
+        plan, data = read_plan(path), read_data_record(path)
+        choices = read_choices(path) or Choices(Augmentation()).to_json()  # of runs from before there were any
+        read_records(flags.run.output_dir / "metrics.jsonl")  # raises what would end the main process alone later
+        state = load_training_state(flags.run.output_dir / "checkpoints", flags.schedule.ema is not None)
         if state is None:
             return resumed, None
         states.append(state)
         state.progress.resume()
-        plan, logs, data = read_plan(path), state.of_processes, json.loads(path.read_text()).get("data")
-        return resumed, Resumption(state.progress, state.scaler, logs, state.micro_batch_size, plan, notes, data)
+        if state.progress.step > plan.total_steps:
+            raise InputError(
+                f"{state.folder}: is of a longer run than the {plan.total_steps} steps of {path}; move it away"
+            )
+        return resumed, Resumption(
+            state.progress, state.scaler, state.of_processes, state.micro_batch_size, plan, notes, data, choices
+        )
 
     flags, resumption = main_decides(read, processes)
     if resumption is not None and states:
@@ -165,13 +202,19 @@ def data_record(train: "AnnotationTable | Stream", val: AnnotationTable | None) 
 
 
 def check_inputs(flags: Flags) -> None:
-    """Raise InputError where a new run would be written over its data, or over what it starts from."""
+    """Raise InputError where a new run would be written over its data, what it starts from, or another run."""
     folder, inputs = flags.run.output_dir, paths_of(flags.data)
     if init := flags.to_dict().get("init"):
         inputs.append(Path(init))
     check_inputs_kept([folder], inputs)
     around = [place for path in inputs for place in (path, *path.absolute().parents)]
-    check_inputs_kept([folder / name for name in WRITTEN], around)
+    outputs = [folder / name for name in WRITTEN]
+    check_inputs_kept(outputs, around)
+    if foreign := first_names([path.name for path in outputs if os.path.lexists(path)], 3):
+        raise InputError(
+            f"--output-dir {folder}: holds {foreign}, but no {CONFIG} of the run that wrote that; a new run would be "
+            "written over it: choose another folder"
+        )
 
 
 def check_flags(flags: Flags, path: Path) -> None:
@@ -187,8 +230,8 @@ def check_flags(flags: Flags, path: Path) -> None:
         if saved.get(name, defaults.get(name)) != given[name]:
             what = flag_name(name) if name != "stage" else "the stage"
             raise InputError(
-                f"--resume: {what} is {given[name]!r} but the run in {folder} was started with {saved.get(name)!r}; "
-                f"give the same (--config {path} does), or choose another --output-dir"
+                f"--resume: {what} is {given[name]!r} but the run in {folder} was started with "
+                f"{saved.get(name)!r:.60}; give the same (--config {path} does), or choose another --output-dir"
             )
 
 
@@ -205,21 +248,29 @@ def launcher_id() -> str:
 def read_launcher(path: Path) -> str | None:
     """The `launcher_id` in a run's config.json; None where there is none."""
     try:
-        return json.loads(path.read_text()).get("launcher")
-    except (OSError, ValueError, AttributeError):
+        return read_json(path).get("launcher")
+    except (DamagedFile, AttributeError):
         return None
 
 
 def changed_flags(flags: SomeFlags, saved: dict[str, Any]) -> tuple[SomeFlags, list[str]]:
-    """The flags with the saved values of changeable ones that are not given now, and which others differ, in words."""
+    """The flags with the saved values of changeable ones that are not given now, and which others differ, in words.
+
+    Raises:
+        InputError: a saved value is none that the flag takes.
+    """
     given, defaults = flags.to_dict(), default_values(type(flags))
     names = sorted(set(on_resume(type(flags), CHANGEABLE)) - {"micro_batch_size"})  # the plan keeps that if it fits
     kept = {name: saved[name] for name in names if given[name] is None and saved.get(name) is not None}
+    try:
+        kept = checked_values(kept, type(flags))
+    except InputError as error:
+        raise InputError(f"{flags.run.output_dir / CONFIG}: {error}; or give the flag anew") from error
     notes = []
     for name in names:
         now, before = kept.get(name, given[name]), saved.get(name, defaults[name])
         if now != before:
-            text = "not given before" if before is None else f"before {before}"
+            text = "not given before" if before is None else f"before {before!s:.60}"
             notes.append(f"resumed with {flag_name(name)} {now}, {text}")
     return flags.changed(kept), notes
 
@@ -228,15 +279,6 @@ def default_values(kind: type[Flags]) -> dict[str, Any]:
     """The default of each flag, as JSON holds it: what a run of before there was the flag was started with."""
     groups = option_groups(kind).values()
     return {one.name: to_json(one.default) for group in groups for one in fields(group) if one.default is not MISSING}
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan in a run's config.json. Raises InputError."""
-    try:
-        values = json.loads(path.read_text())["plan"]
-        return Plan(**{**values, "decay_steps": tuple(values["decay_steps"]), "notes": tuple(values["notes"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
 
 
 def resumed_plan(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from direct_pt.checkpoint import History, read_history, save_model, save_weights
-from direct_pt.errors import InputError, TrainingStopped
-from direct_pt.files import write_text
+from direct_pt.errors import InputError, TrainingStopped, printable
+from direct_pt.files import unfinished, write_text
 from direct_pt.models.detector import Detector
 from direct_pt.reports.plots import plot_curves
 from direct_pt.training.checkpoints import (
@@ -23,6 +24,7 @@ from direct_pt.training.checkpoints import (
     save_training_state,
     set_aside_checkpoints,
 )
+from direct_pt.training.saved_values import read_records, warn_of_lines
 
 
 class RunFolder:
@@ -51,6 +53,8 @@ class RunFolder:
         self.evaluated_step = int(step[0])
         self._error = ""
         self._unsaved_best: Callable[[], None] | None = None
+        if unfinished(path / "curves.png").exists():  # killed while it drew them, perhaps as the last it had to do
+            self._try(lambda: plot_curves(self.records, path / "curves.png"))
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -138,7 +142,7 @@ class RunFolder:
         except OSError as error:
             self._error = str(error)
             message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training continues"
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message), file=sys.stderr)
 
     def _write_best(self) -> None:
         if self._unsaved_best is not None:
@@ -146,16 +150,18 @@ class RunFolder:
             self._unsaved_best = None
 
     def _read_records(self, last_step: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl up to `last_step`: what a killed run wrote after its checkpoint is removed."""
+        """The lines of metrics.jsonl up to `last_step`: what a killed run wrote after its checkpoint is removed.
+
+        Raises:
+            InputError: they cannot be read.
+        """
         path = self.path / "metrics.jsonl"
-        records: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                record = json.loads(line)
-                if record["step"] <= last_step:
-                    records.append(record)
-            except (ValueError, KeyError, TypeError):
-                break  # the last line of a killed run
+        found, wrong = read_records(path)
+        records = [record for record in found if record["step"] <= last_step]
+        if wrong:
+            kept = path.with_name(f"metrics.damaged-{time.time_ns()}.jsonl")
+            shutil.copyfile(path, kept)
+            warn_of_lines(path, wrong, kept)
         evaluations = [record for record in records if "bbox" in record]
         if evaluations:
             best = max(evaluations, key=lambda record: record["bbox"]["AP"])  # the first of equals, as in training

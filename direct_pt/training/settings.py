@@ -1,15 +1,14 @@
 """The flags of pretrain.py and finetune.py, in groups that each part of the program takes alone, and config.json."""
 
-import json
-import os
+import argparse
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from direct_pt.data.image_cache import KINDS
 from direct_pt.data.sources import DataOptions
 from direct_pt.distributed.launch import DeviceOptions
 from direct_pt.errors import InputError
+from direct_pt.files import DamagedFile, read_json
 from direct_pt.flags import (
     CHANGEABLE,
     FREE,
@@ -17,36 +16,52 @@ from direct_pt.flags import (
     any_path,
     batch_size,
     decay,
+    environment_number,
     epoch_count,
     flag,
     integer_or_auto,
     make_parser,
     not_negative_integer,
+    number_or_auto,
+    number_up_to,
     path_or_name,
-    pixels,
     positive_float,
     positive_integer,
+    positive_number,
+    random_seed,
     read_flags,
     share,
     to_arguments,
     to_json,
     whole_number,
 )
-from direct_pt.models.detector import BOX_HEADS, MODELS, DetectorConfig
+from direct_pt.models.detector import BOX_HEADS, FREEZES, MODELS, RETINA_SCALE, RPN_SCALE, DetectorConfig
+from direct_pt.models.saved_config import ANCHOR_SCALES, CHANNELS, NORMS, PROPOSALS, ROIS_PER_IMAGE
 from direct_pt.recipes import (
     FINETUNE,
-    IMAGE_SIZE,
-    LONG_SIDE,
     MIN_LARGE_SET_IMAGES,
+    OPTIMIZERS,
     PRETRAIN,
     RECIPES,
     SCHEDULES,
-    SHORT_SIDE,
     Stage,
 )
+from direct_pt.training.image_flags import FinetuneImageOptions, PretrainImageOptions
+from direct_pt.training.limits import check_channels
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+MAX_PREVIEW = 1000  # samples
+MAX_LR = 1e29  # float32 holds it; what is too large for training is found and told by the loop
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags that exclude each other
+
+
+def anchor_side(text: str) -> float | str:
+    """A side in strides, or "auto"."""
+    value = number_or_auto(text)
+    low, high = ANCHOR_SCALES
+    if isinstance(value, float) and not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} must be from {low:g} to {high:g}, or auto")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +83,50 @@ class DetectorOptions:
     backbone: str | None = flag(
         None, "any timm network with maps at strides 4 to 32 (paper: by --model)", metavar="NAME"
     )
-    norm: str | None = flag(None, "normalisation layers (paper: batch)", choices=["batch", "group"])
+    norm: str | None = flag(None, "normalisation layers (paper: batch)", choices=NORMS)
     box_head: str | None = flag(
         None, "convolutions and fully connected layers of the box head (paper: 4conv1fc; Cascade R-CNN 2fc)",
         choices=list(BOX_HEADS),
     )  # fmt: skip
     channels: int | None = flag(
-        None, "width of the pyramid and heads (paper: 256)", whole_number(1, 16_384), metavar="N"
+        None, "width of the pyramid and heads (paper: 256)", whole_number(*CHANNELS), metavar="N"
     )
     rois_per_image: int | None = flag(
-        None, "RoIs of an image that the second stage learns from (paper: 512)", whole_number(1, 100_000), metavar="N"
+        None,
+        "RoIs of an image that the second stage learns from (paper: 512)",
+        whole_number(*ROIS_PER_IMAGE),
+        metavar="N",
     )
     proposals: int | None = flag(
-        None, "boxes of an image that the RPN proposes (paper: 1000)", whole_number(1, 100_000), metavar="N"
+        None, "boxes of an image that the RPN proposes (paper: 1000)", whole_number(*PROPOSALS), metavar="N"
     )
 
+    anchor_scale: float | str | None = flag(
+        None,
+        "side of each level's smallest anchors, in strides of the level; auto: as the objects need (paper: "
+        f"{RPN_SCALE:g}; RetinaNet {RETINA_SCALE:g})",
+        anchor_side, metavar="X|auto",
+    )  # fmt: skip
+
     def applied_to(self, config: DetectorConfig, short_side: int, long_side: int) -> DetectorConfig:
-        """The configuration with what the flags say about the detector, and the size that images are tested at."""
+        """The configuration with what the flags say about the detector, and the size that images are tested at.
+
+        Raises:
+            InputError: this machine has not the memory for its weights.
+        """
         names = ("backbone", "norm", "box_head", "channels", "rois_per_image", "proposals")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(config, **given, short_side=short_side, long_side=long_side)
+        return check_channels(replace(config, **given, short_side=short_side, long_side=long_side))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneDetectorOptions(DetectorOptions):
     """What the detector starts from, and is built from."""
+
+    freeze: str = flag(
+        "paper", "of a pre-trained detector: BatchNorm, stem and first stage (paper), BatchNorm (norm), or none",
+        choices=list(FREEZES),
+    )  # fmt: skip
 
     init: str = flag(
         MISSING, "the pre-trained run to start from, or none, imagenet or a file of weights",
@@ -105,40 +139,6 @@ class FinetuneDetectorOptions(DetectorOptions):
         if self.init in ("none", "imagenet"):
             return self.init
         return "file" if Path(self.init).is_file() else "run"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainImageOptions:
-    """How large images are in stage 1, and where small copies of them are kept."""
-
-    image_size: int = flag(IMAGE_SIZE, "size of the crops, a multiple of 32", pixels, metavar="PIXELS")
-    cache: str = flag(
-        "none", "keep low-resolution copies: raw is fastest, jpeg a quarter as large and as sharp as the files",
-        choices=["none", *KINDS],
-    )  # fmt: skip
-    cache_dir: Path | None = flag(
-        None, "folder of the cache (DIRECT_PT_CACHE, else ~/.cache/direct_pt)", Path, metavar="DIR", on_resume=FREE
-    )
-
-    def __post_init__(self) -> None:
-        if self.image_size % 32:
-            lower = self.image_size // 32 * 32
-            near = " or ".join(str(size) for size in (lower, lower + 32) if size)
-            raise InputError(f"--image-size {self.image_size} is no multiple of 32: use {near}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneImageOptions:
-    """The size that images are fitted into in stage 2."""
-
-    short_side: int = flag(SHORT_SIDE, "limit of the shorter side of images", pixels, metavar="PIXELS")
-    long_side: int = flag(LONG_SIDE, "limit of the longer side", pixels, metavar="PIXELS")
-
-    def __post_init__(self) -> None:
-        if self.short_side > self.long_side:
-            raise InputError(
-                f"--short-side {self.short_side} is above --long-side {self.long_side}: give a larger --long-side"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class ScheduleOptions:
         None,
         "learning rate after the warm-up (paper: {paper.lr:g} for a batch of {paper.global_batch_size}, by detector; "
         "it follows the batch, AdamW's its root)",
-        positive_float, metavar="X", on_resume=CHANGEABLE,
+        positive_number(MAX_LR), metavar="X", on_resume=CHANGEABLE,
     )  # fmt: skip
     lr_schedule: str = flag(
         "recipe", "recipe: constant in stage 1, two steps down in stage 2 (paper); cosine: down to 0",
@@ -185,6 +185,14 @@ class ScheduleOptions:
         None, "steps of linear warm-up (paper: {paper.warmup_steps}, small: {small[warmup_steps]})",
         not_negative_integer, metavar="N", on_resume=CHANGEABLE,
     )  # fmt: skip
+    optimizer: str | None = flag(
+        None, "sgd or adamw, with the paper's rate for it (paper: adamw where the backbone has LayerNorm, else sgd)",
+        choices=list(OPTIMIZERS),
+    )  # fmt: skip
+    weight_decay: float | None = flag(
+        None, "but on norms and position tables (paper: {paper.weight_decay:g}; with adamw {adamw[weight_decay]:g})",
+        number_up_to(1), metavar="X",
+    )  # fmt: skip
     clip_grad_norm: float | None = flag(
         None, "clip the gradient to this norm (paper: none)", positive_float, metavar="X", on_resume=CHANGEABLE
     )
@@ -193,6 +201,15 @@ class ScheduleOptions:
     )
     eval_every: float | None = flag(
         None, "epochs between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainScheduleOptions(ScheduleOptions):
+    """Batch, length and learning rate of stage 1, and how it ends."""
+
+    recompute_norm: bool = flag(
+        False, "at the end, compute BatchNorm's statistics anew over up to 1,024 training images"
     )
 
 
@@ -209,14 +226,16 @@ class RunOptions(DeviceOptions):
     compile: bool = flag(
         False, "compile the backbone in the first steps, which takes minutes: meant for GPUs, no gain on a CPU"
     )
-    seed: int = flag(
-        0, "random seed of weights, order of images and augmentation", whole_number(0, 2**32 - 1), metavar="N"
-    )
+    seed: int = flag(0, "random seed of weights, order of images and augmentation", random_seed, metavar="N")
     save_every: int = flag(1000, "steps between two checkpoints", positive_integer, metavar="STEPS", on_resume=FREE)
     keep_checkpoints: int = flag(
         2, "how many of the newest checkpoints to keep", positive_integer, metavar="N", on_resume=FREE
     )
     log_every: int = flag(20, "steps between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
+    preview: int | None = flag(
+        None, "write N training samples, as the detector will see them, to RUN/samples.jpg, and end",
+        whole_number(1, MAX_PREVIEW), metavar="N", on_resume=FREE,
+    )  # fmt: skip
     report_to: str = flag("none", "also log to this tracker", choices=["none", "tensorboard"], on_resume=FREE)
 
     @property
@@ -251,6 +270,10 @@ class Flags:
                 ("--repeat-threshold", self.data.repeat_threshold is not None),
                 ("--classes", self.data.classes is not None),
                 ("--micro-batch-size auto", self.schedule.micro_batch_size == "auto"),
+                ("--anchor-scale auto", self.detector.anchor_scale == "auto"),
+                ("--recompute-norm", bool(self.to_dict().get("recompute_norm"))),
+                ("--canvas auto", self.to_dict().get("canvas") == "auto"),
+                ("--mix", self.to_dict().get("mix") not in (None, "none")),
             ):
                 if is_set:
                     raise InputError(f"--streaming excludes {name}, which looks at all images first: leave it out")
@@ -276,6 +299,7 @@ class PretrainFlags(Flags):
     """All flags of pretrain.py."""
 
     stage = PRETRAIN
+    schedule: PretrainScheduleOptions
     images: PretrainImageOptions
 
     def __post_init__(self) -> None:
@@ -315,12 +339,7 @@ def parse_flags(kind: type[SomeFlags], description: str, argv: list[str] | None 
     Raises:
         InputError: a flag is unknown or its value impossible.
     """
-    groups = option_groups(kind)
-    parser = make_parser(description)
-    text = "a run's config.json: its flags become the defaults"
-    parser.add_argument("--config", type=any_path, metavar="FILE", help=text)
-    for name, options in groups.items():
-        add_flags(parser, options, TITLES[name], paper=kind.stage.paper, small=kind.stage.small)
+    groups, parser = option_groups(kind), _parser(kind, description)
     args = parser.parse_args(argv)
     if args.config is not None:
         saved = _saved_values(args.config, kind)
@@ -328,18 +347,44 @@ def parse_flags(kind: type[SomeFlags], description: str, argv: list[str] | None 
         if any(getattr(given, name) is not None for name in LENGTHS):  # it replaces the saved one, of whatever kind
             saved = {name: value for name, value in saved.items() if name not in LENGTHS}
         try:
-            arguments = [text for options in groups.values() for text in to_arguments(saved, options)]
-            defaults = parser.parse_args(arguments)
+            defaults = _read_saved(parser, saved, kind)
         except InputError as error:
             raise InputError(f"--config {args.config}: {error}") from error
         parser.set_defaults(**vars(defaults))
         args = parser.parse_args(argv)
-    return kind(**{name: read_flags(args, options) for name, options in groups.items()})
+    try:
+        return kind(**{name: read_flags(args, options) for name, options in groups.items()})
+    except InputError as error:
+        if args.config is None:
+            raise
+        raise InputError(f"--config {args.config}, with the flags beside it: {error}") from error
+
+
+def _parser(kind: type[Flags], description: str) -> argparse.ArgumentParser:
+    """Of all flags of a stage."""
+    parser, stage = make_parser(description), kind.stage
+    text = "a run's config.json: its flags become the defaults"
+    parser.add_argument("--config", type=any_path, metavar="FILE", help=text)
+    for name, options in option_groups(kind).items():
+        add_flags(parser, options, TITLES[name], paper=stage.paper, small=stage.small, adamw=stage.adamw)
+    return parser
+
+
+def _read_saved(parser: argparse.ArgumentParser, saved: dict[str, Any], kind: type[Flags]) -> argparse.Namespace:
+    """What saved values say, read as if flags had given them. Raises InputError."""
+    arguments = [text for options in option_groups(kind).values() for text in to_arguments(saved, options)]
+    return parser.parse_args(arguments)
+
+
+def checked_values(saved: dict[str, Any], kind: type[Flags]) -> dict[str, Any]:
+    """The saved values of some flags, as their checks read them. Raises InputError."""
+    found = vars(_read_saved(_parser(kind, ""), saved, kind)) if saved else {}
+    return {name: found[name] for name in saved}
 
 
 def is_restart() -> bool:
     """Whether the launcher has started this program again, after a process died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return environment_number("TORCHELASTIC_RESTART_COUNT", 0, 0, 10**9) > 0
 
 
 def option_groups(kind: type[Flags]) -> dict[str, type]:
@@ -361,8 +406,8 @@ def on_resume(kind: type[Flags], rule: str) -> list[str]:
 def read_config(path: Path) -> dict[str, Any]:
     """The flags in a run's config.json, as JSON holds them. Raises InputError."""
     try:
-        saved = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        saved = read_json(path)["settings"]
+    except (DamagedFile, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as a run's config.json ({error})") from error
     if not isinstance(saved, dict):
         raise InputError(f"{path}: is no run's config.json: its 'settings' are no object")

@@ -5,7 +5,8 @@ import signal
 import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm sends the last one ahead of its limit
+# Slurm sends USR1 ahead of its limit; HUP comes when the terminal is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO_SECONDS = 5  # a signal that comes again within these is the launcher's, which passes on what all processes got
 
 
@@ -21,9 +22,10 @@ class StopSignals:
         self._time = 0.0
 
     def catch(self) -> None:
-        """Install the handlers."""
+        """Install the handlers; nohup's wish to ignore SIGHUP is kept."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number and time.monotonic() - self._time > ECHO_SECONDS:

@@ -11,20 +11,23 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
+from direct_pt.augmentations import Mix
 from direct_pt.checkpoint import CONFIG, History
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
-from direct_pt.distributed.processes import local_main_process_first, main_decides
+from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides
 from direct_pt.errors import InputError, printable_lines
 from direct_pt.files import write_json, writing
+from direct_pt.folder_lock import hold_folder, release_folder
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
-from direct_pt.recipes import Recipe, make_optimizer, recipe_name
-from direct_pt.reports.survey import summary
+from direct_pt.recipes import Recipe, make_optimizer, paper_optimizer, recipe_name
+from direct_pt.reports.survey import nothing_to_learn, summary
 from direct_pt.training.banner import banner, git_revision, recipe_text
+from direct_pt.training.choices import Choices
 from direct_pt.training.loop import Run, Trainer
 from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
@@ -33,6 +36,8 @@ from direct_pt.training.progress import Progress
 from direct_pt.training.resume import Resumption, data_record, launcher_id, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
+
+WEIGHTS_COMPARED = 16  # values of a tensor that the processes compare
 
 if TYPE_CHECKING:
     from direct_pt.data.stream import Stream, StreamFeed
@@ -72,16 +77,9 @@ def load_data(
 
     tables = local_main_process_first(load, processes)
     table = tables["train"]
-    if not table.targets_per_image().any():
-        counts = f"{len(table)} images, {len(table.boxes)} objects"
-        reason = "annotate some"
-        if len(table.boxes):
-            reason = (
-                "all of them are crowd regions (iscrowd 1, difficult), which nothing learns from"
-                if table.crowd.all()
-                else "those that are no crowd regions are under a pixel in their image"
-            )
-        raise InputError(f"{table.source}: no image has an object to learn ({counts}); {reason}")
+    if reason := nothing_to_learn(table):
+        found = "; ".join(f"{kind}: {count}" for kind, count in table.repairs.items())
+        raise InputError(f"{table.source}: {reason}" + (f" (found while reading: {found})" if found else ""))
     table = table.without_empty_images() if options.drop_empty else table
     if resumption is not None:
         resumption.compare_data(table, tables.get("val"))
@@ -133,8 +131,9 @@ def plan_run(
         InputError: the batch does not divide, no micro-batch fits, or the number of images is not known.
     """
     options, count = flags.schedule, processes.num_processes
-    name = recipe_name(options.recipe, len(train))
-    recipe = flags.stage.recipe(detector.config.name, detector.backbone.has_layernorm, name)
+    optimizer = options.optimizer or paper_optimizer(detector.backbone.has_layernorm)
+    recipe = flags.stage.recipe(detector.config.name, optimizer, recipe_name(options.recipe, len(train)))
+    recipe = recipe if options.weight_decay is None else replace(recipe, weight_decay=options.weight_decay)
     batch = resumption.plan.global_batch_size if resumption else global_batch_size(options, recipe, count)
     fitting = None
     if options.micro_batch_size == "auto" and isinstance(train, AnnotationTable):
@@ -144,7 +143,7 @@ def plan_run(
         if fitting not in sizes:
             copies = (count > 1) + (options.ema is not None)
             trial = Trial(
-                detector.config, detector.batchnorm_frozen, flags.run.gradient_checkpointing, recipe, copies,
+                detector.config, detector.frozen, flags.run.gradient_checkpointing, recipe, copies,
                 processes.device, resolve_precision(flags.run.mixed_precision),
             )  # fmt: skip
             fitting = agreed_micro_batch_size(trial, train, preset, sizes)
@@ -181,6 +180,7 @@ def make_feed(
     num_workers: int,
     grouped: bool = False,
     cache: ImageCache | None = None,
+    mix: Mix | None = None,
 ) -> Feed:
     """The source of training batches.
 
@@ -194,12 +194,13 @@ def make_feed(
         num_workers: processes that read images.
         grouped: whether micro-batches are of like aspect ratio.
         cache: of low-resolution copies of the images.
+        mix: which samples are made of several images; not of a stream.
 
     Raises:
         InputError: a stream begins with many images that are wrong.
     """
     if isinstance(train, AnnotationTable):
-        return TableFeed(train, preset, seed, with_masks, num_workers, grouped, cache, options.repeat_threshold)
+        return TableFeed(train, preset, seed, with_masks, num_workers, grouped, cache, options.repeat_threshold, mix)
     from direct_pt.data.stream import StreamFeed
 
     feed = StreamFeed(
@@ -211,6 +212,7 @@ def make_feed(
 
 def start_run(
     flags: Flags,
+    choices: Choices,
     plan: Plan,
     recipe: Recipe,
     detector: Detector,
@@ -227,7 +229,9 @@ def start_run(
     Raises:
         InputError: the device cannot serve what was asked for, or config.json cannot be written.
     """
-    options = flags.run
+    options, recompute_norm = flags.run, bool(flags.to_dict().get("recompute_norm"))
+    notes = ("--recompute-norm: BatchNorm's statistics are computed anew at the end",) * recompute_norm
+    plan = replace(plan, notes=(*choices.notes, *notes, *plan.notes))
     accelerator = make_accelerator(
         options.mixed_precision,
         plan.micro_batch_size,
@@ -239,6 +243,9 @@ def start_run(
     if resumption is not None:
         resumption.load_weights(detector, accelerator)
         plan = replace(plan, notes=(*plan.notes, *resumption.differences(plan)))
+    train = feed.table if isinstance(feed, TableFeed) else cast("StreamFeed", feed).stream
+    data = data_record(train, val)
+    check_same_start(detector, choices, plan, data, accelerator.state)
     detector.to(accelerator.device)
     if not is_deepspeed():  # it needs contiguous weights
         detector.to(memory_format=torch.channels_last)  # the fastest for convolutions, on CPU and GPU
@@ -249,8 +256,7 @@ def start_run(
         resumption.load_state(model, average, accelerator)
     progress = resumption.progress if resumption else Progress()
     if progress.step < plan.total_steps:
-        train = feed.table if isinstance(feed, TableFeed) else cast("StreamFeed", feed).stream
-        main_decides(lambda: write_config(flags, plan, data_record(train, val)), accelerator.state)
+        main_decides(lambda: write_config(flags, choices, plan, data), accelerator.state)
     else:  # its model came out of the flags that stand there
         plan = replace(plan, notes=(*plan.notes, "the run has ended: nothing is trained, config.json stays as it is"))
     stage = {
@@ -274,20 +280,46 @@ def start_run(
         val=val,
         test_preset=test_preset,
         progress=progress,
+        recompute_norm=recompute_norm,
         history=[*history, stage],
         saved_log=resumption.process_log(accelerator) if resumption else {},
     )
 
 
-def write_config(flags: Flags, plan: Plan, data: dict[str, Any]) -> None:
-    """Write a run's config.json. Raises InputError: where the disk is full now, it will be at the first save."""
+def check_same_start(
+    detector: Detector, choices: Choices, plan: Plan, data: dict[str, Any], processes: PartialState
+) -> None:
+    """Raise InputError, on every process, where they would not train the same detector on the same data.
+
+    Some values of each tensor stand for its weights: their last digits may differ between processors.
+    """
+    weights = {}
+    for name, tensor in detector.state_dict().items() if processes.num_processes > 1 else ():
+        flat = tensor.detach().reshape(-1)
+        weights[f"tensor {name}"] = [list(tensor.shape), flat[:: len(flat) // WEIGHTS_COMPARED + 1].double().tolist()]
+    planned = {name: value for name, value in asdict(plan).items() if name != "notes"}
+    parts = {"training split": data["train"], "validation split": data["val"], "list of classes": data["classes"]}
+    check_same(parts, "--data", processes)
+    check_same({"choice": choices.to_json(), "plan": planned}, "plan", processes)
+    check_same(weights, "weights that training starts from", processes)
+
+
+def write_config(flags: Flags, choices: Choices, plan: Plan, data: dict[str, Any]) -> None:
+    """Write a run's config.json, with the folder's lock, which stays.
+
+    Raises:
+        InputError: another run writes there, or began to since this one was started; or the file cannot be written:
+            where the disk is full now, it will be at the first save.
+    """
     path = flags.run.output_dir / CONFIG
     with writing(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if hold_folder(path.parent) and path.exists():
+            raise InputError(f"--output-dir {path.parent}: another run began there meanwhile; choose another folder")
         write_json(
             path,
             {
                 "settings": flags.to_dict(),
+                "choices": choices.to_json(),
                 "plan": asdict(plan),
                 "data": data,
                 "git": git_revision(),
@@ -319,11 +351,14 @@ def train_run(
             tables = {"train": train} | ({} if run.val is None else {"val": run.val})
             survey = summary(tables, survey_preset)
         detector = run.model.detector
-        paper = flags.stage.recipe(detector.config.name, detector.backbone.has_layernorm)
+        paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
         recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
         print(printable_lines(banner(run, images, origin, recipe, survey)), flush=True)
     if run.options.report_to != "none":
         run.accelerator.init_trackers("tensorboard")
-    Trainer(run).train()
-    run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
-    run.accelerator.end_training()
+    try:
+        Trainer(run).train()
+        run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
+        run.accelerator.end_training()
+    finally:
+        release_folder(run.options.output_dir)

@@ -12,6 +12,7 @@ transforms v2, without normalising.
 
 import argparse
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ from torchvision.transforms import v2
 
 from benchmarks.rows import Row, row, seconds
 from benchmarks.synthetic import COCO_IMAGES, write_coco_images
+from direct_pt.augmentations import Mix
 from direct_pt.batch import collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
@@ -38,6 +40,15 @@ from direct_pt.transforms import PretrainPreset
 
 BATCH = 8
 SIDE = 448
+PLAIN = PretrainPreset(SIDE)
+AUGMENTATIONS: tuple[tuple[str, PretrainPreset, Mix | None, str | None], ...] = (  # name, preset, mix, target
+    ("flips and turns", replace(PLAIN, flips="dihedral"), None, "85 % of the rate without"),
+    ("colour jitter", replace(PLAIN, color_jitter=0.3), None, "85 % of the rate without"),
+    ("scale jitter 0.5 1.5", replace(PLAIN, scale_range=(0.5, 1.5)), None, "85 % of the rate without"),
+    ("scale jitter 0.1 2", replace(PLAIN, scale_range=(0.1, 2.0)), None, "85 % of the rate without"),
+    ("half of them mosaics", PLAIN, Mix("mosaic", 0.5), "half of the rate without"),
+    ("half of them copy-paste", PLAIN, Mix("copy-paste", 0.5), None),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +73,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
             ours, *theirs = timed(partial(load, table, masks), *peers.values())
             for peer, spent in zip(peers, theirs, strict=True):
                 rows.append(rate(setting, len(table), ours, peer, spent, f"{target} images/s"))
+        for setting, preset, mix, goal in AUGMENTATIONS:
+            varied, plain = timed(partial(load, table, False, None, preset, mix), partial(load, table, False))
+            rows.append(rate(f"640x480 JPEG, {setting}", len(table), varied, "without", plain, goal))
         for kind in KINDS:
             cache = open_image_cache(table, kind, SIDE, folder, 0)
             assert cache is not None
@@ -91,9 +105,15 @@ def rate(setting: str, images: int, ours: float, peer: str, theirs: float, targe
     return row("input", setting, images / ours, "images/s", peer, images / theirs, target)
 
 
-def load(table: AnnotationTable, masks: bool, cache: ImageCache | None = None) -> None:
+def load(
+    table: AnnotationTable,
+    masks: bool,
+    cache: ImageCache | None = None,
+    preset: PretrainPreset = PLAIN,
+    mix: Mix | None = None,
+) -> None:
     """One pass as in training, with new random choices each time. Each batch is freed before the next, as in all."""
-    images = TrainingImages(table, PretrainPreset(SIDE), 0, masks, cache)
+    images = TrainingImages(table, preset, 0, masks, cache, mix)
     epoch = time.perf_counter_ns()
     for start in range(0, len(table), BATCH):
         collate([images[epoch, image] for image in range(start, min(start + BATCH, len(table)))])

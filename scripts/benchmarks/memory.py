@@ -29,7 +29,7 @@ from direct_pt.errors import InputError
 from direct_pt.flags import not_negative_integer, positive_float, positive_integer
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, build_detector
 from direct_pt.models.layers import recompute_blocks
-from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, make_optimizer
+from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE, STAGES, make_optimizer, paper_optimizer
 from direct_pt.training.micro_batch import training_batch
 
 GIB = 2**30
@@ -157,7 +157,7 @@ def make_training(case: Case) -> tuple[Detector, torch.optim.Optimizer]:
     if case.recompute:
         recompute_blocks(detector.backbone.network)
     detector.to(memory_format=torch.channels_last)
-    recipe = STAGES[case.stage].recipe(case.config.name, detector.backbone.has_layernorm)
+    recipe = STAGES[case.stage].recipe(case.config.name, paper_optimizer(detector.backbone.has_layernorm))
     return detector, make_optimizer(detector, recipe, recipe.lr)
 
 

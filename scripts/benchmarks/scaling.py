@@ -45,7 +45,7 @@ from direct_pt.flags import any_path, positive_integer
 from direct_pt.models.detector import MODELS
 from direct_pt.models.layers import running_statistics
 from direct_pt.recipes import PRETRAIN, make_optimizer
-from direct_pt.training.loop import average_running_statistics
+from direct_pt.training.norm_statistics import average_running_statistics
 from direct_pt.training.prepared import PreparedModel
 
 SMALL_REPEATS = 10  # small all-reduces that are timed at once

@@ -28,7 +28,7 @@ from direct_pt.checkpoint import save_model
 from direct_pt.coco_eval import Predictions
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
-from direct_pt.data.loader import SampleOrder
+from direct_pt.data.order import SampleOrder
 from direct_pt.data.sources import load_split
 from direct_pt.distributed.launch import make_accelerator
 from direct_pt.files import write_tensors

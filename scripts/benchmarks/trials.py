@@ -13,13 +13,12 @@ output.txt; finished runs there are not repeated.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from benchmarks.rows import Row, row
 from direct_pt.errors import InputError
 from direct_pt.flags import any_path, positive_integer
 from direct_pt.models.detector import MODELS
+from direct_pt.training.saved_values import read_plan, read_records
 
 STEPS_AFTER_WARMUP = 150
 STOPPED = 143  # exit status after SIGTERM
@@ -146,15 +146,13 @@ def start(trial: Trial, stage: str, slot: int, whole: bool) -> subprocess.Popen[
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_records(folder / "metrics.jsonl")[0]
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
     """A run's plan; empty until it has one."""
     path = folder / "config.json"
-    return json.loads(path.read_text())["plan"] if path.exists() else {}
+    return asdict(read_plan(path)) if path.exists() else {}
 
 
 def has_gone_far_enough(folder: Path) -> bool:

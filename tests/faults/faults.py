@@ -1,6 +1,9 @@
-"""Runs that are killed, or whose disk fills up, end as the one that nothing happened to: to the bit, on the CPU.
+"""Runs that are killed, whose disk fills up, or that meet others, end as the one that nothing happened to: to the bit.
 
-  python tests/faults/faults.py [--kind anywhere|saves|disk] [--processes 1|2] [--kills 30] [--seed 0]
+On the CPU. What they meet besides is in surroundings.py.
+
+  python tests/faults/faults.py [--kind anywhere|saves|disk|folders|outputs|readers|ranks] [--processes 1|2]
+      [--kills 30] [--seed 0]
 
 A line for each fault, then the counts; exit status 1 where anything differs. `test_faults.py` is the short form.
 """
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +33,8 @@ import small_runs as runs
 from direct_pt.files import DamagedFile, read_tensors
 from direct_pt.training.checkpoints import checkpoints
 
-KINDS = ("anywhere", "saves", "disk")
+KINDS = ("anywhere", "saves", "disk", "folders", "outputs", "readers", "ranks")
+OF_TWO = ("anywhere", "ranks")  # kinds for two processes too, where none is chosen
 # A detector whose steps and saves are quick. With BatchNorm, whose statistics are in question too; sums of losses are
 # under way at most saves; two micro-batches a step on each process.
 DETECTOR = ("--model", runs.MODEL, "--backbone", "test_resnet", "--channels", "16", "--image-size", runs.SIZE)
@@ -104,9 +108,12 @@ class Failure(Exception):
 class Job:
     """A run's processes. They are found by a variable: a launcher's children have sessions of their own."""
 
-    def __init__(self, setup: Setup, run: Path, *flags: object) -> None:
+    def __init__(self, setup: Setup, run: Path, *flags: object, prefix: Sequence[str] = ()) -> None:
+        """Start a run; a `prefix` starts the command of a single process."""
         self.mark = uuid.uuid4().hex
-        start = runs.start_script if setup.processes == 1 else partial(runs.launch, setup.processes)
+        start = partial(runs.start_script, prefix=prefix)
+        if setup.processes > 1:
+            start = partial(runs.launch, setup.processes)
         script = "pretrain" if setup.processes == 1 else runs.SCRIPTS / "pretrain.py"
         self.process = start(script, *setup.flags(run), *flags, **{MARK: self.mark})
 
@@ -396,8 +403,14 @@ def small_disk(folder: Path, size: int, *options: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> bool:
-    """Change a mounted disk. False while that is not possible: a file that is being written forbids read-only."""
+    """Change a mounted disk. Whether that was possible."""
     return subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True).returncode == 0
+
+
+def cover_read_only(folder: Path) -> None:
+    """Mount a disk once more over itself, read-only: while files are open to write, it cannot be made so itself."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True, capture_output=True)
 
 
 def fill(file: Path) -> None:
@@ -425,9 +438,7 @@ def trouble(job: Job, disk: Path, run: Path, kind: str, step: int, delay: float)
     if job.ends_within(delay):
         return False
     if kind == "read-only":
-        while not remount(disk, "ro"):
-            if job.ends_within(0.005):
-                return False
+        cover_read_only(disk)
     else:
         while not job.ends_within(0.1):  # what is removed later is taken too
             fill(disk / "zeros")
@@ -488,6 +499,8 @@ def disk_trial(reference: Reference, folder: Path, kind: str, amount: float, rep
         if kind != "read-only" and (left := [path for path in hidden(run) if path.stat().st_size]):
             report.problem(f"{kind} {amount:.2f}: {left} keeps the disk full")
 
+        if kind == "read-only":
+            subprocess.run(["umount", disk], check=True, capture_output=True)
         if not remount(disk, f"rw,size={2 * needed + 4 * model}"):
             raise Failure("no room could be made")
         (disk / "zeros").unlink(missing_ok=True)
@@ -532,11 +545,13 @@ def main() -> None:
     """The command."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kind", choices=KINDS, help="(all)")
-    p.add_argument("--processes", type=int, choices=(1, 2), help="(1 for all kinds, and 2 for anywhere)")
+    p.add_argument("--processes", type=int, choices=(1, 2), help="(1 for all kinds, and 2 for anywhere and ranks)")
     p.add_argument("--kills", type=int, default=30, help="of each kind; a third as many failing disks (30)")
     p.add_argument("--seed", type=int, default=0, help="of the moments, which depend on the machine's speed too (0)")
     p.add_argument("--steps", type=int, default=LONG, help=f"of a run ({LONG})")
     arguments = p.parse_args()
+    import surroundings  # which is made of the parts above
+
     kinds = (arguments.kind,) if arguments.kind else KINDS
     counts = (arguments.processes,) if arguments.processes else (1, 2)
     cores = sorted(os.sched_getaffinity(0))
@@ -548,17 +563,20 @@ def main() -> None:
         data = demo_data(folder)
         for processes in counts:
             os.sched_setaffinity(0, cores[-processes:])  # a core for each, as other programs may run beside
-            chosen = kinds if arguments.kind or arguments.processes or processes == 1 else ("anywhere",)
+            chosen = kinds if arguments.kind or arguments.processes or processes == 1 else OF_TWO
             reference = make_reference(Setup(data, processes, arguments.steps), folder / f"reference-{processes}")
             for kind in chosen:
                 place = folder / f"{kind}-{processes}"
                 try:
                     if kind == "disk":
                         reports.append(fail_disks(reference, place, max(3, arguments.kills // 3), arguments.seed))
+                    elif kind not in ("anywhere", "saves"):
+                        meet = partial(surroundings.meet, kind, reference, place)
+                        reports.append(meet(arguments.kills, arguments.seed))
                     else:
                         reports.append(kill_runs(kind, reference, place, arguments.kills, arguments.seed))
                 except NotPermitted as reason:
-                    print(f"disk: left out, as nothing can be mounted here: {reason}", flush=True)
+                    print(f"{kind}: left out, as nothing can be mounted here: {reason}", flush=True)
     for report in reports:
         print(report)
         for text in report.problems:
@@ -567,4 +585,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import faults  # once, as surroundings.py does
+
+    faults.main()

@@ -6,6 +6,7 @@ from pathlib import Path
 import faults
 import pytest
 import small_runs as runs
+import surroundings
 
 pytestmark = runs.cpu_only
 KILLS, SEED = 3, 0
@@ -34,6 +35,15 @@ def test_killed_is_uninterrupted(kind: str, one: faults.Reference, tmp_path: Pat
 def test_two_processes_killed_are_uninterrupted(data: Path, tmp_path: Path) -> None:
     reference = faults.make_reference(faults.Setup(data, 2, faults.SHORT), tmp_path / "uninterrupted")
     assert not faults.kill_runs("anywhere", reference, tmp_path / "killed", KILLS_OF_TWO, SEED).problems
+
+
+@pytest.mark.parametrize("kind", surroundings.TROUBLES)
+def test_what_a_run_meets(kind: str, one: faults.Reference, tmp_path: Path) -> None:
+    try:
+        report = surroundings.meet(kind, one, tmp_path, 1, SEED)
+    except faults.NotPermitted as reason:
+        pytest.skip(f"not permitted here: {reason}")
+    assert not report.problems and report.faults == 1
 
 
 # The small disk has room for the first evaluation's checkpoint, not for its best model.

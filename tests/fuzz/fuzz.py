@@ -1,4 +1,4 @@
-"""Odd and damaged data sets by the ten thousand: whatever reads a user's files takes them, or says what is wrong.
+"""Odd and damaged data sets, models and runs by the ten thousand: what reads them takes them, or says what is wrong.
 
   python tests/fuzz/fuzz.py [--inputs 200000] [--target coco|json|...] [--seed 0]
   python tests/fuzz/fuzz.py --input FILE          one that was saved
@@ -9,7 +9,9 @@ Each of them must be read as follows; otherwise it is saved to a file, and the e
 - It takes no more than MEMORY bytes beyond what the process had: it gets no more (RLIMIT_DATA).
 - No file outside of the data set's folder is opened, none is written, no program started (sys.addaudithook).
 - The process does not crash: it is one of its own.
-- What is taken is a sound table: its arrays fit together, it can be written as COCO's, and its images be rendered.
+- What is taken of a model or a run is what training and detecting can go on with.
+- What is taken of a data set is a sound table: its arrays fit together, it can be written as COCO's, and its images be
+  rendered.
 - Collecting problems finds an error where reading stops at one, and takes what reading takes, as the same table.
 
 Prints a line for each target. `test_fuzz.py` is the short form.
@@ -44,10 +46,12 @@ import datasets
 import hypothesis
 import hypothesis.configuration
 import odd_data
+import odd_runs
 import torch
 from hypothesis.strategies import SearchStrategy
 from odd_data import Files, Make, damage
 from rules import Broken, check_image, check_json, check_run_lengths, check_set, check_stream
+from run_rules import check_model, check_run
 
 from direct_pt import images
 
@@ -55,6 +59,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder where files are written fast
 LIMIT = 10.0  # seconds for one input
 MEMORY = 2**31  # bytes: far more than the small inputs need, and what they state is often larger
+MODEL_MEMORY = 2**30  # of a model that takes a few megabytes
 MOST_PIXELS = 2000 * 2000  # of an image that is decoded, in place of MAX_PIXELS, which takes seconds
 BATCH = 1000  # documents that hypothesis makes at a time: it remembers them
 MOST_CRASHES = 20  # of one target
@@ -85,6 +90,7 @@ class Target:
         inputs: those that are others; by hypothesis, or made with a random.Random.
         check: reads the folder, whether it took that; raises anything else where a rule is broken.
         share: of all inputs.
+        memory: that an input may take, in bytes.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Target:
     inputs: "SearchStrategy[Files] | Make"
     check: Callable[[Path, Files], bool]
     share: float = 0.0
+    memory: int = MEMORY
 
 
 @dataclass
@@ -160,6 +167,7 @@ class Reader:
         self.target, self.state, self.limit = target, state, limit
         self.folder, self.corpus = folder / "data", folder / "corpus"
         self.cache = folder / "cache"
+        self.cache.mkdir(exist_ok=True)
         self.report, _ = pickle.loads(state)
         self.watch = Watch(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -391,6 +399,8 @@ def targets() -> list[Target]:
         Target("hub, saved", hub, rows, check_set, 0.01),
         Target("hub, streamed", hub, rows, check_stream, 0.005),
         Target("hub, imagefolder", folder, odd_data.imagefolder_inputs(), check_set, 0.003),
+        Target("model", *odd_runs.model_inputs(), check_model, 0.03, MODEL_MEMORY),
+        Target("run", *odd_runs.run_inputs(), check_run, 0.05, MODEL_MEMORY),
     ]
 
 
@@ -409,7 +419,7 @@ def saved_input(path: Path, among: list[Target]) -> Target:
     saved = json.loads(path.read_text())
     files = {name: None if text is None else text.encode("latin-1") for name, text in saved["files"].items()}
     target = next(target for target in among if target.name == saved["target"])
-    return Target(target.name, target.usual, lambda _: files, target.check)
+    return Target(target.name, target.usual, lambda _: files, target.check, memory=target.memory)
 
 
 def main() -> None:
@@ -432,7 +442,7 @@ def main() -> None:
         chosen, whole, arguments.inputs = [saved_input(arguments.input, known)], 0, 1
     for target in chosen:
         count = round(arguments.inputs * target.share / whole) if whole else 1
-        report = hunt(target, count, arguments.seed, guided=arguments.guided)
+        report = hunt(target, count, arguments.seed, memory=target.memory, guided=arguments.guided)
         reports.append(report)
         print(report.line(), flush=True)
         for failure in report.failures.values():

@@ -39,8 +39,8 @@ def test_all_targets(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[Check, str]] = {
     "exception": (lambda folder, files: int("x"), "ValueError"),
-    "hangs": (lambda folder, files: time.sleep(60), "took more than 0.3 seconds"),
-    "hangs in C": (lambda folder, files: pow(3, 3**20), "took more than 0.3 seconds"),
+    "hangs": (lambda folder, files: time.sleep(60), "took more than 1 seconds"),
+    "hangs in C": (lambda folder, files: pow(3, 3**20), "took more than 1 seconds"),
     "crash": (lambda folder, files: ctypes.string_at(0), "ended with -11"),
     "exit": (lambda folder, files: os._exit(0), "ended with 0"),
     "memory": (lambda folder, files: bytearray(2**33), "MemoryError"),
@@ -66,7 +66,7 @@ def test_what_breaks_a_rule_is_found(case: str, by: str) -> None:
             check(folder, files)
         return True
 
-    report = fuzz.hunt(fuzz.Target("bad", {}, marks[by], read), 5, seed=1, limit=0.3)
+    report = fuzz.hunt(fuzz.Target("bad", {}, marks[by], read), 5, seed=1, limit=1.0)
     assert report.failures and report.inputs >= 5
     for failure in report.failures.values():
         assert words in failure.text and failure.files == {"file": b"bad"}

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, class_differences
 
 IMAGES = ("image", "img", "images", "picture", "photo")  # that is taken if there are several
 OBJECTS = ("objects", "annotations")
@@ -81,7 +81,7 @@ class Layout:
             for found in _list(objects):
                 category: Any = found.get(self.categories)
                 if self.ids is not None and isinstance(category, int | str):
-                    category = self.ids.get(category, category if isinstance(category, str) else min(-1, category))
+                    category = self.ids.get(category, self._no_class(category))
                 record = {
                     "id": first_object + len(annotations),
                     "image_id": ids[place],
@@ -90,6 +90,10 @@ class Layout:
                 }
                 annotations.append(record | {key: found[key] for key in OPTIONAL if found.get(key) is not None})
         return images, annotations
+
+    def _no_class(self, category: int | str) -> int | str:
+        """A category that names no class, and is no other class's id either: records.py rejects it."""
+        return min(-1, category) if category in self.classes else category
 
     def _box(self, box: Any) -> Any:
         """[x, y, width, height]; malformed boxes pass unchanged: records.py rejects them."""
@@ -106,13 +110,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of one split, and of what kind its categories are: ClassLabel, or the type of a value."""
+    """The columns of one split, and of what kind its categories are: ClassLabel, or the type of a value.
+
+    A ClassLabel may be README.md's, and its names, not their numbers, stand in the rows.
+    """
 
     image: str
     objects: str
     boxes: str
     categories: str
     kind: Any
+    names_in_rows: bool = False
 
     @property
     def kind_name(self) -> str:
@@ -121,19 +129,24 @@ class _Columns:
         return "int" if dtype.startswith(("int", "uint")) else "string" if dtype.endswith("string") else dtype
 
 
-def find_layouts(splits: Mapping[str, Any], source: str, bbox_format: str) -> dict[str, Layout]:
+def find_layouts(
+    splits: Mapping[str, Any], source: str, bbox_format: str, declared: Mapping[str, Any] | None = None
+) -> dict[str, Layout]:
     """The layout of each split's columns, all with the same classes: those of the first split, then those of others.
 
     Args:
         splits: the data sets. Their rows are searched for classes if the features do not name them.
         source: name in messages.
         bbox_format: "coco" or "voc", for boxes that are lists.
+        declared: features that README.md states, for what the splits' own do not say: images and names of classes.
 
     Raises:
         InputError: naming the columns that exist.
     """
     columns = {
-        split: _find_columns(rows.features or {}, f"--data {source}{f' ({split})' if len(splits) > 1 else ''}")
+        split: _find_columns(
+            rows.features or {}, f"--data {source}{f' ({split})' if len(splits) > 1 else ''}", declared or {}
+        )
         for split, rows in splits.items()
     }
     named = {split: c.kind.names for split, c in columns.items() if isinstance(c.kind, datasets.ClassLabel)}
@@ -161,15 +174,21 @@ def find_layouts(splits: Mapping[str, Any], source: str, bbox_format: str) -> di
         own_ids: dict[Any, int] | None = ids if kinds != {"int"} else None
         if split in named:
             numbers = {number: ids[name] for number, name in enumerate(named[split])}
-            own_ids = None if numbers == {number: number for number in classes} else numbers
+            if own.names_in_rows:
+                own_ids = {name: ids[name] for name in named[split]}
+            else:
+                own_ids = None if numbers == {number: number for number in classes} else numbers
         layouts[split] = Layout(
             own.image, own.objects, own.boxes, own.categories, classes, own_ids, bbox_format == "voc"
         )
     return layouts
 
 
-def _find_columns(features: Mapping[str, Any], where: str) -> _Columns:
+def _find_columns(features: Mapping[str, Any], where: str, declared: Mapping[str, Any]) -> _Columns:
     """The columns of one split with these features. Raises InputError, beginning with `where`."""
+    features = {
+        name: declared[name] if _is_image(kind, declared.get(name)) else kind for name, kind in features.items()
+    }
     columns = f"its columns are {', '.join(features)}"
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     if not images and set(_fields(features.get("image"))) == {"bytes", "path"}:
@@ -189,10 +208,29 @@ def _find_columns(features: Mapping[str, Any], where: str) -> _Columns:
     if boxes is None or categories is None:
         missing, present = "bbox" if boxes is None else "category", ", ".join(fields) or "nothing"
         raise InputError(f"{where}: its '{objects}' lack '{missing}'; they have {present}")
-    kind = fields[categories]
-    if isinstance(features[objects], dict):  # a dictionary of lists
-        kind = getattr(kind, "feature", kind)
-    return _Columns(image, objects, boxes, categories, kind)
+    kind = _kind(features[objects], categories)
+    stated = _kind(declared.get(objects), categories)
+    if not isinstance(stated, datasets.ClassLabel):
+        return _Columns(image, objects, boxes, categories, kind)
+    if isinstance(kind, datasets.ClassLabel) and kind.names != stated.names:
+        differences = class_differences(dict(enumerate(kind.names)), dict(enumerate(stated.names)))
+        text = f"its files name other classes than its README.md: {differences}; mend the one that is wrong"
+        raise InputError(f"{where}: {text}")
+    own = _Columns(image, objects, boxes, categories, kind)
+    if own.kind_name not in ("int", "string"):
+        return own
+    return _Columns(image, objects, boxes, categories, stated, own.kind_name == "string")
+
+
+def _is_image(kind: Any, stated: Any) -> bool:
+    """Whether a column without a kind of its own is declared as one of images."""
+    return isinstance(stated, datasets.Image) and set(_fields(kind)) == {"bytes", "path"}
+
+
+def _kind(objects: Any, categories: str) -> Any:
+    """The kind of one category of the objects' feature; None if there is none."""
+    kind = _fields(objects).get(categories)
+    return getattr(kind, "feature", kind) if isinstance(objects, dict) else kind  # a dictionary of lists
 
 
 def _fields(feature: Any) -> Json:

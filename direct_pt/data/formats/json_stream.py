@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from direct_pt.files import open_regular
+
 CHUNK = 4096  # list elements that are yielded together
 BLOCK = 2**22  # bytes read at a time
 LOOKAHEAD = 3  # characters needed after a value to know that it ends there: "1" may be the start of "1e+5"
@@ -31,7 +33,7 @@ def read_members(path: Path) -> Iterator[tuple[str, int, Any]]:
         OSError, ValueError, RecursionError: as json.loads of the whole file would, but only on reaching the place.
         NotAnObject: the top level is not an object.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = _Text(file)
         if text.peek() != "{":
             text.value()

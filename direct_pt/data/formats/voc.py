@@ -2,18 +2,31 @@
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, nan
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 
 from direct_pt.data.formats.label_files import number_records, read_text
-from direct_pt.data.names import LIST_FOLDERS, Folder, is_image, normal_name, split_files, split_folders
+from direct_pt.data.names import (
+    LIST_FOLDERS,
+    Folder,
+    is_no_data,
+    normal_name,
+    split_files,
+    split_folders,
+    walk_folders,
+    walk_images,
+)
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
+from direct_pt.errors import first_names
+from direct_pt.files import open_regular
 from direct_pt.images import FORMATS
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -51,11 +64,13 @@ class VocSplit:
 
     Attributes:
         source: name in messages.
-        folder: of the images.
-        annotations: folder of the XML files.
+        folder: of the images, which may lie in subfolders.
+        annotations: folder of the XML files, which may lie in subfolders.
         listing: file that lists the split's XML files by their names without suffix; None for all of them.
         without: another such file, whose names are not of the split.
         classes: of all splits.
+        unused: other trees beside this one.
+        covered: a list that names nothing but what other lists do.
     """
 
     source: str
@@ -64,13 +79,16 @@ class VocSplit:
     listing: Path | None
     classes: VocClasses
     without: Path | None = None
+    unused: tuple[Path, ...] = ()
+    covered: Path | None = None
 
     encoded = annotation_file = None
+    owns_folder = False
 
     @property
     def paths_read(self) -> tuple[Path, ...]:
         """Its folders and lists."""
-        lists = [path for path in (self.listing, self.without) if path is not None]
+        lists = [path for path in (self.listing, self.without, self.covered) if path is not None]
         return self.folder, self.annotations, *lists
 
     def records(self, problems: Problems) -> Iterator[Chunk]:
@@ -85,17 +103,18 @@ class VocSplit:
         ids = {name: number for number, name in enumerate(self.classes.names, start=1)}
         images: dict[str, list[str]] = {}  # file names by stem
         found_for: dict[str, Path] = {}  # XML files by image
+        faulty: set[str] = set()  # stems of XML files
         files: list[Path] = []
+        for tree in self.unused:
+            text = f"is a VOC tree of its own, beside the one that is read; name it with --data {tree}, or remove it"
+            problems.add(Problem(NOTE, "trees that are not used", str(tree), text))
         with problems.caught():
             files = self._files(problems)
-            try:
-                names = sorted(os.listdir(self.folder))  # noqa: PTH208
-            except OSError as error:
+            if not self.folder.is_dir():
                 text = f"no such image folder (the images of {self.annotations})"
-                raise DataError("missing folder", self.folder, text) from error
-            for name in names:
-                if is_image(self.folder / name, problems):
-                    images.setdefault(normal_name(Path(name).stem), []).append(name)
+                raise DataError("missing folder", self.folder, text)
+            for path in sorted(walk_images(self.folder, problems), key=str):
+                images.setdefault(normal_name(path.stem), []).append(path.relative_to(self.folder).as_posix())
             if not images:
                 raise DataError("no images", self.folder, f"holds no images (those of {self.annotations})")
         for path in files if images else ():
@@ -110,9 +129,10 @@ class VocSplit:
                 found = {"file_name": image, **_size(root, path)}, _objects(root, path, image, ids, problems)
             if found is not None:
                 yield found
+            else:
+                faulty.add(normal_name(path.stem))
         if self.listing is None:
-            stems = {normal_name(path.stem) for path in files}
-            unlabelled = [name for stem, same in images.items() if stem not in stems for name in same]
+            unlabelled = [name for stem, same in images.items() if stem not in faulty for name in same]
             for image in sorted(set(unlabelled) - set(found_for)):
                 text = (
                     f"is left out: no XML file in {self.annotations} is of it; an image without objects needs one too"
@@ -120,61 +140,106 @@ class VocSplit:
                 problems.add(Problem(NOTE, "images without an XML file", str(self.folder / image), text, image))
 
     def _files(self, problems: Problems) -> list[Path]:
-        """The split's XML files, sorted by name."""
-        files = {normal_name(path.stem): path for path in xml_files(self.annotations)}
+        """The split's XML files, sorted by path."""
+        files = xml_files(self.annotations)
         if self.listing is None:
-            return list(files.values())
-        listed = self._listed(self.listing, files, problems)
-        if self.without is not None:
-            listed -= self._listed(self.without, files, Problems(collects=True))
+            return files
+        names = XmlNames(files, self.annotations)
+        listed = self._listed(self.listing, names, problems)
+        text = "lists no images; write a name without suffix on each line"
+        if self.without is not None and listed:
+            listed -= self._listed(self.without, names, Problems(collects=True))
+            text = f"lists no image that {self.without} does not list too; take some lines out of that one"
         if not listed:
-            raise DataError("no images", self.listing, "lists no images; write a name without suffix on each line")
-        return sorted(listed)
+            raise DataError("no images", self.listing, text)
+        return sorted(listed, key=str)
 
-    def _listed(self, listing: Path, files: dict[str, Path], problems: Problems) -> set[Path]:
-        """The XML files that a list names, one a line: perhaps with a suffix, a folder, or 1 or -1 behind."""
-        lines: dict[str, int] = {}
-        found = set()
+    def _listed(self, listing: Path, names: "XmlNames", problems: Problems) -> set[Path]:
+        """The XML files that a list names, one a line."""
+        lines: dict[Path, int] = {}
         for number, line in enumerate(map(str.strip, read_text(listing).splitlines()), start=1):
             with problems.caught():
                 if not line:
                     continue
-                whole = re.split(r"[/\\]", line)[-1]
-                spellings = [whole, re.sub(r"\s+-?[01]$", "", whole)]
-                spellings += [stem for name in spellings for stem, suffix in [os.path.splitext(name)]  # noqa: PTH122
-                              if suffix.lower() in (".xml", *FORMATS)]  # fmt: skip
-                name = next((name for name in map(normal_name, spellings) if name in files), None)
-                if name is None:
+                found, whole = names.find(line), re.split(r"[/\\]", line)[-1]
+                if not found:
                     text = f"lists {line!r}, but {self.annotations} has no {whole}.xml; add it or remove the line"
                     raise DataError("missing XML", f"{listing}:{number}", text)
-                if lines.setdefault(name, number) < number:
-                    text = f"lists {whole!r} again, after line {lines[name]}; remove one"
+                if len(found) > 1:
+                    fitting = first_names([path.relative_to(self.annotations).as_posix() for path in found])
+                    text = f"lists {line!r}, which may be {fitting}; write the name as it is there, with its folder"
+                    raise DataError("ambiguous XML", f"{listing}:{number}", text)
+                if lines.setdefault(found[0], number) < number:
+                    text = f"lists {whole!r} again, after line {lines[found[0]]}; remove one"
                     raise DataError("listed twice", f"{listing}:{number}", text)
-                found.add(files[name])
-        return found
+        return set(lines)
 
     def _image(self, root: Element, path: Path, images: dict[str, list[str]], problems: Problems) -> str:
-        """The image's file name: the stated one, or else the XML file's name with an image suffix."""
+        """The image's file name: the stated one, or else the XML file's name with an image suffix.
+
+        An exact name comes before one that means the same, an image in the XML file's own subfolder before others.
+        """
         stated = _text(root, "filename") or ""
         name = re.split(r"[/\\]", stated)[-1]  # stated paths are never followed
         if name != stated:
             text = f"its <filename> {stated!r} is a path; only {name!r} of it counts"
             problems.add(Problem(NOTE, "filename is a path", str(path), text, name))
-        same = images.get(normal_name(Path(name).stem), [])
-        if name in same:
-            return name
-        same = [other for other in same if normal_name(other) == normal_name(name)]
-        if len(same) == 1:
-            problems.add(
-                Problem(REPAIRED, "images of other spelling taken", str(path), f"its image is {same[0]}", name)
-            )
-            return same[0]
-        matches = images.get(normal_name(path.stem), [])
-        if len(matches) != 1:
-            what = f"several images fit ({', '.join(matches)})" if matches else f"no {path.stem}.jpg or the like either"
+        own = PurePosixPath(path.parent.relative_to(self.annotations))
+        alike = [PurePosixPath(image) for image in images.get(normal_name(Path(name).stem), [])]
+        same = [image for image in alike if image.name == name]
+        exact = bool(same)
+        same = _nearest(same or [image for image in alike if normal_name(image.name) == normal_name(name)], own)
+        if len(same) != 1:
+            alike = [PurePosixPath(image) for image in images.get(normal_name(path.stem), [])]
+            same = [image for image in alike if image.stem == path.stem]
+            exact = bool(same)
+            same = _nearest(same or alike, own)
+        if len(same) != 1:
+            fitting = ", ".join(map(str, same))
+            what = f"several images fit ({fitting})" if same else f"no {path.stem}.jpg or the like either"
             text = f"its <filename> {name!r} is not in {self.folder}, and {what}; correct it or add the image"
             raise DataError("missing image", path, text, name)
-        return matches[0]
+        kinds = {"images of other spelling taken": not exact, "images in other subfolders taken": same[0].parent != own}
+        for kind in (kind for kind, differs in kinds.items() if differs):
+            problems.add(Problem(REPAIRED, kind, str(path), f"its image is {same[0]}", name))
+        return str(same[0])
+
+
+class XmlNames:
+    """The XML files in a folder and its subfolders, found by the names that lists give them."""
+
+    def __init__(self, files: list[Path], folder: Path) -> None:
+        # By path without suffix, by name alone, and by the normal form of each: the first that holds a name counts.
+        self._indexes: tuple[dict[str, list[Path]], ...] = tuple(defaultdict(list) for _ in range(4))
+        self._depth = 1
+        for file in files:
+            stem = file.relative_to(folder).with_suffix("").as_posix()
+            self._depth = max(self._depth, stem.count("/") + 1)
+            for index, name in zip(
+                self._indexes, (stem, file.stem, normal_name(stem), normal_name(file.stem)), strict=True
+            ):
+                index[name].append(file)
+
+    def find(self, line: str) -> list[Path]:
+        """The files that a line may mean: a name, perhaps with a suffix, folders before it, or 1 or -1 behind."""
+        parts = re.split(r"[/\\]", line)
+        spellings: list[str] = []
+        for start in range(max(0, len(parts) - self._depth), len(parts)):
+            whole = "/".join(parts[start:])
+            spellings += [whole, re.sub(r"\s+-?[01]$", "", whole)]
+        spellings += [stem for name in spellings for stem, suffix in [os.path.splitext(name)]  # noqa: PTH122
+                      if suffix.lower() in (".xml", *FORMATS)]  # fmt: skip
+        normal = [normal_name(name) for name in spellings]
+        for index, names in zip(self._indexes, (spellings, spellings, normal, normal), strict=True):
+            for name in names:
+                if name in index:
+                    return index[name]
+        return []
+
+
+def _nearest(images: list[PurePosixPath], folder: PurePosixPath) -> list[PurePosixPath]:
+    """Those in the folder, or else all."""
+    return [image for image in images if image.parent == folder] or images
 
 
 def find_voc(folder: Path) -> dict[str, VocSplit] | None:
@@ -182,7 +247,7 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
 
     Either Annotations/, JPEGImages/ and ImageSets/Main/ in the folder, or in one VOC* folder of it or of its
     VOCdevkit/; without lists everything is "train". trainval.txt stands in for train.txt, without the images of
-    val.txt. Or train/, valid/ and test/ with XML files beside the images.
+    val.txt. Or train/, valid/ and test/ with XML files beside the images, in one of them not only in subfolders.
 
     Raises:
         DataError: there are several VOC trees.
@@ -193,7 +258,10 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
         names = ", ".join(str(tree.relative_to(folder)) for tree in trees)
         raise DataError("several trees", folder, f"holds several VOC trees ({names}); name one with --data {trees[0]}")
     if not trees:
-        found = {split: place for split, place in split_folders(folder).items() if xml_files(place)}
+        places_of = split_folders(folder)
+        # Deeper folders are searched only where some XML file is found: other data sets may be large.
+        known = any(name.lower().endswith(".xml") for place in places_of.values() for name in Folder(place).names)
+        found = {split: place for split, place in places_of.items() if known and xml_files(place)}
         classes = VocClasses(tuple(found.values()))
         return {split: VocSplit(str(place), place, place, None, classes) for split, place in found.items()} or None
     annotations, classes = trees[0] / "Annotations", VocClasses((trees[0] / "Annotations",))
@@ -204,7 +272,7 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
         listed["train"], without = listed["trainval"], listed.get("val")
     if not any(split in listed for split in ("train", "val", "test")):
         listed = {}
-    return {
+    splits = {
         split: VocSplit(
             f"{trees[0]} ({split})", trees[0] / "JPEGImages", annotations, listing, classes,
             without if split == "train" else None,
@@ -212,12 +280,27 @@ def find_voc(folder: Path) -> dict[str, VocSplit] | None:
         for split, listing in (listed or {"train": None}).items()
         if split != "trainval"
     }  # fmt: skip
+    first = "train" if "train" in splits else min(splits)
+    covered = listed["trainval"] if "trainval" in listed and _covers(listed) else None
+    return splits | {first: replace(splits[first], unused=tuple(trees[1:]), covered=covered)}
+
+
+def _covers(listed: Mapping[str, Path | None]) -> bool:
+    """Whether train.txt and val.txt together list all of trainval.txt, as the devkit's do."""
+    with suppress(DataError):  # whoever reads the list reports it
+        lines = {split: set(read_text(path).split("\n")) for split, path in listed.items() if path is not None}
+        both = lines.get("train", set()) | lines.get("val", set())
+        return {line.strip() for line in lines.get("trainval", set())} <= {line.strip() for line in both} | {""}
+    return False
 
 
 def xml_files(folder: Path) -> list[Path]:
-    """The XML files in a folder, but for hidden ones, sorted by name; none if there is no such folder."""
-    names = Folder(folder).names
-    return [folder / name for name in sorted(names) if name.lower().endswith(".xml")]
+    """The XML files in a folder and its subfolders, but for hidden ones, sorted; none if there is no such folder."""
+    if not os.path.isdir(folder):  # noqa: PTH112 (which raises PermissionError)
+        return []
+    found = [Path(place, name) for place, names in walk_folders(folder, Problems()) for name in names
+             if name.lower().endswith(".xml") and not is_no_data(name)]  # fmt: skip
+    return sorted(found, key=str)
 
 
 class _Builder(TreeBuilder):
@@ -230,7 +313,7 @@ class _Builder(TreeBuilder):
 def _read_xml(path: Path) -> Element:
     """The root element of an XML file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_XML_BYTES + 1)
         if len(content) > MAX_XML_BYTES:
             raise ValueError("it is larger than 20 MB")

@@ -10,15 +10,18 @@ from math import isfinite
 from pathlib import Path
 
 import yaml
+from yaml.nodes import MappingNode, ScalarNode
 
 from direct_pt.data.formats.label_files import LabelFiles, number_records, read_text
-from direct_pt.data.names import Folders, walk_images
+from direct_pt.data.names import SPLIT_NAMES, Folders, is_no_folder, walk_images
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
+from direct_pt.errors import first_names
+from direct_pt.files import open_regular, what_is_there
 from direct_pt.images import Decoding, UnreadableImage, image_size
 
 YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml")
-SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+SPLITS = ("train", "val", "test")
 REQUIRED_KEYS = re.compile(rb"^[\"']?(names|train)[\"']?\s*:", re.MULTILINE)
 MAX_YAML_BYTES = 10**6
 EMPTY_VALUES: tuple[object, ...] = (None, "", "~", "null", "Null", "NULL", [])
@@ -37,7 +40,7 @@ class YoloSplit:
         folder: the data set's folder; nothing outside of it is read (links in it are followed).
         file: the YAML file.
         key: the split's key in the YAML file.
-        paths: the key's value: folders, searched recursively except for links in them, or .txt files that list images.
+        paths: the key's value: folders, searched recursively, or .txt files that list images.
         root: the value of the key `path`: `paths` and the lines of .txt files are relative to it.
         class_names: by index.
         decoding: how image files are read, because their sizes are needed.
@@ -53,6 +56,7 @@ class YoloSplit:
     decoding: Decoding
 
     encoded = annotation_file = None
+    owns_folder = False
 
     @property
     def paths_read(self) -> tuple[Path, ...]:
@@ -86,7 +90,7 @@ class YoloSplit:
             if found is not None:
                 yield found
         with problems.caught():
-            labels.report(self.source, len(names), folders)
+            labels.report(self.source, names, folders)
 
     def _image_names(self, problems: Problems) -> tuple[list[str], list[str]]:
         """The split's images, sorted, and the folders among its paths; all relative to the data set's folder."""
@@ -120,7 +124,7 @@ class YoloSplit:
         root = self.folder / self.root
         if not os.path.isdir(root):  # noqa: PTH112 (which raises PermissionError)
             text = f"its 'path' {self.root!r} is not there: paths are taken relative to {self.folder}"
-            problems.add(Problem(NOTE, "path ignored", str(self.file), text))
+            problems.add(Problem(NOTE, "YAML 'path' that is not there", str(self.file), text))
             return self.folder
         if self._inside(root) is None:
             text = (
@@ -139,8 +143,11 @@ class YoloSplit:
             place = self.folder / inside
             if os.path.isdir(place) or (place.suffix == ".txt" and os.path.isfile(place)):  # noqa: PTH112, PTH113
                 return inside
-        text = f"its '{self.key}' {path!r} is no folder and no .txt file in {self.folder}; write a path relative to it"
-        if self.key not in SPLIT_KEYS["train"]:
+        there = what_is_there(root / path) if self._inside(root / path) is not None else ""
+        reason = f" ({there})" if there not in ("", "a file", "a folder") else ""
+        remedy = "write a path relative to it"
+        text = f"its '{self.key}' {path!r} is no folder and no .txt file in {self.folder}{reason}; {remedy}"
+        if self.key.lower() not in SPLIT_NAMES["train"]:
             text += f", or remove the line '{self.key}'"
         raise DataError("path", self.file, text)
 
@@ -188,17 +195,22 @@ class YoloSplit:
 
 
 def find_yolo(place: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSplit] | None:  # noqa: B008
-    """The splits ("train", "val", "test") of a YOLO data set, None if there is not one YAML file of it.
+    """The splits ("train", "val", "test") of a YOLO data set, None if there is no YAML file of it.
 
     Args:
-        place: the YAML file, or its folder: data.yaml or dataset.yaml, or the only one that has `names` and `train`.
+        place: the YAML file, or its folder with one: data.yaml, dataset.yaml, or another with `names` and `train`.
         decoding: how image files are read.
 
     Raises:
-        DataError: the YAML file is malformed. The splits' paths are only checked when their records are read.
+        DataError: the YAML file is malformed, or there are several that differ. The splits' paths are only checked when
+            their records are read.
     """
-    files = [place] if place.suffix in (".yaml", ".yml") and place.is_file() else yaml_files(place)
-    if len(files) != 1:
+    files = [place] if place.suffix in (".yaml", ".yml") and is_no_folder(place) else yaml_files(place)
+    if len(files) > 1:
+        named = first_names([path.name for path in files])
+        text = f"holds several YAML files of a YOLO set ({named}): give one of them, --data {files[0]}"
+        raise DataError("several YAML files", place, text)
+    if not files:
         return None
     file, folder = files[0], files[0].parent
     content = _read_yaml(file)
@@ -210,30 +222,70 @@ def find_yolo(place: Path, decoding: Decoding = Decoding()) -> dict[str, YoloSpl
     if not isinstance(root, str | None):
         raise DataError("path", file, "its 'path' must be one path")
     splits = {}
-    for split, keys in SPLIT_KEYS.items():
-        key = next((key for key in keys if content.get(key) not in EMPTY_VALUES), None)
-        if key is None:
-            continue
-        paths = content[key] if isinstance(content[key], list) else [content[key]]
-        if not all(isinstance(path, str) and path for path in paths):
-            raise DataError("path", file, f"its '{key}' must be a path or a list of paths")
-        splits[split] = YoloSplit(f"{file} ({split})", folder, file, key, tuple(paths), root, class_names, decoding)
+    for split in SPLITS:
+        found = _split_paths(content, split, file)
+        if found is not None:
+            splits[split] = YoloSplit(f"{file} ({split})", folder, file, *found, root, class_names, decoding)
     if not splits:
         raise DataError("path", file, "needs the key 'train' or 'val' with the folder of its images")
     return splits
 
 
+def _split_paths(content: Json, split: str, file: Path) -> tuple[str, tuple[str, ...]] | None:
+    """The key of a split, in one of its usual spellings, and its paths. Raises DataError, also if two keys differ."""
+    spellings = SPLIT_NAMES[split]
+    keys = [key for key in content if isinstance(key, str) and key.lower() in spellings]
+    found: dict[str, tuple[str, ...]] = {}
+    for key in sorted(keys, key=lambda key: (spellings.index(key.lower()), key)):
+        value = content[key]
+        if value in EMPTY_VALUES:
+            continue
+        paths = value if isinstance(value, list) else [value]
+        if not all(isinstance(path, str) and path for path in paths):
+            raise DataError("path", file, f"its '{key}' must be a path or a list of paths")
+        found[key] = tuple(paths)
+    if len(set(found.values())) > 1:
+        named = " and ".join(f"'{key}'" for key in found)
+        raise DataError("path", file, f"has {named} for one split, which differ: leave one of them")
+    return next(iter(found.items()), None)
+
+
 def yaml_files(folder: Path) -> list[Path]:
-    """The YAML files in a folder that may be of a data set: one of a usual name, or else all with the needed keys."""
-    for name in YAML_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    others = []
-    for path in sorted(folder.glob("*.y*ml")):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            with suppress(OSError), path.open("rb") as file:
-                others += [path] if len(set(REQUIRED_KEYS.findall(file.read(MAX_YAML_BYTES)))) == 2 else []
-    return others
+    """The YAML files in a folder that may be of a data set: those of a usual name, and all others with the needed keys.
+
+    Of files with the same content, the first.
+    """
+    found: dict[bytes, Path] = {}
+    usual = [folder / name for name in YAML_FILES]
+    for path in dict.fromkeys([*usual, *sorted(folder.glob("*.y*ml"))]):
+        if path.suffix in (".yaml", ".yml") and is_no_folder(path):
+            content = str(path).encode()  # of one that cannot be read: find_yolo says why
+            with suppress(OSError), open_regular(path) as file:
+                content = file.read(MAX_YAML_BYTES)
+            if path in usual or len(set(REQUIRED_KEYS.findall(content))) == 2:
+                found.setdefault(content, path)
+    return list(found.values())
+
+
+class _RepeatedKey(Exception):
+    """A mapping has a key twice; the message says which, `line` where."""
+
+    def __init__(self, key: str, line: int, first: int) -> None:
+        super().__init__(f"has the key {key!r:.60} again, after line {first}; YAML allows it once: remove one")
+        self.line = line
+
+
+class _Loader(yaml.BaseLoader):
+    """Reads every scalar as text, and refuses a key that a mapping has twice: PyYAML would keep the last."""
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> Json:
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, MappingNode) else ():
+            if isinstance(key, ScalarNode):
+                if key.value in lines:
+                    raise _RepeatedKey(key.value, key.start_mark.line + 1, lines[key.value])
+                lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> Json:
@@ -243,11 +295,13 @@ def _read_yaml(path: Path) -> Json:
     have no effect.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_YAML_BYTES + 1)
         if len(content) > MAX_YAML_BYTES:
             raise ValueError("it is larger than 1 MB")
-        loaded = yaml.load(content, yaml.BaseLoader)
+        loaded = yaml.load(content, _Loader)
+    except _RepeatedKey as error:
+        raise DataError("YAML", f"{path}:{error.line}", str(error)) from error
     except (OSError, yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise DataError("YAML", path, f"cannot be read as YAML ({' '.join(str(error).split())}); mend it") from error
     if not isinstance(loaded, dict):

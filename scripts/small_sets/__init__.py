@@ -1,0 +1,1 @@
+"""Parts of experiments.py: declared runs, folds, costs, results, tables."""
