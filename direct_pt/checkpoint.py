@@ -44,7 +44,12 @@ def save_weights(folder: Path, config: DetectorConfig, weights: Tensors, history
     """`save_model` for weights without their detector."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, weights)
-    write_json(folder / CONFIG, {"detector": config.to_dict(), "history": history})
+    write_json(folder / CONFIG, about(config, history))
+
+
+def about(config: DetectorConfig, history: History) -> dict[str, Any]:
+    """A model folder's config.json: what its weights mean."""
+    return {"detector": config.to_dict(), "history": history}
 
 
 def from_pretrained(
@@ -53,7 +58,7 @@ def from_pretrained(
     """The detector of a run's folder, a model folder, or a model on the Hugging Face hub, in eval mode.
 
     Args:
-        path_or_hub_id: a RUN stands for its model/.
+        path_or_hub_id: a RUN stands for its model/; each of its checkpoints/step-N is a model folder too.
         change: maps the saved configuration to the one to build; it must keep the shapes of the weights.
 
     Raises:

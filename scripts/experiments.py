@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = plan.runs(args.only)
     if args.what in ("calibrate", "run"):
         for name in {run.set for run in runs}:
-            if not (args.data_root / name).is_dir():
-                raise InputError(f"--data-root {args.data_root}: has no folder {name}")
+            plan.sets[name].path(args.data_root)
         commit = clean_commit(ROOT, results, place.costs.path)
     if args.what == "plan":
         show_plan(plan, runs, results, place)

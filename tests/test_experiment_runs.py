@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import small_runs as runs
 
+from direct_pt.checkpoint import read_history
 from small_sets.costs import Costs
 from small_sets.runs import Row, read_results
 
@@ -30,6 +31,12 @@ finetune = "--max-steps 10"
 [experiments.arms.scratch]
 equal_cost = "direct"
 finetune = "--init none {" ".join(runs.DETECTOR)} --backbone test_resnet --channels 16 --max-steps {{steps}}"
+[[experiments]]
+name = "length"
+sets = ["demo"]
+[experiments.arms.early]
+pretrain = "--max-steps 40"
+finetune = "--init {{pretrain@30}} --max-steps 10"
 """
 
 
@@ -70,7 +77,7 @@ def test_an_experiment_from_the_plan_to_the_report(
     (root / "demo").symlink_to(demo)
     data, folder = root / "demo", tmp_path / "runs"
     assert "pays: 2 runs, 0 done" in finish(checkout, data, folder, "plan")
-    finish(checkout, data, folder, "calibrate", "--calibration-steps", "2", "20")
+    finish(checkout, data, folder, "calibrate", "--only", "pays", "--calibration-steps", "2", "20")
     costs = Costs.read(checkout / "experiments.costs.json")
     assert len(costs.stages) == 3 and all(per_step > 0 for _, per_step in costs.stages.values())
 
@@ -89,12 +96,16 @@ def test_an_experiment_from_the_plan_to_the_report(
     out = finish(checkout, data, folder, "run")
     assert "pays, demo fold 0, seed 0, direct: AP" in out
     rows = read_results(checkout / "experiments.csv")
-    assert [row.arm for row in rows] == ["direct", "scratch"]
-    direct, scratch = rows
+    assert [row.arm for row in rows] == ["direct", "scratch", "early"]
+    direct, scratch, early = rows
+    (second,) = folder.glob("demo/fold-0/seed-0/early-finetune-*")
+    seconds = [float((path / "processor_seconds.json").read_text()) for path in (stage, second)]
+    assert early.images == "240 / 80" and early.seconds == pytest.approx(0.75 * seconds[0] + seconds[1], abs=0.06)
+    assert [past["steps"] for past in read_history(second)] == [30, 10]
     assert direct.images == "320 / 80" and direct.stage1_AP and not scratch.stage1_AP
     assert direct.seconds > before  # the time of both attempts
     assert_row(direct, checkout)
-    assert "2 runs, 2 are done" in finish(checkout, data, folder, "run")
+    assert "3 runs, 3 are done" in finish(checkout, data, folder, "run")
     assert read_results(checkout / "experiments.csv") == rows
     out = finish(checkout, data, folder, "report")
     assert "| AP (AP50) | direct | scratch |" in out and "direct against scratch" in out

@@ -15,6 +15,7 @@ from small_runs import SCRIPTS, load_script
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.errors import InputError
 from small_sets.costs import Costs, cost_key
+from small_sets.factorial import combinations, effects
 from small_sets.folds import assign, fold_flags, same_group
 from small_sets.plan import DataSet, Plan, RunId, read_plan
 from small_sets.runs import Place, Row, append_result, read_results
@@ -60,7 +61,7 @@ def test_the_runs_of_a_file(tmp_path: Path) -> None:
     arm = plan.arm(runs[0])
     assert arm.stages["pretrain"] == ("--model", "m", "--image-size", "160", "--max-steps", "100")
     assert list(plan.arm(runs[1]).stages) == ["finetune"]
-    assert plan.sets == {"one": DataSet("one", 3), "two": DataSet("two", 5, r"clip\d+")}
+    assert plan.sets == {"one": DataSet("one", folds=3), "two": DataSet("two", group=r"clip\d+")}
     with pytest.raises(InputError, match="has no experiment other, only first"):
         plan.runs(["other"])
 
@@ -73,11 +74,16 @@ def test_the_runs_of_a_file(tmp_path: Path) -> None:
         ('"two"]', '"three"]', "experiment first: names a set that is not declared: three"),
         ("folds = [0, 2]", "folds = [0, 5]", "experiment first: has fold 5, and one only 3, from 0"),
         ("folds = 3", "folds = 1", "sets.one: folds must be 2 or more"),
-        ("folds = 3", "fold = 3", "sets.one: has an unknown key fold; known are folds, group, name"),
+        ("folds = 3", "fold = 3", "sets.one: has an unknown key fold; known are folder, folds, group, images"),
         ("seeds =", "seed =", "experiment first: has an unknown key seed"),
         ('equal_cost = "direct"', 'equal_cost = "other"', "arm scratch: equal_cost names no arm of this experiment"),
         ('equal_cost = "direct"\n', "", "arm scratch: equal_cost and {steps} in the flags belong together"),
         ('pretrain = "--max-steps 100"\n', "train = 'x'\n", "arm direct: has other keys than pretrain and finetune"),
+        (
+            '"--max-steps 30"',
+            '"--init {pretrain@9} --max-steps 3"',
+            "arm direct: {pretrain@N} needs a stage pretrain",
+        ),
         ("[[experiments]]", "[[experiment]]", "experiments: declare some, as [[experiments]]"),
         ("[flags]", "[flags", "cannot be read as TOML"),
     ],
@@ -138,7 +144,7 @@ def clips(tmp_path: Path) -> Path:
 
 def test_folds_keep_what_belongs_together(clips: Path, tmp_path: Path) -> None:
     """Every image is held out once; copies and clips are in one fold; the annotations are the set's own."""
-    data, held_out = DataSet("two", 4, r"clip\d+"), []
+    data, held_out = DataSet("two", folds=4, group=r"clip\d+"), []
     for fold in range(4):
         flags = fold_flags(data, clips.parent, fold, tmp_path / "folds")
         values = (
@@ -158,6 +164,21 @@ def test_folds_keep_what_belongs_together(clips: Path, tmp_path: Path) -> None:
         held_out += sorted(parts["val"])
         assert all(part.segmentations.present().all() for part in tables.values())
     assert len(held_out) == len(set(held_out)) == 28
+
+
+def test_fewer_images_to_train_on(clips: Path, tmp_path: Path) -> None:
+    """A smaller choice is part of a larger one, and the validation images stay."""
+    parts = []
+    for images in (5, 10, 0):
+        flags = fold_flags(DataSet(f"two_{images}", "two", images, 4), clips.parent, 1, tmp_path / "folds")
+        train, val = (json.loads(Path(flags[place]).read_text()) for place in (3, 7))
+        assert {one["image_id"] for one in train["annotations"]} == {image["id"] for image in train["images"]}
+        parts.append(({image["file_name"] for image in train["images"]}, val))
+    (few, val), (more, _), (all_of_them, _) = parts
+    assert (len(few), len(more)) == (5, 10) and few < more < all_of_them
+    assert all(part[1] == val for part in parts)
+    with pytest.raises(InputError, match=r"set many: images 99, and a fold has \d+ to train on"):
+        fold_flags(DataSet("many", "two", 99, 4), clips.parent, 1, tmp_path / "folds")
 
 
 def test_groups_that_cannot_be_divided(clips: Path, tmp_path: Path) -> None:
@@ -218,6 +239,74 @@ def test_a_run_that_another_experiment_has_done_is_not_repeated(tmp_path: Path) 
         load_script("experiments").add_equal_runs(plan, plan.runs(["again"]), results, place)
     before, after = read_results(results)[: len(ROWS)], read_results(results)[len(ROWS) :]
     assert before == ROWS and after == [replace(ROWS[0], experiment="again", arm="same")]
+
+
+# Several changes at once
+
+
+@pytest.mark.parametrize(("factors", "arms"), [(2, 4), (4, 16), (5, 16), (8, 16)])
+def test_no_two_factors_hide_one_another(factors: int, arms: int) -> None:
+    """Each is on in half of the arms, in half of those with any other, and no pair of them goes with a third."""
+    signs = 2 * np.array(combinations(factors), int) - 1
+    assert signs.shape == (arms, factors) and len({tuple(row) for row in signs}) == arms
+    assert (signs.T @ signs == arms * np.eye(factors)).all() and (signs.sum(axis=0) == 0).all()
+    for one, other, third in itertools.permutations(range(factors), 3):
+        assert (signs[:, one] * signs[:, other] * signs[:, third]).sum() == 0
+
+
+def test_effects_are_found_again() -> None:
+    levels = {str(number): one for number, one in enumerate(combinations(5))}
+    true = {"one": (0.1, -0.05, 0, 0.02, 0), "two": (0.2, -0.05, 0, 0.04, 0.01)}
+    noise = np.random.default_rng(1).normal(0, 0.004, (2, 16))
+    values = {
+        name: {
+            arm: 0.4 + float(np.dot(on, changes)) + error for (arm, on), error in zip(levels.items(), own, strict=True)
+        }
+        for (name, changes), own in zip(true.items(), noise, strict=True)
+    }
+    found = effects(levels, values)
+    for number, effect in enumerate(found):
+        assert 0.001 < effect.error < 0.002  # twice 0.004 / the root of 32
+        assert effect.by_set == pytest.approx({name: changes[number] for name, changes in true.items()}, abs=0.01)
+        assert effect.mean == pytest.approx(np.mean([changes[number] for changes in true.values()]), abs=0.007)
+
+
+FACTORS = """
+[experiments.factors.jitter]
+pretrain = "--scale-jitter 0.5 1.5"
+[experiments.factors.cosine]
+finetune = "--lr-schedule cosine"
+"""
+
+
+def test_arms_of_factors(tmp_path: Path) -> None:
+    """All combinations, named by what is on; the table has a row a factor once all are done."""
+    text = DECLARED[: DECLARED.index("[experiments.arms.scratch]")] + FACTORS
+    plan = declared(tmp_path, text)
+    (experiment,) = plan.experiments
+    names = ["direct", "direct + cosine", "direct + jitter", "direct + jitter + cosine"]
+    assert [arm.name for arm in experiment.arms] == names
+    assert plan.arm_named("first", names[3]).stages == {
+        "pretrain": ("--model", "m", "--image-size", "160", "--max-steps", "100", "--scale-jitter", "0.5", "1.5"),
+        "finetune": ("--short-side", "256", "--max-steps", "30", "--lr-schedule", "cosine"),
+    }
+    rows = [row("one", fold, seed, arm, 0.3 + 0.1 * ("jitter" in arm))
+            for fold in (0, 2) for seed in (0, 1) for arm in names]  # fmt: skip
+    assert table(experiment, rows[:3]) == "3 runs are done; each set needs all of its 4."
+    rows.append(row("one", 0, 2, names[0], 0.9))  # with a seed that the others have not
+    assert "| jitter | +0.100 | +0.100 ± 0.000 | +0 |" in table(experiment, rows)
+    assert "| cosine | +0.000 | +0.000 ± 0.000 | +0 |" in table(experiment, rows)
+    for old, new, message in (
+        ('finetune = "--lr', 'train = "--lr', "experiment first, factor cosine: has other keys than"),
+        ('pretrain = "--max-steps 100"\n', "", "experiment first, factor jitter: its arm has no stage pretrain"),
+        (
+            '[experiments.factors.jitter]\npretrain = "--scale-jitter 0.5 1.5"',
+            "",
+            "needs one arm without equal_cost, and 2",
+        ),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            declared(tmp_path, text.replace(old, new))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The training state of a run, saved and read back: a folder step-N of safetensors files for each checkpoint.
+"""The training state of a run, saved and read back: a model folder step-N with the optimizer's state for each.
 
 The files do not depend on how many processes train, or on how DeepSpeed spreads the optimizer state over them. Nothing
 is pickled.
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from direct_pt.checkpoint import WEIGHTS, Tensors
+from direct_pt.checkpoint import CONFIG, WEIGHTS, Tensors
 from direct_pt.errors import InputError, printable
-from direct_pt.files import DamagedFile, read_tensors, sync, write_tensors
+from direct_pt.files import DamagedFile, read_tensors, sync, write_json, write_tensors
 from direct_pt.models.detector import Detector
 from direct_pt.models.weights import layouts, misfits
 from direct_pt.training.progress import Progress
@@ -80,7 +80,7 @@ class TrainingState:
             )
 
 
-def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
+def save_training_state(folder: Path, state: TrainingState, keep: int, config: dict[str, Any] | None = None) -> None:
     """Write `folder`/step-N as a whole: a new folder gets its final name when all of it is on disk.
 
     Args:
@@ -88,6 +88,7 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
         state: the state after step N.
         keep: how many of the newest checkpoints stay. One more stays: the newest from before the latest calm step, for
             a run that diverges to resume from.
+        config: of the model folder that step-N is to be, from `checkpoint.about`.
 
     Raises:
         OSError: the state cannot be written; earlier checkpoints are unchanged.
@@ -99,6 +100,8 @@ def save_training_state(folder: Path, state: TrainingState, keep: int) -> None:
     try:
         partial.mkdir(parents=True)
         write_tensors(partial / WEIGHTS, state.weights)
+        if config is not None:
+            write_json(partial / CONFIG, config)
         if state.average is not None:
             write_tensors(partial / AVERAGE, state.average)
         facts = {name: getattr(state, name) for name in ("scaler", "of_processes", "micro_batch_size")}

@@ -22,20 +22,18 @@ def fold_flags(data: DataSet, root: Path, fold: int, folder: Path) -> tuple[str,
     Raises:
         InputError: the set cannot be read, or has too few groups of images.
     """
-    place = folder / f"{data.name}-{data.folds}"
+    place = folder / f"{data.name}-{data.folds}{f'-{data.images}' if data.images else ''}"
     files = {split: place / f"{split}-{fold}.json" for split in ("train", "val")}
     if not all(path.exists() for path in files.values()):
         write_folds(data, root, place)
-    images = str((root / data.name).resolve())
+    images = str(data.path(root).resolve())
     pairs = [(f"--{split}-images", images, f"--{split}-annotations", str(path)) for split, path in files.items()]
     return tuple(text for pair in pairs for text in pair)
 
 
 def write_folds(data: DataSet, root: Path, place: Path) -> None:
     """Write all folds of a set as COCO files, the same on any machine."""
-    path = root / data.name
-    if not path.is_dir():
-        raise InputError(f"--data-root {root}: has no folder {data.name}")
+    path = data.path(root)
     tables = list(load_tables(DataOptions(data=path, val_share=0.0)).values())
     names = [os.path.relpath(table.path(row), path) for table in tables for row in range(len(table))]
     groups = same_group(tables, names, data.group)
@@ -44,7 +42,12 @@ def write_folds(data: DataSet, root: Path, place: Path) -> None:
     whole = _joined(tables, names)
     for fold in range(data.folds):
         for split, rows in (("train", fold_of != fold), ("val", fold_of == fold)):
-            ids = set((np.flatnonzero(rows) + 1).tolist())
+            chosen = np.flatnonzero(rows)
+            if split == "train" and data.images:
+                if data.images > len(chosen):
+                    raise InputError(f"set {data.name}: images {data.images}, and a fold has {len(chosen)} to train on")
+                chosen = np.random.default_rng(0).permutation(chosen)[: data.images]  # each holds the smaller ones
+            ids = set((chosen + 1).tolist())
             part = {
                 "images": [image for image in whole["images"] if image["id"] in ids],
                 "annotations": [one for one in whole["annotations"] if one["image_id"] in ids],

@@ -1,5 +1,7 @@
 """What an experiment file declares, and the runs that follow from it."""
 
+import itertools
+import re
 import shlex
 import tomllib
 from dataclasses import dataclass, field, fields, replace
@@ -8,8 +10,10 @@ from typing import Any
 
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular
+from small_sets.factorial import MAX_FACTORS, combinations
 
 STAGES = ("pretrain", "finetune")
+CHECKPOINT = re.compile(r"^\{pretrain@([1-9][0-9]*)\}$")  # in --init: stage 1's, by its step
 STEPS = "{steps}"  # in an arm's last stage: as many as make it cost what another arm costs
 
 
@@ -18,14 +22,25 @@ class DataSet:
     """One data set.
 
     Attributes:
-        name: its folder below --data-root.
+        name: unique.
+        folder: below --data-root; its name unless told.
+        images: training images of each fold that are used, chosen at random; 0 for all.
         folds: that it is divided into.
         group: regular expression; images whose file names match it alike stay in one fold.
     """
 
     name: str
+    folder: str = ""
+    images: int = 0
     folds: int = 5
     group: str = ""
+
+    def path(self, root: Path) -> Path:
+        """Where it is. Raises InputError where it is not."""
+        path = root / (self.folder or self.name)
+        if not path.is_dir():
+            raise InputError(f"--data-root {root}: has no folder {path.name}")
+        return path
 
 
 @dataclass(frozen=True)
@@ -35,17 +50,35 @@ class Arm:
     Attributes:
         name: unique within its experiment.
         stages: flags of each stage that it has, in order; without --data, --seed, --init of a run, --output-dir.
+            "--init {pretrain@N}" starts from stage 1's checkpoint of step N in place of its last weights.
         equal_cost: the arm of the same experiment whose processor time {steps} in the flags is to match.
+        levels: whether each factor of the experiment is on.
     """
 
     name: str
     stages: dict[str, tuple[str, ...]]
     equal_cost: str = ""
+    levels: tuple[bool, ...] = ()
+
+    @property
+    def first_steps(self) -> int:
+        """The steps of stage 1 after which stage 2 starts; 0 for all of them."""
+        found = [CHECKPOINT.match(part) for part in self.stages.get("finetune", ())]
+        return next((int(match[1]) for match in found if match), 0)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, and the runs that answer it: every arm on every fold of every set with every seed."""
+    """A question, and the runs that answer it: every arm on every fold of every set with every seed.
+
+    Attributes:
+        name: unique.
+        question: in words.
+        arms: what is compared.
+        sets: by name.
+        folds, seeds: numbers.
+        factors: names of flags that are added to one arm, in combinations that are the arms then.
+    """
 
     name: str
     question: str
@@ -53,6 +86,7 @@ class Experiment:
     sets: tuple[str, ...]
     folds: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +192,11 @@ def _experiment(
     values: dict[str, Any], common: dict[str, tuple[str, ...]], sets: dict[str, DataSet], reader: _Reader
 ) -> Experiment:
     where = f"experiment {values.get('name', '?')}"
+    factors = values.get("factors", {})
+    if not isinstance(factors, dict):
+        raise reader.fail(f"{where}, factors", "is no table")
     own = reader.table(Experiment, {key: value for key, value in values.items() if key != "arms"}, where)
+    own["factors"] = tuple(factors)
     arms = []
     for name, flags in values.get("arms", {}).items():
         place = f"{where}, arm {name}"
@@ -172,6 +210,17 @@ def _experiment(
         if not stages:
             raise reader.fail(place, f"has flags for no stage: {' or '.join(STAGES)}")
         arms.append(Arm(name, stages, equal_cost))
+    if factors:
+        if len(arms) != 1 or arms[0].equal_cost or not 2 <= len(factors) <= MAX_FACTORS:
+            raise reader.fail(where, f"needs one arm without equal_cost, and 2 to {MAX_FACTORS} factors")
+        added = {name: _flags(flags, f"{where}, factor {name}", reader) for name, flags in factors.items()}
+        for name, flags in added.items():
+            if unknown := set(flags) - set(arms[0].stages):
+                raise reader.fail(f"{where}, factor {name}", f"its arm has no stage {unknown.pop()}")
+        arms = [_with_factors(arms[0], added, levels) for levels in combinations(len(factors))]
+    for arm in arms:
+        if arm.first_steps and ("pretrain" not in arm.stages or any(arm.equal_cost for arm in arms)):
+            raise reader.fail(f"{where}, arm {arm.name}", "{pretrain@N} needs a stage pretrain, and no equal_cost")
     try:
         found = Experiment(**{"question": "", **own}, arms=tuple(arms))
     except TypeError as error:
@@ -184,6 +233,16 @@ def _experiment(
         if max(found.folds) >= sets[name].folds:
             raise reader.fail(where, f"has fold {max(found.folds)}, and {name} only {sets[name].folds}, from 0")
     return found
+
+
+def _with_factors(arm: Arm, added: dict[str, dict[str, tuple[str, ...]]], levels: tuple[bool, ...]) -> Arm:
+    """An arm with the flags of the factors that are on; it is named by them."""
+    on = [name for name, is_on in zip(added, levels, strict=True) if is_on]
+    stages = {
+        stage: tuple(itertools.chain(flags, *(added[name].get(stage, ()) for name in on)))
+        for stage, flags in arm.stages.items()
+    }
+    return Arm(" + ".join([arm.name, *on]), stages, levels=levels)
 
 
 def _flags(values: Any, where: str, reader: _Reader) -> dict[str, tuple[str, ...]]:

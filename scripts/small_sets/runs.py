@@ -22,7 +22,7 @@ from direct_pt.schema import WrongValue, number
 from direct_pt.training.saved_values import read_plan, read_records
 from small_sets.costs import Costs
 from small_sets.folds import fold_flags
-from small_sets.plan import STEPS, Plan, RunId
+from small_sets.plan import CHECKPOINT, STEPS, Plan, RunId
 
 SCRIPTS = Path(__file__).parents[1]
 FIGURES = ("AP", "AP50", "AP75", "AR100")
@@ -36,9 +36,9 @@ class Row:
     Attributes:
         experiment, set, fold, seed, arm: see RunId.
         images: seen in each stage, between slashes.
-        seconds: of a processor, in all stages, evaluation included.
+        seconds: of a processor, in all stages, evaluation included; of a stage 1 that goes on, its share.
         AP, AP50, AP75, AR100: of the last weights, on the fold's validation images.
-        stage1_AP: of the first stage's last weights; empty where there is one stage.
+        stage1_AP: of the weights that the second stage starts from; empty where there is one stage.
         per_class: {name: AP}, as JSON.
         commit, versions, device: what ran where.
     """
@@ -150,6 +150,8 @@ def stages_of(plan: Plan, run: RunId, place: Place) -> list[tuple[str, Path, lis
     for name, flags in resolved_stages(plan, run, place.costs).items():
         if stages and "--init" not in flags:
             flags = (*flags, "--init", str(stages[-1][1]))
+        elif stages:
+            flags = tuple(CHECKPOINT.sub(rf"{stages[-1][1]}/checkpoints/step-\1", part) for part in flags)
         digest = hashlib.blake2b("\0".join(flags).encode(), digest_size=5).hexdigest()
         folder = around / f"{arm.name}-{name}-{digest}" if name == "finetune" else around / f"{name}-{digest}"
         command = [str(SCRIPTS / f"{name}.py"), *data, *flags, "--seed", str(run.seed), "--output-dir", str(folder)]
@@ -220,17 +222,24 @@ def last_line(folder: Path) -> str:
 def result_of(plan: Plan, run: RunId, place: Place, commit: str) -> Row:
     """The row of a run that is done."""
     folders = [folder for _, folder, _ in stages_of(plan, run, place)]
-    plans = [read_plan(folder / "config.json") for folder in folders]
-    images = [one.total_steps * one.global_batch_size for one in plans]
+    images, seconds, stage1_ap = [], 0.0, ""
+    for folder in folders:
+        training = read_plan(folder / "config.json")
+        steps = training.total_steps
+        if folder != folders[-1]:
+            steps = plan.arm(run).first_steps or steps
+            reached = [record for record in evaluations(folder) if record["step"] == steps]
+            stage1_ap = f"{reached[-1]['bbox']['AP']:.4f}" if reached else ""
+        images.append(steps * training.global_batch_size)
+        seconds += stage_seconds(folder) * steps / training.total_steps
     last = evaluations(folders[-1])[-1]
     per_class = {name: round(figures["bbox"]["AP"], 4) for name, figures in last["per_class"].items()}
-    stage1 = f"{evaluations(folders[0])[-1]['bbox']['AP']:.4f}" if len(folders) > 1 else ""
     return Row(
         **dataclasses.asdict(run),
         images=" / ".join(map(str, images)),
-        seconds=round(sum(map(stage_seconds, folders)), 1),
+        seconds=round(seconds, 1),
         **{name: round(last["bbox"][name], 4) for name in FIGURES},
-        stage1_AP=stage1,
+        stage1_AP=stage1_ap,
         per_class=json.dumps(per_class),
         commit=commit,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}",

@@ -8,6 +8,7 @@ import numpy as np
 
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular, write_text, writing
+from small_sets.factorial import effects
 from small_sets.plan import Experiment, Plan
 from small_sets.runs import Row
 from small_sets.statistics import Differences, bootstrap, paired, set_means, sign_flip
@@ -55,8 +56,10 @@ def filled(text: str, tables: dict[str, str]) -> str:
 
 
 def table(experiment: Experiment, rows: list[Row]) -> str:
-    """One experiment as Markdown: a row a set, a column an arm, then each arm against the first."""
+    """One experiment as Markdown: a row a set, a column an arm, then each arm against the first; or the factors'."""
     by_arm = results_by_arm(experiment, rows)
+    if experiment.factors:
+        return table_of_factors(experiment, by_arm)
     arms = [arm.name for arm in experiment.arms if by_arm[arm.name]]
     sets = [name for name in experiment.sets if any(row.set == name for arm in arms for row in by_arm[arm].values())]
     if not arms:
@@ -71,6 +74,29 @@ def table(experiment: Experiment, rows: list[Row]) -> str:
     lines.append("| runs | " + " | ".join(map(str, counts)) + " |")
     comparisons = [f"* {arms[0]} against {arm}: {sentence(compared(by_arm[arms[0]], by_arm[arm]))}" for arm in arms[1:]]
     return "\n".join([*lines, *([""] if comparisons else []), *comparisons])
+
+
+def table_of_factors(experiment: Experiment, by_arm: dict[str, dict[Key, Row]]) -> str:
+    """What each factor does to AP and to cost, out of the folds and seeds that all arms were run with."""
+    levels = {arm.name: arm.levels for arm in experiment.arms}
+    common = set.intersection(*(set(by_arm[arm]) for arm in levels))
+    sets = [name for name in experiment.sets if any(key[0] == name for key in common)]
+    if not sets:
+        return f"{sum(map(len, by_arm.values()))} runs are done; each set needs all of its {len(levels)}."
+
+    def mean(name: str, arm: str, figure: str) -> float:
+        return float(np.mean([getattr(by_arm[arm][key], figure) for key in common if key[0] == name]))
+
+    figures = [
+        effects(levels, {name: {arm: mean(name, arm, figure) for arm in levels} for name in sets})
+        for figure in ("AP", "seconds")
+    ]
+    lines = ["| change in AP | " + " | ".join(f"`{name}`" for name in sets) + " | mean | processor seconds |"]
+    lines.append("| --- |" + " --- |" * (len(sets) + 2))
+    for name, ap, seconds in zip(experiment.factors, *figures, strict=True):
+        cells = [f"{ap.by_set[one]:+.3f}" for one in sets]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ap.mean:+.3f} ± {ap.error:.3f} | {seconds.mean:+.0f} |")
+    return "\n".join(lines)
 
 
 def results_by_arm(experiment: Experiment, rows: list[Row]) -> dict[str, dict[Key, Row]]:
@@ -115,6 +141,8 @@ def draw_forest(plan: Plan, rows: list[Row], path: Path) -> None:
 
     lines: list[tuple[str, float, float, float, bool]] = []
     for experiment in plan.experiments:
+        if experiment.factors:
+            continue
         by_arm = results_by_arm(experiment, rows)
         first = experiment.arms[0].name
         for arm in experiment.arms[1:]:

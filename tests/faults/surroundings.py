@@ -68,12 +68,19 @@ def started(reference: Reference, run: Path, rng: random.Random, *flags: object)
 
 
 def second_run(reference: Reference, run: Path, rng: random.Random, report: Report) -> list[str]:
-    """Another run in the same folder, new or resumed, while the first one trains."""
+    """Another run in the same folder, new or resumed, while the first one trains; that waits, lest it ends before."""
     first = started(reference, run, rng)
+    stopped = first.members()
+    for member in stopped:
+        with suppress(psutil.Error):
+            member.suspend()
+    was_there = (run / ".train.lock").exists()
     flags = ("--resume",) if rng.random() < 0.7 else ()
     second = Job(reference.setup, run, *SAVES, "--num-workers", 0, *flags)
     status, errors = second.end()
-    was_there = first.process.poll() is None
+    for member in stopped:
+        with suppress(psutil.Error):
+            member.resume()
     first_status, first_errors = first.end()
     report.faults += was_there
     last = errors.strip().splitlines()[-1] if errors.strip() else ""
