@@ -30,7 +30,7 @@ from direct_pt.flags import any_path, make_parser, positive_integer
 from direct_pt.folder_lock import folder_held
 from small_sets.costs import LENGTH, Costs, cost_key, without_length
 from small_sets.folds import fold_flags
-from small_sets.plan import Plan, RunId, read_plan
+from small_sets.plan import PEERS, Plan, RunId, read_plan
 from small_sets.runs import (
     POLL_SECONDS,
     Job,
@@ -132,7 +132,7 @@ def calibrate(plan: Plan, runs: list[RunId], place: Place, core: int, low: int, 
     for experiment, data in dict.fromkeys((run.experiment, run.set) for run in runs):
         arms = [arm for one in plan.experiments if one.name == experiment for arm in one.arms]
         names = {name for arm in arms if arm.equal_cost for name in (arm.name, arm.equal_cost)}
-        chains = [list(arm.stages.items()) for arm in arms if arm.name in names]
+        chains = [list(arm.stages.items()) for arm in arms if arm.name in names and PEERS not in arm.stages]
         keys = [cost_key(data, stage, flags) for chain in chains for stage, flags in chain]
         if all(key in place.costs.stages for key in keys):
             continue

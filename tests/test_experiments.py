@@ -78,7 +78,21 @@ def test_the_runs_of_a_file(tmp_path: Path) -> None:
         ("seeds =", "seed =", "experiment first: has an unknown key seed"),
         ('equal_cost = "direct"', 'equal_cost = "other"', "arm scratch: equal_cost names no arm of this experiment"),
         ('equal_cost = "direct"\n', "", "arm scratch: equal_cost and {steps} in the flags belong together"),
-        ('pretrain = "--max-steps 100"\n', "train = 'x'\n", "arm direct: has other keys than pretrain and finetune"),
+        (
+            'pretrain = "--max-steps 100"\n',
+            "train = 'x'\n",
+            "arm direct: has other keys than pretrain, finetune, peers",
+        ),
+        (
+            '"--init none --max-steps {steps}"',
+            '"{steps}"\npeers = "{seconds}"',
+            "arm scratch: peers is a stage for itself",
+        ),
+        (
+            'finetune = "--init none --max-steps {steps}"',
+            'peers = "ultralytics"',
+            "equal_cost and {seconds} in the flags",
+        ),
         (
             '"--max-steps 30"',
             '"--init {pretrain@9} --max-steps 3"',

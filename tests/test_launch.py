@@ -81,9 +81,14 @@ def processes_of(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outcome]]:
-    """One step with each file, on the CPU in place of its device: the runs' folder, and how they ended."""
+def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
+    """One step with each file, on the CPU in place of its device: where the run is, and how it ended.
+
+    Files that are the same then, as those of several GPUs and of several machines, share a run.
+    """
     folder = tmp_path_factory.mktemp("launched")
+    by_content: dict[str, str] = {}
+    same_as = {name: by_content.setdefault(runs.launcher_file(name, folder).read_text(), name) for name in FILES}
 
     def start(name: str) -> subprocess.Popen[str]:
         flags = (*runs.TINY, *FOURS, "--global-batch-size", 4 * processes_of(name), "--max-steps", 1)
@@ -91,7 +96,8 @@ def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         several = yaml.safe_load((runs.CONFIGS / f"{name}.yaml").read_text())["distributed_type"] == "MULTI_GPU"
         return runs.launch_file(runs.launcher_file(name, folder), SCRIPT, *flags, **(ON_CPU if several else {}))
 
-    return folder, side_by_side({name: lambda name=name: start(name) for name in FILES})  # type: ignore[misc]
+    outcomes = side_by_side({name: lambda name=name: start(name) for name in set(same_as.values())})  # type: ignore[misc]
+    return {name: (folder / first, outcomes[first]) for name, first in same_as.items()}
 
 
 def test_files_are_read_by_the_launcher() -> None:
@@ -106,9 +112,9 @@ def test_files_are_read_by_the_launcher() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]]) -> None:
-    folder, outcomes = launched
-    outcome, processes = outcomes[name], processes_of(name)
+def test_file_starts_a_run(name: str, launched: dict[str, tuple[Path, Outcome]]) -> None:
+    run, outcome = launched[name]
+    processes = processes_of(name)
     assert outcome.status == 0, outcome.errors[-3000:]
     assert outcome.output.count("Direct-PT pretrain") == 1
     precision = re.search(rf"device +{processes} x CPU, precision (\w+)", outcome.output)
@@ -118,8 +124,8 @@ def test_file_starts_a_run(name: str, launched: tuple[Path, dict[str, Outcome]])
     assert ("imitates bf16" in outcome.output) == (precision[1] == "bf16" and not computes_bf16())
     assert f"{4 * processes} images a step = {processes} process(es) x 4" in outcome.output
     assert re.search(r"trainable +(\d+) of \1 tensors, ([1-9][\d,]{6,}) of \2 parameters", outcome.output)
-    assert runs.weights(folder / name)
-    assert runs.records(folder / name)[-1]["step"] == 1
+    assert runs.weights(run)
+    assert runs.records(run)[-1]["step"] == 1
 
 
 @needs_gpu

@@ -12,7 +12,9 @@ from direct_pt.errors import InputError
 from direct_pt.files import read_regular
 from small_sets.factorial import MAX_FACTORS, combinations
 
-STAGES = ("pretrain", "finetune")
+PEERS = "peers"  # the stage of an arm that is another project's trainer: see peers.py
+STAGES = ("pretrain", "finetune", PEERS)
+SECONDS = "{seconds}"  # in a peer's flags: what another arm costs
 CHECKPOINT = re.compile(r"^\{pretrain@([1-9][0-9]*)\}$")  # in --init: stage 1's, by its step
 STEPS = "{steps}"  # in an arm's last stage: as many as make it cost what another arm costs
 
@@ -204,8 +206,11 @@ def _experiment(
         given = _flags({key: value for key, value in flags.items() if key != "equal_cost"}, place, reader)
         if equal_cost and equal_cost not in values["arms"]:
             raise reader.fail(place, f"equal_cost names no arm of this experiment: {equal_cost}")
-        if bool(equal_cost) != any(STEPS in part for stage in given.values() for part in stage):
-            raise reader.fail(place, f"equal_cost and {STEPS} in the flags belong together")
+        wanted = SECONDS if PEERS in given else STEPS
+        if bool(equal_cost) != any(wanted in part for stage in given.values() for part in stage):
+            raise reader.fail(place, f"equal_cost and {wanted} in the flags belong together")
+        if PEERS in given and len(given) > 1:
+            raise reader.fail(place, f"{PEERS} is a stage for itself")
         stages = {stage: (*common.get(stage, ()), *given[stage]) for stage in STAGES if stage in given}
         if not stages:
             raise reader.fail(place, f"has flags for no stage: {' or '.join(STAGES)}")
@@ -248,7 +253,7 @@ def _with_factors(arm: Arm, added: dict[str, dict[str, tuple[str, ...]]], levels
 def _flags(values: Any, where: str, reader: _Reader) -> dict[str, tuple[str, ...]]:
     """The flags of each stage, split as a shell would."""
     if not isinstance(values, dict) or not set(values) <= set(STAGES):
-        raise reader.fail(where, f"has other keys than {' and '.join(STAGES)}")
+        raise reader.fail(where, f"has other keys than {', '.join(STAGES)}")
     for stage, text in values.items():
         if not isinstance(text, str):
             raise reader.fail(where, f"{stage} is no text")

@@ -22,11 +22,12 @@ from direct_pt.schema import WrongValue, number
 from direct_pt.training.saved_values import read_plan, read_records
 from small_sets.costs import Costs
 from small_sets.folds import fold_flags
-from small_sets.plan import CHECKPOINT, STEPS, Plan, RunId
+from small_sets.plan import CHECKPOINT, PEERS, SECONDS, STEPS, Plan, RunId
 
 SCRIPTS = Path(__file__).parents[1]
 FIGURES = ("AP", "AP50", "AP75", "AR100")
 POLL_SECONDS = 0.5
+PEER_RESULT = "peer.json"
 
 
 @dataclass
@@ -154,18 +155,23 @@ def stages_of(plan: Plan, run: RunId, place: Place) -> list[tuple[str, Path, lis
             flags = tuple(CHECKPOINT.sub(rf"{stages[-1][1]}/checkpoints/step-\1", part) for part in flags)
         digest = hashlib.blake2b("\0".join(flags).encode(), digest_size=5).hexdigest()
         folder = around / f"{arm.name}-{name}-{digest}" if name == "finetune" else around / f"{name}-{digest}"
-        command = [str(SCRIPTS / f"{name}.py"), *data, *flags, "--seed", str(run.seed), "--output-dir", str(folder)]
+        script = SCRIPTS / ("small_sets/peers.py" if name == PEERS else f"{name}.py")
+        command = [str(script), *data, *flags, "--seed", str(run.seed), "--output-dir", str(folder)]
         stages.append((name, folder, command))
     return stages
 
 
 def resolved_stages(plan: Plan, run: RunId, costs: Costs) -> dict[str, tuple[str, ...]]:
-    """The flags of each stage, with the number of steps in place of {steps}."""
+    """The flags of each stage, with numbers in place of {steps} and {seconds}."""
     arm = plan.arm(run)
     if not arm.equal_cost:
         return arm.stages
-    steps = str(costs.equal_steps(run.set, plan.arm_named(run.experiment, arm.equal_cost), arm))
-    return {name: tuple(part.replace(STEPS, steps) for part in flags) for name, flags in arm.stages.items()}
+    other = plan.arm_named(run.experiment, arm.equal_cost)
+    if PEERS in arm.stages:
+        place, length = SECONDS, f"{costs.of_arm(run.set, other):.0f}"
+    else:
+        place, length = STEPS, str(costs.equal_steps(run.set, other, arm))
+    return {name: tuple(part.replace(place, length) for part in flags) for name, flags in arm.stages.items()}
 
 
 def start_stage(arguments: list[str], folder: Path, core: int) -> "subprocess.Popen[bytes]":
@@ -183,6 +189,8 @@ def start_stage(arguments: list[str], folder: Path, core: int) -> "subprocess.Po
 
 def is_done(folder: Path) -> bool:
     """Whether a stage has ended well."""
+    if (folder / PEER_RESULT).exists():
+        return True
     config = folder / "config.json"
     if not config.exists() or not (folder / "model").exists():
         return False
@@ -222,6 +230,9 @@ def last_line(folder: Path) -> str:
 def result_of(plan: Plan, run: RunId, place: Place, commit: str) -> Row:
     """The row of a run that is done."""
     folders = [folder for _, folder, _ in stages_of(plan, run, place)]
+    if (folders[0] / PEER_RESULT).exists():
+        result = read_json(folders[0] / PEER_RESULT)
+        return row_of(run, str(result["images"]), stage_seconds(folders[0]), result, "", commit)
     images, seconds, stage1_ap = [], 0.0, ""
     for folder in folders:
         training = read_plan(folder / "config.json")
@@ -232,13 +243,17 @@ def result_of(plan: Plan, run: RunId, place: Place, commit: str) -> Row:
             stage1_ap = f"{reached[-1]['bbox']['AP']:.4f}" if reached else ""
         images.append(steps * training.global_batch_size)
         seconds += stage_seconds(folder) * steps / training.total_steps
-    last = evaluations(folders[-1])[-1]
-    per_class = {name: round(figures["bbox"]["AP"], 4) for name, figures in last["per_class"].items()}
+    return row_of(run, " / ".join(map(str, images)), seconds, evaluations(folders[-1])[-1], stage1_ap, commit)
+
+
+def row_of(run: RunId, images: str, seconds: float, metrics: dict[str, Any], stage1_ap: str, commit: str) -> Row:
+    """A row with an evaluation's metrics."""
+    per_class = {name: round(figures["bbox"]["AP"], 4) for name, figures in metrics["per_class"].items()}
     return Row(
         **dataclasses.asdict(run),
-        images=" / ".join(map(str, images)),
+        images=images,
         seconds=round(seconds, 1),
-        **{name: round(last["bbox"][name], 4) for name in FIGURES},
+        **{name: round(metrics["bbox"][name], 4) for name in FIGURES},
         stage1_AP=stage1_ap,
         per_class=json.dumps(per_class),
         commit=commit,

@@ -19,7 +19,6 @@ Prints a line for each target. `test_fuzz.py` is the short form.
 
 import argparse
 import faulthandler
-import gc
 import importlib
 import json
 import mmap
@@ -190,8 +189,6 @@ class Reader:
             raise Broken(f"{self.target.name}: the usual files are refused")
         faulthandler.enable()
         faulthandler.register(signal.SIGALRM, chain=True)  # then the process ends
-        gc.collect()
-        gc.freeze()  # what the process that this one comes from has left: room once it is freed, beyond the limit
         status = Path("/proc/self/status").read_text()
         used = int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))

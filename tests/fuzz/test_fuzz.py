@@ -20,7 +20,7 @@ from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.errors import InputError
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
-INPUTS = 1600
+INPUTS = 1000
 Check = Callable[[Path, odd_data.Files], object]
 
 
