@@ -21,6 +21,7 @@ from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
 from direct_pt.schema import anything, fail, list_of, table, text, whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+AVERAGE = "average.safetensors"  # of a checkpoint: the weights' moving average
 History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
 CHECK_HISTORY = list_of(table({}, {"stage": text(), "steps": whole()}, is_open=True))
@@ -71,12 +72,13 @@ def from_pretrained(
         expected = layouts(outline_of(config).state_dict())
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
+    path = folder / (AVERAGE if (folder / AVERAGE).exists() else WEIGHTS)  # of a checkpoint: what is evaluated
     try:  # before memory is taken for what a damaged configuration asks for
-        if reason := misfits(read_layouts(folder / WEIGHTS), expected, f"the detector of its {CONFIG}"):
-            raise DamagedFile(f"{folder / WEIGHTS}: {reason}")
-        weights, _ = read_tensors(folder / WEIGHTS)
+        if reason := misfits(read_layouts(path), expected, f"the detector of its {CONFIG}"):
+            raise DamagedFile(f"{path}: {reason}")
+        weights, _ = read_tensors(path)
         if reason := bad_values(weights):
-            raise DamagedFile(f"{folder / WEIGHTS}: {reason}; take the model again from where it was trained")
+            raise DamagedFile(f"{path}: {reason}; take the model again from where it was trained")
     except DamagedFile as error:
         raise InputError(str(error)) from error
     detector = build_detector(config.name, config=config)

@@ -125,8 +125,14 @@ def writing(what: str) -> Iterator[None]:
 
 
 def check_output(folder: Path, flag: str = "--output-dir") -> None:
-    """Raise InputError where a folder cannot be written. Nothing is created: what is refused later leaves no trace."""
+    """Raise InputError where a folder cannot be written, or is removed later, as a run's old checkpoints are.
+
+    Nothing is created: what is refused later leaves no trace.
+    """
     with writing(f"{flag} {folder}"):
+        for place in (real := folder.resolve(), *real.parents):
+            if place.name == "checkpoints" and (place.parent / "config.json").exists():
+                raise InputError(f"{flag} {folder}: a run removes what lies in its {place}; name another place")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{flag} {folder}: is a file")
         nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -293,6 +299,10 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(too_deep) from error
+    except ValueError as error:
+        if "integer string" in str(error):  # Python's own words name a setting of Python
+            raise ValueError("it has an integer of thousands of digits") from error
+        raise
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         inner = [part for part in level if isinstance(part, dict | list)]

@@ -15,7 +15,7 @@ from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.distributed.launch import DeviceOptions, join_processes, make_accelerator
-from direct_pt.distributed.processes import main_decides
+from direct_pt.distributed.processes import check_same, main_decides, sampled
 from direct_pt.errors import InputError, class_differences, printable, printable_lines
 from direct_pt.files import check_inputs_kept, check_output, write_json, writing
 from direct_pt.flags import (
@@ -29,10 +29,11 @@ from direct_pt.flags import (
     read_flags,
 )
 from direct_pt.training.limits import check_images_at_once
+from direct_pt.training.resume import data_record
 from direct_pt.transforms import TestPreset
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Evaluate one split."""
     p = make_parser(__doc__ or "")
     p.add_argument(
@@ -45,7 +46,7 @@ def main() -> None:
     p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DeviceOptions)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="(default: the checkpoint's folder)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
 
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
@@ -58,7 +59,8 @@ def main() -> None:
         check_output(output)
         check_inputs_kept(files.values(), paths_of(options))
 
-    main_decides(check_files, join_processes())  # only the main process writes
+    processes = join_processes()
+    main_decides(check_files, processes)  # only the main process writes
     detector = from_pretrained(args.checkpoint)
     tables = load_tables(options, [args.split], required=args.split)
     if args.split not in tables:
@@ -77,6 +79,12 @@ def main() -> None:
             f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
         )
     check_images_at_once(min(args.micro_batch_size, len(table)), preset)
+
+    own = {"--split": args.split, "size of images": [preset.short_side, preset.long_side]}
+    own |= {"--micro-batch-size": args.micro_batch_size, "--mixed-precision": args.mixed_precision}
+    check_same(own | data_record(table, None), "flags and data", processes)
+    if processes.num_processes > 1:
+        check_same(sampled(detector.state_dict()), "--checkpoint", processes)
 
     accelerator = make_accelerator(args.mixed_precision)
     detector.to(accelerator.device)

@@ -1,6 +1,5 @@
 """What several test files share: one core, small runs, and a small COCO set in a folder of its own."""
 
-import arrow_memory  # noqa: F401
 import json
 import os
 import signal

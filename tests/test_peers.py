@@ -80,6 +80,17 @@ def test_another_model_to_start_from(pretrained: Path, demo: Path, tmp_path: Pat
     assert lines and all("has another tensor roi_head" in line for line in lines)
 
 
+@needs_mounts
+def test_another_model_to_measure(pretrained: Path, demo: Path, tmp_path: Path) -> None:
+    """Else the figures would be those of neither."""
+    other, output = tmp_path / "other", tmp_path / "out"
+    runs.make_eager(pretrained, other / "model")
+    flags = ("--data", demo, "--checkpoint", pretrained, "--num-workers", 0, "--output-dir", output)
+    lines = refused(two("evaluate", {"places": {str(pretrained): str(other)}}, *flags))
+    assert lines and all("has another tensor roi_head" in line and "(--checkpoint)" in line for line in lines)
+    assert not output.exists()
+
+
 def test_a_fault_of_one_process(demo: Path, tmp_path: Path) -> None:
     """Its traceback is its own; the other one says what has happened, and that the last checkpoint can be resumed."""
     run = tmp_path / "run"

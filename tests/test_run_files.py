@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from direct_pt.checkpoint import from_pretrained, read_history
 from direct_pt.errors import InputError
-from direct_pt.files import read_tensors, write_tensors
+from direct_pt.files import check_output, read_tensors, write_tensors
 
 pytestmark = runs.cpu_only
 
@@ -62,6 +63,39 @@ def change(run: Path, part: str, **values: Any) -> None:
     content = runs.read_json(path)
     content[part] = {**content[part], **values}
     path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["model", "best", "checkpoints"])
+def test_files_in_place_of_folders(name: str, run: Path, demo: Path) -> None:
+    """Else the run would begin anew, or train to its end without being saved."""
+    shutil.move(run / name, run / "elsewhere")
+    (run / name).write_text("")
+    assert refused(run, demo) == f"{run / name}: is no folder, and the run writes one there; move it away"
+    (run / name).unlink()
+    (run / name).symlink_to(run / "nowhere")
+    assert f"{run / name}: is no folder" in refused(run, demo)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "curves.png", ".metrics.jsonl.partial", ".config.json.partial"])
+def test_folders_in_place_of_files(name: str, run: Path, demo: Path) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    (run / name / "content").write_text("")
+    assert f"{run / name}: is no file, and the run writes one there; move it away" in refused(run, demo)
+
+
+def test_a_checkpoint_is_a_model_folder(run: Path, demo: Path, tmp_path: Path) -> None:
+    """With the weights that were evaluated, here their average; nothing is written there, as it goes later."""
+    folder = run / "checkpoints/step-2"
+    average, _ = read_tensors(folder / "average.safetensors")
+    weights, _ = read_tensors(folder / "model.safetensors")
+    found = from_pretrained(folder).state_dict()
+    assert runs.largest_difference(found, average) == 0 < runs.largest_difference(weights, average)
+    assert [stage["steps"] for stage in read_history(folder)] == [2]
+    for place in (folder, folder / "new", run / "checkpoints/.step-9.partial", run / "checkpoints"):
+        with pytest.raises(InputError, match=r": a run removes what lies in its .*checkpoints; name another place"):
+            check_output(place)
+    check_output(tmp_path / "checkpoints/step-2")  # nobody's
 
 
 # config.json
@@ -330,9 +364,3 @@ def test_a_last_line_that_a_kill_cut(run: Path, finished: Path, demo: Path, caps
     resume(run, demo)
     assert "warning" not in capsys.readouterr().err and not list(run.glob("metrics.damaged*"))
     assert runs.records(run) == runs.records(finished)
-
-
-def test_metrics_that_cannot_be_read(run: Path, demo: Path) -> None:
-    (run / "metrics.jsonl").unlink()
-    (run / "metrics.jsonl").mkdir()
-    assert f"{run / 'metrics.jsonl'}: cannot be read" in refused(run, demo)

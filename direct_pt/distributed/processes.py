@@ -17,6 +17,7 @@ from torch import Tensor
 from direct_pt.errors import InputError
 
 Value = TypeVar("Value")
+VALUES_COMPARED = 16  # of a tensor
 
 
 def main_decides(decide: Callable[[], Value], processes: PartialState) -> Value:
@@ -75,6 +76,15 @@ def check_same(facts: dict[str, Any], what: str, processes: PartialState) -> Non
                     f"{_short(found)} in place of {_short(wanted)}; start the same command with the same "
                     "files everywhere"
                 )
+
+
+def sampled(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Facts for `check_same`: each tensor's shape and some of its values, whose last digits may differ."""
+    facts = {}
+    for name, tensor in weights.items():
+        flat = tensor.detach().reshape(-1)
+        facts[f"tensor {name}"] = [list(tensor.shape), flat[:: len(flat) // VALUES_COMPARED + 1].double().tolist()]
+    return facts
 
 
 def _is_same(one: Any, other: Any) -> bool:

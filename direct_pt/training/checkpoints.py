@@ -4,6 +4,7 @@ The files do not depend on how many processes train, or on how DeepSpeed spreads
 is pickled.
 """
 
+import os
 import re
 import shutil
 import sys
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from direct_pt.checkpoint import CONFIG, WEIGHTS, Tensors
+from direct_pt.checkpoint import AVERAGE, CONFIG, WEIGHTS, Tensors
 from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, read_tensors, sync, write_json, write_tensors
 from direct_pt.models.detector import Detector
@@ -19,7 +20,7 @@ from direct_pt.models.weights import layouts, misfits
 from direct_pt.training.progress import Progress
 from direct_pt.training.saved_values import check_state
 
-OPTIMIZER, AVERAGE = "optimizer.safetensors", "average.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 NAME = re.compile(r"step-([0-9]{1,18})")
 
 
@@ -106,7 +107,7 @@ def save_training_state(folder: Path, state: TrainingState, keep: int, config: d
             write_tensors(partial / AVERAGE, state.average)
         facts = {name: getattr(state, name) for name in ("scaler", "of_processes", "micro_batch_size")}
         write_tensors(partial / OPTIMIZER, state.optimizer, {"progress": asdict(state.progress), **facts})
-        if final.exists():  # the same step was saved before: keep it until the new one is in place
+        if os.path.lexists(final):  # the same step was saved before: keep it until the new one is in place
             final.rename(replaced)
         partial.rename(final)
         sync(folder)
@@ -159,7 +160,7 @@ def _read_training_state(checkpoint: Path, with_average: bool) -> TrainingState:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by step and not by file time."""
-    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def set_aside_checkpoints(folder: Path, calm_step: int) -> list[Path]:

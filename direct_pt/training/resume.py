@@ -16,7 +16,7 @@ from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.distributed.processes import check_same, main_decides, share_tensors
 from direct_pt.errors import InputError, class_differences, first_names
-from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, writing
+from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, unfinished, writing
 from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
 from direct_pt.folder_lock import hold_folder
 from direct_pt.models.detector import Detector
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from direct_pt.data.stream import Stream
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
-WRITTEN = ("model", "best", "checkpoints", "metrics.jsonl", "curves.png")  # in a run's folder, beside config.json
+FOLDERS, FILES = ("model", "best", "checkpoints"), ("metrics.jsonl", "curves.png")  # of a run, beside config.json
 
 
 @dataclass
@@ -161,6 +161,7 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
         check_flags(flags, path)
         with writing(f"--output-dir {flags.run.output_dir}"):
             hold_folder(flags.run.output_dir)
+        check_entries(flags.run.output_dir)
         resumed, notes = changed_flags(flags, read_config(path))
         plan, data = read_plan(path), read_data_record(path)
         choices = read_choices(path) or Choices(Augmentation()).to_json()  # of runs from before there were any
@@ -208,13 +209,23 @@ def check_inputs(flags: Flags) -> None:
         inputs.append(Path(init))
     check_inputs_kept([folder], inputs)
     around = [place for path in inputs for place in (path, *path.absolute().parents)]
-    outputs = [folder / name for name in WRITTEN]
+    outputs = [folder / name for name in (*FOLDERS, *FILES)]
     check_inputs_kept(outputs, around)
     if foreign := first_names([path.name for path in outputs if os.path.lexists(path)], 3):
         raise InputError(
             f"--output-dir {folder}: holds {foreign}, but no {CONFIG} of the run that wrote that; a new run would be "
             "written over it: choose another folder"
         )
+
+
+def check_entries(folder: Path) -> None:
+    """Raise InputError where something else lies in the place of a file or folder that a run writes."""
+    wrong = [(folder / name, "no folder") for name in FOLDERS if not (folder / name).is_dir()]
+    for name in (CONFIG, *FILES):
+        wrong += [(path, "no file") for path in (folder / name, unfinished(folder / name)) if not path.is_file()]
+    for path, what in wrong:
+        if os.path.lexists(path):
+            raise InputError(f"{path}: is {what}, and the run writes one there; move it away")
 
 
 def check_flags(flags: Flags, path: Path) -> None:

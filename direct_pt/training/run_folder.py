@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from direct_pt.checkpoint import History, about, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
-from direct_pt.files import unfinished, write_text
+from direct_pt.files import replacing, unfinished, write_text, writing
 from direct_pt.models.detector import Detector
 from direct_pt.reports.plots import plot_curves
 from direct_pt.training.checkpoints import (
@@ -153,14 +153,15 @@ class RunFolder:
         """The lines of metrics.jsonl up to `last_step`: what a killed run wrote after its checkpoint is removed.
 
         Raises:
-            InputError: they cannot be read.
+            InputError: they cannot be read, or not be written again.
         """
         path = self.path / "metrics.jsonl"
         found, wrong = read_records(path)
         records = [record for record in found if record["step"] <= last_step]
         if wrong:
             kept = path.with_name(f"metrics.damaged-{time.time_ns()}.jsonl")
-            shutil.copyfile(path, kept)
+            with writing(f"{kept}, a copy"), replacing(kept) as copy:
+                shutil.copyfile(path, copy)
             warn_of_lines(path, wrong, kept)
         evaluations = [record for record in records if "bbox" in record]
         if evaluations:
@@ -168,7 +169,8 @@ class RunFolder:
             if best["step"] == last_step and self._step_of_best() != last_step:
                 records.remove(best)  # its model could not be written: evaluate again
         if path.exists():
-            write_text(path, _lines(records))
+            with writing(str(path)):
+                write_text(path, _lines(records))
         return records
 
     def _step_of_best(self) -> int:

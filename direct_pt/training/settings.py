@@ -406,17 +406,22 @@ def on_resume(kind: type[Flags], rule: str) -> list[str]:
 def read_config(path: Path) -> dict[str, Any]:
     """The flags in a run's config.json, as JSON holds them. Raises InputError."""
     try:
-        saved = read_json(path)["settings"]
-    except (DamagedFile, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as a run's config.json ({error})") from error
-    if not isinstance(saved, dict):
-        raise InputError(f"{path}: is no run's config.json: its 'settings' are no object")
+        content = read_json(path)
+        saved = content.get("settings") if isinstance(content, dict) else None
+        if not isinstance(saved, dict):
+            raise DamagedFile("(it has no object 'settings')")
+    except DamagedFile as error:
+        reason = str(error).removeprefix(f"{path}: cannot be read as JSON ")
+        raise InputError(f"{path}: cannot be read as a run's config.json {reason}; give that of a run") from error
     return saved
 
 
 def _saved_values(path: Path, kind: type[Flags]) -> dict[str, Any]:
     """The flags of an earlier run of the same stage. Raises InputError."""
-    saved = read_config(path)
+    try:
+        saved = read_config(path)
+    except InputError as error:
+        raise InputError(f"--config {error}") from error
     if saved.pop("stage", kind.stage.name) != kind.stage.name:
         raise InputError(f"--config {path}: is of the other stage; give it to the other script")
     # Earlier versions wrote all flags of both stages, where those of the other one had no meaning.

@@ -18,7 +18,7 @@ from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, TableFeed
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
-from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides
+from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides, sampled
 from direct_pt.errors import InputError, printable_lines
 from direct_pt.files import write_json, writing
 from direct_pt.folder_lock import hold_folder, release_folder
@@ -36,8 +36,6 @@ from direct_pt.training.progress import Progress
 from direct_pt.training.resume import Resumption, data_record, launcher_id, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
-
-WEIGHTS_COMPARED = 16  # values of a tensor that the processes compare
 
 if TYPE_CHECKING:
     from direct_pt.data.stream import Stream, StreamFeed
@@ -289,19 +287,13 @@ def start_run(
 def check_same_start(
     detector: Detector, choices: Choices, plan: Plan, data: dict[str, Any], processes: PartialState
 ) -> None:
-    """Raise InputError, on every process, where they would not train the same detector on the same data.
-
-    Some values of each tensor stand for its weights: their last digits may differ between processors.
-    """
-    weights = {}
-    for name, tensor in detector.state_dict().items() if processes.num_processes > 1 else ():
-        flat = tensor.detach().reshape(-1)
-        weights[f"tensor {name}"] = [list(tensor.shape), flat[:: len(flat) // WEIGHTS_COMPARED + 1].double().tolist()]
+    """Raise InputError, on every process, where they would not train the same detector on the same data."""
     planned = {name: value for name, value in asdict(plan).items() if name != "notes"}
     parts = {"training split": data["train"], "validation split": data["val"], "list of classes": data["classes"]}
     check_same(parts, "--data", processes)
     check_same({"choice": choices.to_json(), "plan": planned}, "plan", processes)
-    check_same(weights, "weights that training starts from", processes)
+    if processes.num_processes > 1:
+        check_same(sampled(detector.state_dict()), "weights that training starts from", processes)
 
 
 def write_config(flags: Flags, choices: Choices, plan: Plan, data: dict[str, Any]) -> None:
