@@ -119,6 +119,23 @@ def test_an_experiment_from_the_plan_to_the_report(
     ]
 
 
+def test_another_trainer(demo: Path, tmp_path: Path) -> None:
+    """It takes about the time that it is given, and its result is COCO's figures."""
+    annotations = {split: demo / f"annotations/instances_{split}.json" for split in ("train", "val")}
+    flags: list[object] = ["torchvision", "--seconds", 22, "--image-size", 64, "--output-dir", tmp_path / "run"]
+    for split, path in annotations.items():
+        flags += [f"--{split}-images", demo / "images", f"--{split}-annotations", path]
+    command = [sys.executable, runs.SCRIPTS / "small_sets/peers.py", *flags, "--resume"]
+    end = subprocess.run(list(map(str, command)), env=runs.ENVIRONMENT, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    result = runs.read_json(tmp_path / "run/peer.json")
+    assert result["images"] % 8 == 0 and -1 <= result["bbox"]["AP"] <= result["bbox"]["AP50"] <= 1
+    command[2] = "ultralytics"
+    end = subprocess.run(list(map(str, command)), env=runs.ENVIRONMENT, capture_output=True, text=True)
+    assert end.stderr == "error: --python is missing: the interpreter of an environment that has ultralytics\n"
+    assert end.returncode == 2
+
+
 def assert_row(row: Row, checkout: Path) -> None:
     """It names the code, and its figures are those of the run's last evaluation."""
     head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

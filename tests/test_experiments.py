@@ -195,6 +195,22 @@ def test_fewer_images_to_train_on(clips: Path, tmp_path: Path) -> None:
         fold_flags(DataSet("many", "two", 99, 4), clips.parent, 1, tmp_path / "folds")
 
 
+def test_the_set_as_yolo_has_it(clips: Path, tmp_path: Path) -> None:
+    """For trainers that read that: the same boxes, by the rows of the images."""
+    from small_sets.peers import write_yolo
+
+    tables = load_tables(DataOptions(data=clips))
+    for split, part in tables.items():
+        write_yolo(part, tmp_path / "images" / split, tmp_path / "labels" / split)
+    (tmp_path / "data.yaml").write_text("{path: ., train: images/train, val: images/val, names: [odd, even]}")
+    again = load_tables(DataOptions(data=tmp_path))
+    for split, part in tables.items():
+        assert np.allclose(again[split].boxes, part.boxes) and (again[split].labels == part.labels).all()
+        assert [Path(again[split].path(row)).resolve() for row in range(len(part))] == [
+            Path(part.path(row)).resolve() for row in range(len(part))
+        ]
+
+
 def test_groups_that_cannot_be_divided(clips: Path, tmp_path: Path) -> None:
     tables = list(load_tables(DataOptions(data=clips)).values())
     names = [part.path(row).name for part in tables for row in range(len(part))]
