@@ -373,7 +373,7 @@ def test_signals_to_a_process(uninterrupted: Path, demo: Path, tmp_path: Path) -
     visible = list((run / "checkpoints").glob("step-*"))
     assert visible
     for folder in visible:
-        assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors"}
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "optimizer.safetensors"}
         assert runs.weights(folder) and load_file(folder / "optimizer.safetensors")
     # The model is at least as new as any state, lest a run that was killed at its end have none.
     assert from_pretrained(run) and read_history(run)[-1]["steps"] >= max(int(path.name[5:]) for path in visible)
