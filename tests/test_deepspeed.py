@@ -127,8 +127,9 @@ def test_stage_two_with_options(stage: int, pretrained: Path, demo: Path, tmp_pa
     saved = load_file(run / "checkpoints/step-3/average.safetensors")
     assert runs.largest_difference(saved, average) == 0
 
-    without_last(run, copy)
-    deepspeed(stage, 2, *all_flags, "--output-dir", copy, "--resume", script="finetune")
-    difference = runs.largest_difference(runs.weights(copy), average)
-    print(f"ZeRO {stage}, resumed: largest difference {difference:.1e}")
-    assert difference < 1e-5
+    if stage == 3:  # the other one resumes above
+        without_last(run, copy)
+        deepspeed(stage, 2, *all_flags, "--output-dir", copy, "--resume", script="finetune")
+        difference = runs.largest_difference(runs.weights(copy), average)
+        print(f"ZeRO {stage}, resumed: largest difference {difference:.1e}")
+        assert difference < 1e-5

@@ -9,7 +9,7 @@ import small_runs as runs
 
 pytestmark = runs.cpu_only
 
-VAL_IMAGES = 72
+VAL_IMAGES = 71  # neither 2 nor 3 divides them
 # Processes, images at once, accumulated micro-batches: a global batch of 64.
 SPREADS = ((1, 8, 8), (2, 4, 8), (2, 8, 4))
 STEPS = 2
@@ -47,11 +47,10 @@ def test_weights_do_not_depend_on_how_the_batch_is_spread(spread: list[Path]) ->
             assert record["losses"] == pytest.approx(other["losses"], rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [VAL_IMAGES, VAL_IMAGES - 1])
-def test_ap_does_not_depend_on_the_number_of_processes(count: int, pretrained: Path, tmp_path: Path) -> None:
-    """72 images divide by 1, 2 and 3; 71 by neither 2 nor 3. Each counts once."""
+def test_ap_does_not_depend_on_the_number_of_processes(pretrained: Path, tmp_path: Path) -> None:
+    """Each image counts once."""
     data = tmp_path / "data"
-    numbers = ("--train-images", 1, "--val-images", count, "--image-size", runs.FILE_SIZE, "--output-dir", data)
+    numbers = ("--train-images", 1, "--val-images", VAL_IMAGES, "--image-size", runs.FILE_SIZE, "--output-dir", data)
     runs.load_script("make_demo_data").main([str(value) for value in numbers])
     eager = runs.make_eager(pretrained, tmp_path / "eager")
     found = []
@@ -70,6 +69,6 @@ def test_ap_does_not_depend_on_the_number_of_processes(count: int, pretrained: P
             assert process.returncode == 0, stderr[-3000:]
         found.append([json.loads((output / name).read_text()) for name in ("metrics.json", "predictions.json")])
     metrics, predictions = found[0]
-    assert len({row["image_id"] for row in predictions}) == count and metrics["bbox"]["AP"] > 0.05
-    print(f"{count} images: AP {metrics['bbox']['AP']:.6f} with 1, 2 and 3 processes")
+    assert len({row["image_id"] for row in predictions}) == VAL_IMAGES and metrics["bbox"]["AP"] > 0.05
+    print(f"{VAL_IMAGES} images: AP {metrics['bbox']['AP']:.6f} with 1, 2 and 3 processes")
     assert found[1] == found[0] and found[2] == found[0]
