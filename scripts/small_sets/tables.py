@@ -128,6 +128,8 @@ def sentence(differences: Differences) -> str:
     if not differences:
         return "no runs on the same images yet"
     means, (low, high) = set_means(differences), bootstrap(differences)
+    if sum(len(seeds) for folds in differences.values() for seeds in folds.values()) == 1:
+        return f"{means.mean():+.3f} AP, by one run of each: no interval"
     signs = f", p {sign_flip(means):.3f} (sign flips of the sets' means)" if len(means) > 1 else ""
     return (
         f"{means.mean():+.3f} AP, 95 % interval {low:+.3f} to {high:+.3f}, higher on {int((means > 0).sum())} of "
@@ -147,7 +149,7 @@ def draw_forest(plan: Plan, rows: list[Row], path: Path) -> None:
         first = experiment.arms[0].name
         for arm in experiment.arms[1:]:
             found = compared(by_arm[first], by_arm[arm.name])
-            for name in found:
+            for name in found:  # one run of each has no interval, and is a mark alone
                 low, high = bootstrap({name: found[name]})
                 lines.append((f"{name}", float(set_means({name: found[name]})[0]), low, high, False))
             if found:
