@@ -31,7 +31,7 @@ demo: setup
 # The figures of the README, out of the demo's run.
 pictures: demo
 	mkdir -p docs/images
-	$(BIN)/python -c "from pathlib import Path; from PIL import Image; from direct_pt.visualize import contact_sheet; \
+	$(BIN)/python -c "from pathlib import Path; from PIL import Image; from direct_pt.images.visualize import contact_sheet; \
 	    paths = sorted(Path('$(RUN)/pictures').glob('*.jpg'))[:6]; \
 	    images = [Image.open(path).resize((208, 208), Image.Resampling.LANCZOS) for path in paths]; \
 	    contact_sheet(images, [path.name for path in paths], 208, columns=3).save('docs/images/detections.jpg', quality=85); \

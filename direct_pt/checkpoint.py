@@ -45,10 +45,10 @@ def save_weights(folder: Path, config: DetectorConfig, weights: Tensors, history
     """`save_model` for weights without their detector."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, weights)
-    write_json(folder / CONFIG, about(config, history))
+    write_json(folder / CONFIG, model_facts(config, history))
 
 
-def about(config: DetectorConfig, history: History) -> dict[str, Any]:
+def model_facts(config: DetectorConfig, history: History) -> dict[str, Any]:
     """A model folder's config.json: what its weights mean."""
     return {"detector": config.to_dict(), "history": history}
 

@@ -47,7 +47,7 @@ class DamagedFile(Exception):
     """A file cannot be read, or its content is not what was written. The message names the file."""
 
 
-# Reading
+# Opening
 
 
 def open_regular(path: AnyPath) -> BinaryIO:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from direct_pt.batch import Objects, Sample
-from direct_pt.colors import jitter_colors
-from direct_pt.geometry import Geometry, fit, fit_into, has_extent
-from direct_pt.images import Size
-from direct_pt.rasterize import rasterize
+from direct_pt.images.colors import jitter_colors
+from direct_pt.images.decoding import Size
+from direct_pt.images.geometry import Geometry, fit, fit_into, has_extent
+from direct_pt.images.rasterize import rasterize
 
 SIZE_DIVISOR = 32  # the coarsest stride of the backbone's feature maps
 MAX_CROP_TRIES = 50

@@ -6,7 +6,7 @@
 versions. docs/performance.md has the figures of one machine, and what each part measures.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 
 from benchmarks import annotations, evaluation, gpu, input, memory, scaling, size, step, stream, trials
 from benchmarks.rows import Row

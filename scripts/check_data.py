@@ -7,7 +7,7 @@ of objects, classes and images, and samples of each split with their annotations
 errors, which training would refuse or skip.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 from collections import Counter
 from dataclasses import asdict
 from itertools import chain

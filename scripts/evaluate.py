@@ -7,7 +7,7 @@ Writes metrics.json and predictions.json (COCO results format, with the data set
 detector finds them, masks; of another split than val, metrics_SPLIT.json and predictions_SPLIT.json.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 from pathlib import Path
 
 from direct_pt.checkpoint import from_pretrained
@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     check_images_at_once(min(args.micro_batch_size, len(table)), preset)
 
-    own = {"--split": args.split, "size of images": [preset.short_side, preset.long_side]}
-    own |= {"--micro-batch-size": args.micro_batch_size, "--mixed-precision": args.mixed_precision}
-    check_same(own | data_record(table, None), "flags and data", processes)
     if processes.num_processes > 1:
+        own = {"--split": args.split, "size of images": [preset.short_side, preset.long_side]}
+        own |= {"--micro-batch-size": args.micro_batch_size, "--mixed-precision": args.mixed_precision}
+        check_same(own | data_record(table, None), "flags and data", processes)
         check_same(sampled(detector.state_dict()), "--checkpoint", processes)
 
     accelerator = make_accelerator(args.mixed_precision)

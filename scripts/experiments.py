@@ -11,7 +11,7 @@ Results go to a CSV beside the file, one row a run. A run that has a row there i
 goes on. Each process is pinned to a core, and cost is counted in seconds of processor time.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import argparse
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ from types import FrameType
 from direct_pt.errors import InputError, StopSignal, printable
 from direct_pt.files import writing
 from direct_pt.flags import any_path, make_parser, positive_integer
-from direct_pt.folder_lock import folder_held
+from direct_pt.program.folder_lock import folder_held
 from small_sets.costs import LENGTH, Costs, cost_key, without_length
 from small_sets.folds import fold_flags
 from small_sets.plan import PEERS, Plan, RunId, read_plan

@@ -6,7 +6,7 @@ The defaults are the paper's: images fit into 1333x800, 16 a step out of micro-b
 training images at least 4,000 in all (--recipe).
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 from dataclasses import replace
 
 from accelerate.utils import set_seed
@@ -18,7 +18,7 @@ from direct_pt.models.backbone_weights import load_backbone
 from direct_pt.models.detector import FREEZES, Detector, DetectorConfig, build_detector
 from direct_pt.reports.samples import write_samples
 from direct_pt.training.choices import choose
-from direct_pt.training.limits import check_run
+from direct_pt.training.limits import check_channels, check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import FinetuneDetectorOptions, FinetuneFlags, parse_flags
 from direct_pt.training.start import load_data, make_feed, plan_run, prepare_detector, start_run, train_run
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         train, flags.data, plan, preset, detector.has_masks, options.seed, options.num_workers, grouped=True
     )
     if options.preview is not None:
-        return write_samples(feed, plan, train.class_names, options.preview, options.output_dir)
+        return write_samples(feed, plan.micro_batch_size, train.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
     run = start_run(flags, choices, plan, recipe, detector, feed, val, test_preset, resumption, history)
@@ -93,7 +93,7 @@ def initial_detector(
     else:
         config = DetectorConfig.from_paper(options.model or "", tuple(classes.values()), tuple(classes))
         config = replace(options.applied_to(config, *sides), anchor_scale=anchor_scale)
-        detector = build_detector(config.name, config=config)
+        detector = build_detector(config.name, config=check_channels(config))
         tensors, history = len(detector.state_dict()), []
         origin = f"random: 0 of {tensors} tensors loaded (seed {seed})"
         if options.init_kind != "none":

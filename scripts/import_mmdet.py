@@ -8,7 +8,7 @@ or the file is refused. Files are read as plain weights: code in them is not run
 paper's values: size of test images, number of proposals. Class ids, except for COCO's, count from 1.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import json
 import os
 import re

@@ -4,7 +4,7 @@ The material comes with scikit-learn: 1,797 scans of digits (8x8 pixels) and two
 scans and parts of the photographs that no training image uses. The same arguments give the same bytes.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import json
 import tempfile
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ the order of their names, and named in each row, with bytes that are no UTF-8 as
 images, or over what predict.py did not make.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import json
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -43,12 +43,12 @@ from direct_pt.files import (
     writing,
 )
 from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
-from direct_pt.folder_lock import folder_held
-from direct_pt.images import FORMATS, Decoding, UnreadableImage, image_size, read_image
+from direct_pt.images.decoding import FORMATS, Decoding, UnreadableImage, image_size, read_image
+from direct_pt.images.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
 from direct_pt.models.masks import paste_masks
+from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
-from direct_pt.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
 
 RESULTS = "predictions.json"
 COMMENT = b"detections drawn by predict.py"  # in the pictures, which later runs may replace

@@ -6,7 +6,7 @@ The defaults are the paper's: 448x448 crops, 64 images a step out of micro-batch
 training images 8 a step and at least 32,000 in all (--recipe).
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 from dataclasses import replace
 
 from accelerate.utils import set_seed
@@ -18,7 +18,7 @@ from direct_pt.models.detector import DetectorConfig, build_detector
 from direct_pt.reports.samples import write_samples
 from direct_pt.reports.survey import size_name, whole_image
 from direct_pt.training.choices import choose
-from direct_pt.training.limits import check_run
+from direct_pt.training.limits import check_channels, check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import PretrainFlags, parse_flags
 from direct_pt.training.start import load_data, make_feed, plan_run, prepare_detector, start_run, train_run
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(options.seed)
     config = DetectorConfig.from_paper(model, train.class_names, train.category_ids)
     config = replace(flags.detector.applied_to(config, *sides), anchor_scale=choices.anchor_scale)
-    detector = build_detector(config.name, config=config).train()
+    detector = build_detector(config.name, config=check_channels(config)).train()
     assert all(parameter.requires_grad for parameter in detector.parameters())
     origin = f"random: 0 of {len(detector.state_dict())} tensors loaded (seed {options.seed}); nothing frozen"
     prepare_detector(detector, options, train, val, one_shape=True)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         mix=choices.mix,
     )  # fmt: skip
     if options.preview is not None:
-        return write_samples(feed, plan, config.class_names, options.preview, options.output_dir)
+        return write_samples(feed, plan.micro_batch_size, config.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
     run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides), resumption, history=[])

@@ -4,7 +4,7 @@
 last process's last micro-batch is NaN. Everything else is pretrain.py's.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import sys
 from collections.abc import Iterator
 from dataclasses import replace

@@ -4,7 +4,7 @@ CHANGES are what is different in the second process, as JSON: "flags" that it ge
 otherwise to it: {path: what lies there in its place, or null for nothing}; "fails", a step that raises an error there.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import ctypes
 import json
 import os

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from torch import Tensor
 
-from direct_pt import folder_lock
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.models.detector import RetinaNet
+from direct_pt.program import folder_lock
 from direct_pt.training.signals import STOP_SIGNALS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -51,6 +52,20 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", 
 cpu_only = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares figures to the bit, as a CPU gives them: hide the GPU to run it"
 )
+
+
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """Within it this process has no more of a resource, a number of the module of that name.
+
+    As on a full disk, where RLIMIT_FSIZE lets no file become larger; RLIMIT_NOFILE limits the files that are open.
+    """
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def load_script(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
 """test_spread.py starts this in one process or two: `spread.py FLAGS...` is pretrain.py in float64."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import sys
 
 import small_runs as runs

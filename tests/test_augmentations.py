@@ -11,12 +11,12 @@ import torch
 from conftest import MakeCocoFolder
 from pycocotools import mask as coco_mask
 
-from direct_pt.augmentations import Mix, join_mosaic, mask_pixels, mosaic_parts, paste_objects
 from direct_pt.batch import Objects, PackedMasks, Sample
-from direct_pt.colors import jitter_colors
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import Share, TableFeed, TrainingImages
-from direct_pt.geometry import Geometry
+from direct_pt.data.mixing import Mix, join_mosaic, mask_pixels, mosaic_parts, paste_objects
+from direct_pt.images.colors import jitter_colors
+from direct_pt.images.geometry import Geometry
 from direct_pt.transforms import FLIPS, FinetunePreset, Preset, PretrainPreset, draw_flips, render
 
 SIDE = 96

@@ -1,6 +1,6 @@
 """Weights for the backbone alone: what a file of them must look like, where they arrive, and training from there."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import os
 import pickle
 import re

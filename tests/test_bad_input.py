@@ -1,6 +1,6 @@
 """What a user gets wrong: one line that names it and the remedy, exit status 2, and nothing started."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import io
 import json
 import shutil

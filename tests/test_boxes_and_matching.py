@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor
 
 from direct_pt.batch import Detections
-from direct_pt.geometry import has_extent
+from direct_pt.images.geometry import has_extent
 from direct_pt.models import matching
 from direct_pt.models.anchors import Anchors, flatten_level, inside_images
 from direct_pt.models.boxes import best_detections, grouped_nms

@@ -20,7 +20,7 @@ from direct_pt.coco_eval import METRICS, Predictions, coco_metrics, evaluate, me
 from direct_pt.data.annotations import AnnotationTable, Segmentations
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
-from direct_pt.images import read_image
+from direct_pt.images.decoding import read_image
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.transforms import TestPreset
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.errors import InputError
-from direct_pt.images import read_image
+from direct_pt.images.decoding import read_image
 from direct_pt.models.detector import MODELS, Detector, DetectorConfig, RetinaNet, TwoStage, build_detector
 from direct_pt.models.layers import force_gpu_path
 

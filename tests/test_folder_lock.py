@@ -11,7 +11,7 @@ import pytest
 import small_runs as runs
 
 from direct_pt.errors import InputError
-from direct_pt.folder_lock import folder_held, hold_folder, release_folder
+from direct_pt.program.folder_lock import folder_held, hold_folder, release_folder
 
 LONG = ("--max-steps", 400, "--log-every", 1, "--global-batch-size", 4, "--micro-batch-size", 4, *runs.NO_EVALUATION)
 

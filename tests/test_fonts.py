@@ -13,10 +13,10 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from direct_pt import visualize
 from direct_pt.errors import printable, printable_lines
+from direct_pt.images import visualize
+from direct_pt.images.visualize import contact_sheet, draw_detections, drawable, drawable_name, find_font
 from direct_pt.reports.plots import plot_classes
-from direct_pt.visualize import contact_sheet, draw_detections, drawable, drawable_name, find_font
 
 UNASSIGNED = "\U0003fffd"
 CUNEIFORM = "\U00012000\U00012001\U00012002"  # that hardly any system has a font for

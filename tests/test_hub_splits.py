@@ -14,7 +14,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.data.stream import open_stream
 from direct_pt.errors import InputError
-from direct_pt.images import DEFAULT_DECODING
+from direct_pt.images.decoding import DEFAULT_DECODING
 
 BOX = [1.0, 2.0, 8.0, 9.0]
 Rows = list[list[Any]]  # of each image, its objects' categories

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from direct_pt.images import (
+from direct_pt.images.decoding import (
     MAX_PIXELS,
     Decoding,
     UnreadableImage,

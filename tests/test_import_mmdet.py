@@ -1,6 +1,6 @@
 """MMDetection's checkpoints in and out: every tensor in its place to the bit, or one message and nothing written."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import io
 import json
 import pickle

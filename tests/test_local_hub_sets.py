@@ -39,8 +39,8 @@ import sys
 from pathlib import Path
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.data.stream import open_stream
-from direct_pt.program import run_program
-from direct_pt.images import DEFAULT_DECODING
+from direct_pt.program.run import run_program
+from direct_pt.images.decoding import DEFAULT_DECODING
 
 def main():
     data = Path(sys.argv[1])

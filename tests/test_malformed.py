@@ -1,6 +1,6 @@
 """Malformed data sets: each is refused in words that help, or read as is said, and nothing outside of it is read."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import io
 import sys
 from collections import Counter
@@ -22,7 +22,7 @@ from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED, Problem, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.errors import InputError, printable
-from direct_pt.images import UnreadableImage
+from direct_pt.images.decoding import UnreadableImage
 
 FOLLOWING = (  # what follows from an image or a class that is left out
     "all splits must list the same",

@@ -17,14 +17,15 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from test_coco_eval import REFERENCE, needs_reference, predictions_of, pycocotools_figures
 
-from direct_pt import coco_eval, visualize
+from direct_pt import coco_eval
 from direct_pt.checkpoint import save_model
 from direct_pt.coco_eval import METRICS, Predictions, coco_metrics, evaluate, metrics_table, predict_split
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit, find_coco
 from direct_pt.data.sources import load_split
 from direct_pt.errors import InputError
-from direct_pt.images import read_image
+from direct_pt.images import visualize
+from direct_pt.images.decoding import read_image
 from direct_pt.models.detector import Detector, DetectorConfig, TwoStage, build_detector
 from direct_pt.models.mask_encoding import mask_run_lengths
 from direct_pt.models.masks import paste_masks

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
-from direct_pt import rasterize
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
-from direct_pt.geometry import Geometry
+from direct_pt.images import rasterize
+from direct_pt.images.geometry import Geometry
 from direct_pt.models import masks
 from direct_pt.models.mask_encoding import encode_masks
 from direct_pt.models.masks import MaskHead, mask_targets, paste_masks, paste_windows

@@ -20,7 +20,7 @@ from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.sources import load_tables
 from direct_pt.errors import InputError
 from direct_pt.files import DamagedFile, open_regular, read_regular, read_tensors, what_is_there
-from direct_pt.images import UnreadableImage, header_sizes, read_image
+from direct_pt.images.decoding import UnreadableImage, header_sizes, read_image
 from direct_pt.reports import samples
 from direct_pt.transforms import PretrainPreset
 

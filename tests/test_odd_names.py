@@ -16,7 +16,7 @@ from direct_pt.checkpoint import save_model
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.errors import InputError
 from direct_pt.files import MAX_NAME_BYTES, replacing, shortened, unfinished, valid_unicode
-from direct_pt.visualize import MAX_JPEG_SIDE, contact_sheet
+from direct_pt.images.visualize import MAX_JPEG_SIDE, contact_sheet
 
 LONG = "ü" * 125 + "a"  # 251 bytes
 NO_UTF8 = os.fsdecode(b"caf\xe9")

@@ -3,8 +3,6 @@
 import os
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from small_detectors import small_detector
 from direct_pt.checkpoint import save_model
 from direct_pt.errors import InputError
 from direct_pt.files import check_inputs_kept, check_output, replacing, write_json
-from direct_pt.images import UnreadableImage, read_image
+from direct_pt.images.decoding import UnreadableImage, read_image
 from direct_pt.training.resume import check_inputs
 from direct_pt.training.settings import FinetuneFlags, PretrainFlags, parse_flags
 
@@ -42,17 +40,6 @@ def contents(folder: Path) -> dict[str, bytes | str]:
     """Of every file under a folder, and where its links lead."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
     return {name: str(path.readlink()) if path.is_symlink() else path.read_bytes() for name, path in paths.items()}
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """As on a full disk: no file can become larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +312,7 @@ def test_refused_before_the_work(demo: Path, model: Path, tmp_path: Path) -> Non
         assert message.startswith(f"--output-dir {file / 'run'}: cannot be written (Not a directory")
         message = refusal(script, *flags, "--output-dir", tmp_path / LONG)
         assert message.startswith("argument --output-dir: ") and message.endswith("File name too long (see --help)")
-        with files_of_at_most(100):
+        with runs.limited(resource.RLIMIT_FSIZE, 100):
             message = refusal(script, *flags, "--output-dir", tmp_path / "full")
         assert message.startswith(f"--output-dir {tmp_path / 'full'}: cannot be written (File too large)")
     assert refusal("import_mmdet", model, "--export", NOWHERE / "a.pth").startswith(f"--export {NOWHERE}: cannot be")
@@ -358,7 +345,7 @@ def test_metrics_are_printed_before_the_disk_fails(
     model: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--checkpoint", model, "--data", demo, *runs.MACHINE, "--output-dir", tmp_path)
-    with files_of_at_most(5000):
+    with runs.limited(resource.RLIMIT_FSIZE, 5000):
         message = refusal("evaluate", *flags)
     assert message.startswith(f"--output-dir {tmp_path}: cannot be written (File too large: ")
     assert "predictions.json" in message and "AP 0.0" in capsys.readouterr().out
@@ -367,7 +354,7 @@ def test_metrics_are_printed_before_the_disk_fails(
 
 def test_pictures_on_a_full_disk(model: Path, photos: Path, tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 300, 3), dtype=np.uint8)).save(photos / "d.png")
-    with files_of_at_most(30_000):
+    with runs.limited(resource.RLIMIT_FSIZE, 30_000):
         message = refusal(*predict(model, photos / "d.png", "--output-dir", tmp_path / "pictures"))
     assert message.startswith(f"--output-dir {tmp_path / 'pictures'}: cannot be written (") and "d.jpg" in message
     assert contents(tmp_path / "pictures") == {}
@@ -375,7 +362,7 @@ def test_pictures_on_a_full_disk(model: Path, photos: Path, tmp_path: Path) -> N
 
 def test_checkpoints_on_a_full_disk(model: Path, tmp_path: Path) -> None:
     """torch's writer raises a RuntimeError there."""
-    with files_of_at_most(100_000):
+    with runs.limited(resource.RLIMIT_FSIZE, 100_000):
         message = refusal("import_mmdet", model, "--export", tmp_path / "file.pth")
     assert message.startswith(f"--export {tmp_path / 'file.pth'}: cannot be written (")
     assert list(tmp_path.iterdir()) == []

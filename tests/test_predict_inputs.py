@@ -15,7 +15,7 @@ from small_detectors import small_detector
 
 from direct_pt.checkpoint import save_model
 from direct_pt.errors import InputError
-from direct_pt.images import as_rgb, read_image
+from direct_pt.images.decoding import as_rgb, read_image
 from direct_pt.models.detector import Detector
 
 RNG = np.random.default_rng(0)

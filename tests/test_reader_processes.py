@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import small_runs
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,17 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 
 # What machines are short of
-
-
-@contextmanager
-def limited_files(count: int) -> Iterator[None]:
-    """Within it no more than so many files can be open."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Numbers(Dataset[Any]):
@@ -58,7 +48,7 @@ def read(act: Callable[[int], Any], workers: int = 2, count: int = 20) -> list[A
 
 
 def test_the_limit_of_open_files_is_raised_where_it_may_be() -> None:
-    with limited_files(psutil.Process().num_fds() + 15):
+    with small_runs.limited(resource.RLIMIT_NOFILE, psutil.Process().num_fds() + 15):
         assert read(lambda key: key) == runs(0, 20, 2)
 
 
@@ -75,7 +65,7 @@ def test_open_files_run_out_in_a_process(table_feed: TableFeed) -> None:
 def test_an_image_is_not_blamed_for_the_machine(table_feed: TableFeed) -> None:
     """Where no file can be opened, it is no image's fault."""
     images = TrainingImages(table_feed.table, table_feed.preset, 0, False)
-    with limited_files(3), pytest.raises(OSError, match="Too many open files"):
+    with small_runs.limited(resource.RLIMIT_NOFILE, 3), pytest.raises(OSError, match="Too many open files"):
         images[0, 0, 0]
 
 

@@ -17,7 +17,7 @@ from direct_pt.data.formats.coco import find_coco
 from direct_pt.data.loader import Share, TableFeed
 from direct_pt.data.sources import DataOptions, load_split, load_tables
 from direct_pt.data.stream import StreamFeed, open_stream
-from direct_pt.images import Decoding
+from direct_pt.images.decoding import Decoding
 from direct_pt.transforms import PretrainPreset, TestPreset
 
 IMAGES = 200

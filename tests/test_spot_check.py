@@ -10,7 +10,7 @@ from PIL import Image
 
 from direct_pt.data.sources import SPOT_CHECKED, spot_check
 from direct_pt.errors import InputError
-from direct_pt.images import ORIENTATION_TAG, Decoding
+from direct_pt.images.decoding import ORIENTATION_TAG, Decoding
 
 
 def turn(path: Path) -> None:

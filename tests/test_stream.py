@@ -17,7 +17,7 @@ from direct_pt.data.loader import FeedFailed, Share
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.data.stream import Stream, StreamFeed, open_stream
 from direct_pt.errors import InputError, TrainingStopped
-from direct_pt.images import Decoding
+from direct_pt.images.decoding import Decoding
 from direct_pt.transforms import PretrainPreset, TestPreset
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here

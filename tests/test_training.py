@@ -1,7 +1,7 @@
 """Real runs of both stages on real images: what they write, and that neither accumulation, nor a second process, nor an
 interruption changes what is learnt."""
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import json
 import os
 import re

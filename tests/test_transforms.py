@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, PackedMasks, Sample, collate
-from direct_pt.geometry import Geometry, fit
+from direct_pt.images.geometry import Geometry, fit
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD, build_detector
 from direct_pt.transforms import FinetunePreset, PretrainPreset, TestPreset, render
 

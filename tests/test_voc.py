@@ -9,7 +9,7 @@ from label_trees import HEIGHT, WIDTH, names, read, save_image, write
 from direct_pt.data.formats.voc import VocSplit, find_voc
 from direct_pt.data.problems import ERROR, NOTE, DataError, Problems
 from direct_pt.data.records import read_table
-from direct_pt.images import Decoding
+from direct_pt.images.decoding import Decoding
 
 SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
 

@@ -12,7 +12,7 @@ from direct_pt.data.formats.label_files import number_records
 from direct_pt.data.formats.yolo import YoloSplit, find_yolo
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problems
 from direct_pt.data.records import read_table
-from direct_pt.images import ORIENTATION_TAG, Decoding, UnreadableImage, image_size
+from direct_pt.images.decoding import ORIENTATION_TAG, Decoding, UnreadableImage, image_size
 
 YAML = "names: [cat, dog]\ntrain: images/train\nval: images/val\n"
 GOOD = "1 0.5 0.5 0.25 0.5\n"

@@ -14,7 +14,7 @@ from direct_pt.batch import Objects
 from direct_pt.data.outlines import Segmentations, positions_of, starts_of
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular
-from direct_pt.images import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed, decode_image
+from direct_pt.images.decoding import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed, decode_image
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
 SIZES_FROM_FILES = "image sizes read from the image files"  # a key of `AnnotationTable.repairs`

@@ -34,8 +34,8 @@ from direct_pt.data.reader_processes import Readers, runs
 from direct_pt.data.table_cache import cache_root
 from direct_pt.errors import printable
 from direct_pt.files import parse_json, write_json
-from direct_pt.geometry import fit
-from direct_pt.images import Size, UnreadableImage, decode_jpeg
+from direct_pt.images.decoding import Size, UnreadableImage, decode_jpeg
+from direct_pt.images.geometry import fit
 from direct_pt.transforms import PretrainPreset
 
 VERSION = 2

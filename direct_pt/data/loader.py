@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from direct_pt.augmentations import Mix, mixed_sample
 from direct_pt.batch import Batch, Objects, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
+from direct_pt.data.mixing import Mix, mixed_sample
 from direct_pt.data.order import Key, SampleOrder, aspect_groups, repeat_factors
 from direct_pt.data.reader_processes import Readers
-from direct_pt.images import UnreadableImage
+from direct_pt.images.decoding import UnreadableImage
 from direct_pt.transforms import Preset, TestPreset
 
 MAX_READ_TRIES = 10  # images that are tried in place of an unreadable one

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.files import what_is_there
-from direct_pt.images import FORMATS
+from direct_pt.images.decoding import FORMATS
 
 # Folders that file managers, archives and notebooks leave behind, with copies of images in them.
 NO_DATA = ("@eadir", "__macosx", "$recycle.bin", "lost+found", "system volume information", "thumbnails")

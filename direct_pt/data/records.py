@@ -23,7 +23,7 @@ from direct_pt.data.annotations import (
 from direct_pt.data.image_files import JOIN, find_files, note_unlisted_images, plain_paths
 from direct_pt.data.outlines import outlines_fit, pop_segmentations, read_outlines
 from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
-from direct_pt.images import Decoding, UnreadableImage, encoded_size, image_size
+from direct_pt.images.decoding import Decoding, UnreadableImage, encoded_size, image_size
 
 Json = dict[str, Any]
 Columns = dict[str, np.ndarray]  # one array per field, for many records

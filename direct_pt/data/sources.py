@@ -26,7 +26,7 @@ from direct_pt.data.table_cache import CachedTable, cached_table
 from direct_pt.errors import InputError, class_differences
 from direct_pt.files import reading
 from direct_pt.flags import FREE, flag, names, positive_integer, quoted_name, share
-from direct_pt.images import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
+from direct_pt.images.decoding import DEFAULT_DECODING, Decoding, UnreadableImage, header_sizes
 
 SPLITS = ("train", "val", "test")
 COCO_TEXT = "COCO in place of --data; several sets are joined by class name"

@@ -29,7 +29,7 @@ from direct_pt.data.order import arrange, aspect_groups
 from direct_pt.data.problems import ERROR, DataError, Problems
 from direct_pt.data.records import Chunk, read_table
 from direct_pt.errors import InputError
-from direct_pt.images import Decoding
+from direct_pt.images.decoding import Decoding
 from direct_pt.transforms import Preset
 
 ROWS_PER_READ = 100

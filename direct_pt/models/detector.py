@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
 from direct_pt.errors import InputError
-from direct_pt.images import Images, rgb_images
+from direct_pt.images.decoding import Images, rgb_images
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.backbone import Backbone
 from direct_pt.models.fpn import FPN
@@ -154,7 +154,8 @@ class Detector(nn.Module, ABC):
         """Detections in whole images.
 
         Args:
-            images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors (`direct_pt.images.as_rgb`).
+            images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors
+                (`direct_pt.images.decoding.as_rgb`).
             score_threshold: of what is returned.
 
         Returns:

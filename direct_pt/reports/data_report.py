@@ -13,11 +13,11 @@ from direct_pt.data.annotations import AnnotationTable, decode_name
 from direct_pt.data.problems import ERROR, NOTE, REPAIRED
 from direct_pt.errors import printable
 from direct_pt.files import replacing
+from direct_pt.images.visualize import contact_sheet, draw_detections, drawable_name
 from direct_pt.reports.duplicates import Fingerprints
 from direct_pt.reports.plots import plot_classes, plot_image_sizes, plot_object_sizes
 from direct_pt.reports.survey import MIN_OBJECT_SIDE, STAGE_1, STAGE_2, class_counts, object_sides, size_name
 from direct_pt.transforms import TestPreset
-from direct_pt.visualize import contact_sheet, draw_detections, drawable_name
 
 MAX_SAMPLES, CELL = 24, 400  # pictures on a contact sheet, and their side in pixels
 MAX_PROBLEMS = 3  # problems of a kind that are printed; report.json has all of them

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.problems import ERROR, NOTE, Problem, Problems
 from direct_pt.data.reader_processes import Readers, runs
-from direct_pt.images import READABLE, UnreadableImage, header_sizes
+from direct_pt.images.decoding import READABLE, UnreadableImage, header_sizes
 from direct_pt.reports.duplicates import Fingerprints, perceptual_hash, pixel_digest
 
 Checked = tuple[list[Problem], tuple[int, int, np.ndarray] | None]  # problems; row, digest and hash

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from direct_pt.files import replacing
-from direct_pt.visualize import drawable_name, find_font
+from direct_pt.images.visualize import drawable_name, find_font
 
 
 def plot_curves(records: list[dict[str, Any]], path: Path) -> None:

@@ -9,14 +9,13 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from direct_pt.augmentations import mask_pixels
 from direct_pt.batch import Batch
 from direct_pt.data.loader import Feed, Share
+from direct_pt.data.mixing import mask_pixels
 from direct_pt.distributed.processes import main_decides
 from direct_pt.errors import InputError, printable
 from direct_pt.files import check_output, open_regular, writing
-from direct_pt.training.plan import Plan
-from direct_pt.visualize import contact_sheet, draw_detections
+from direct_pt.images.visualize import contact_sheet, draw_detections
 
 FILE = "samples.jpg"
 MAX_CELL = 448  # pixels of a sample's longer side on the sheet
@@ -24,22 +23,22 @@ COLUMNS = 4
 MARK = b"Direct-PT: training samples"  # the comment in the picture, by which it is recognised
 
 
-def write_samples(feed: Feed, plan: Plan, class_names: tuple[str, ...], count: int, folder: Path) -> None:
+def write_samples(feed: Feed, micro_batch_size: int, class_names: tuple[str, ...], count: int, folder: Path) -> None:
     """Write the first `count` samples of a run into `folder`, by the main process. Every process must call it.
 
     Raises:
         InputError: it cannot be written, or a picture of that name is not its own.
     """
     processes = PartialState()
-    main_decides(lambda: _draw(feed, plan, class_names, count, folder), processes)
+    main_decides(lambda: _draw(feed, micro_batch_size, class_names, count, folder), processes)
     processes.destroy_process_group()  # a process that exits with its connections open may abort
 
 
-def _draw(feed: Feed, plan: Plan, class_names: tuple[str, ...], count: int, folder: Path) -> None:
+def _draw(feed: Feed, micro_batch_size: int, class_names: tuple[str, ...], count: int, folder: Path) -> None:
     check_output(folder)
     if (folder / FILE).exists() and not _is_own(folder / FILE):
         raise InputError(f"{folder / FILE}: is no picture that --preview made: move it, or choose another --output-dir")
-    share = Share(plan.micro_batch_size, 0, math.ceil(count / plan.micro_batch_size))
+    share = Share(micro_batch_size, 0, math.ceil(count / micro_batch_size))
     pictures: list[Image.Image] = []
     titles: list[str] = []
     with closing(feed.batches(share)) as batches:

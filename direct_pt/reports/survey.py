@@ -11,7 +11,7 @@ import numpy as np
 
 from direct_pt.batch import Objects
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.images import Size
+from direct_pt.images.decoding import Size
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE

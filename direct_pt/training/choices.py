@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from direct_pt.augmentations import Mix
 from direct_pt.data.annotations import AnnotationTable
+from direct_pt.data.mixing import Mix
 from direct_pt.errors import InputError
 from direct_pt.flags import flag_name, to_json
-from direct_pt.images import Size
+from direct_pt.images.decoding import Size
 from direct_pt.models.detector import RETINA_SCALE, RPN_SCALE, DetectorConfig, anchors_of
 from direct_pt.recipes import Augmentation, Stage, recipe_name
 from direct_pt.reports.survey import anchor_recall, whole_image

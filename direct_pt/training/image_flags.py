@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from direct_pt.augmentations import MIXES
-from direct_pt.colors import MAX_COLOR_JITTER
 from direct_pt.data.image_cache import KINDS
+from direct_pt.data.mixing import MIXES
 from direct_pt.errors import InputError
 from direct_pt.flags import FREE, flag, number_up_to, pixels, positive_float
-from direct_pt.images import Size
+from direct_pt.images.colors import MAX_COLOR_JITTER
+from direct_pt.images.decoding import Size
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE, SHORT_SIDE
 from direct_pt.transforms import FLIPS, SIZE_DIVISOR
 

@@ -1,18 +1,15 @@
 """What no machine can do: refused before anything of it is begun, in one line with the limit."""
 
 import math
-from typing import TYPE_CHECKING
 
 import psutil
 
 from direct_pt.errors import InputError
-from direct_pt.images import Size
+from direct_pt.images.decoding import Size
 from direct_pt.models.detector import Detector, DetectorConfig
 from direct_pt.models.layers import running_statistics
+from direct_pt.training.plan import Plan
 from direct_pt.transforms import SIZE_DIVISOR, Preset, PretrainPreset, ResizePreset
-
-if TYPE_CHECKING:
-    from direct_pt.training.plan import Plan
 
 BYTES_READ, BYTES_SHOWN = 3, 12  # of a pixel as it is read, and as the network is given it
 FEW_CONVOLUTIONS = 9  # of 3x3, between `channels` and as many: no detector has fewer
@@ -47,7 +44,7 @@ def check_images_at_once(images: int, preset: Preset) -> None:
         )
 
 
-def check_run(plan: "Plan", detector: Detector, preset: Preset) -> None:
+def check_run(plan: Plan, detector: Detector, preset: Preset) -> None:
     """Check that a step can be made, as far as its images and RoIs tell.
 
     Raises:

@@ -18,8 +18,8 @@ from direct_pt.distributed.processes import check_same, main_decides, share_tens
 from direct_pt.errors import InputError, class_differences, first_names
 from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, unfinished, writing
 from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
-from direct_pt.folder_lock import hold_folder
 from direct_pt.models.detector import Detector
+from direct_pt.program.folder_lock import hold_folder
 from direct_pt.recipes import Augmentation
 from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.choices import Choices

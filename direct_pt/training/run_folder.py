@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from direct_pt.checkpoint import History, about, read_history, save_model, save_weights
+from direct_pt.checkpoint import History, model_facts, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
 from direct_pt.files import replacing, unfinished, write_text, writing
 from direct_pt.models.detector import Detector
@@ -87,7 +87,7 @@ class RunFolder:
             self._write_best()
             write_text(self.path / "metrics.jsonl", _lines(self.records))
             save_model(self.path / "model", result, history)  # a run killed after this writes it again
-            save_training_state(self.path / "checkpoints", state, self.keep, about(result.config, history))
+            save_training_state(self.path / "checkpoints", state, self.keep, model_facts(result.config, history))
             self._error = ""
             plot_curves(self.records, self.path / "curves.png")
 

@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from direct_pt.augmentations import MIXES
-from direct_pt.colors import MAX_COLOR_JITTER
+from direct_pt.data.mixing import MIXES
 from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, parse_json, read_json, read_regular
+from direct_pt.images.colors import MAX_COLOR_JITTER
 from direct_pt.models.saved_config import ANCHOR_SCALES
 from direct_pt.schema import (
     Check,

@@ -47,7 +47,6 @@ from direct_pt.recipes import (
     Stage,
 )
 from direct_pt.training.image_flags import FinetuneImageOptions, PretrainImageOptions
-from direct_pt.training.limits import check_channels
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 MAX_PREVIEW = 1000  # samples
@@ -109,14 +108,10 @@ class DetectorOptions:
     )  # fmt: skip
 
     def applied_to(self, config: DetectorConfig, short_side: int, long_side: int) -> DetectorConfig:
-        """The configuration with what the flags say about the detector, and the size that images are tested at.
-
-        Raises:
-            InputError: this machine has not the memory for its weights.
-        """
+        """The configuration with what the flags say about the detector, and the size that images are tested at."""
         names = ("backbone", "norm", "box_head", "channels", "rois_per_image", "proposals")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return check_channels(replace(config, **given, short_side=short_side, long_side=long_side))
+        return replace(config, **given, short_side=short_side, long_side=long_side)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,19 +11,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
-from direct_pt.augmentations import Mix
 from direct_pt.checkpoint import CONFIG, History
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, TableFeed
+from direct_pt.data.mixing import Mix
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
 from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides, sampled
 from direct_pt.errors import InputError, printable_lines
 from direct_pt.files import write_json, writing
-from direct_pt.folder_lock import hold_folder, release_folder
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
+from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.recipes import Recipe, make_optimizer, paper_optimizer, recipe_name
 from direct_pt.reports.survey import nothing_to_learn, summary
 from direct_pt.training.banner import banner, git_revision, recipe_text

@@ -27,12 +27,12 @@ from torchvision.transforms import v2
 
 from benchmarks.rows import Row, row, seconds
 from benchmarks.synthetic import COCO_IMAGES, write_coco_images
-from direct_pt.augmentations import Mix
 from direct_pt.batch import collate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.image_cache import KINDS, ImageCache, open_image_cache
 from direct_pt.data.loader import TrainingImages
+from direct_pt.data.mixing import Mix
 from direct_pt.data.sources import load_split
 from direct_pt.flags import positive_integer
 from direct_pt.models.detector import PIXEL_MEAN, PIXEL_STD

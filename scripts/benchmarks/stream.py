@@ -17,7 +17,7 @@ from benchmarks.synthetic import write_parquet
 from direct_pt.data.loader import Share
 from direct_pt.data.stream import StreamFeed, open_stream
 from direct_pt.flags import positive_integer
-from direct_pt.images import Decoding
+from direct_pt.images.decoding import Decoding
 from direct_pt.transforms import PretrainPreset
 
 ROWS, SHARDS, SIDE, MICRO_BATCH, READINGS = 20_000, 8, 64, 8, 10

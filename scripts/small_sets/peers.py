@@ -10,7 +10,7 @@ at the rate of such a batch. ultralytics: yolo11n from its YAML file, with its o
 install it into an environment of its own, whose interpreter --python names; it is only ever started, as a program.
 """
 
-from direct_pt.program import run_program
+from direct_pt.program.run import run_program
 import json
 import subprocess
 import time

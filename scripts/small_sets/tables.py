@@ -128,12 +128,13 @@ def sentence(differences: Differences) -> str:
     if not differences:
         return "no runs on the same images yet"
     means, (low, high) = set_means(differences), bootstrap(differences)
-    if sum(len(seeds) for folds in differences.values() for seeds in folds.values()) == 1:
+    pairs = sum(len(seeds) for folds in differences.values() for seeds in folds.values())
+    if pairs == 1:
         return f"{means.mean():+.3f} AP, by one run of each: no interval"
     signs = f", p {sign_flip(means):.3f} (sign flips of the sets' means)" if len(means) > 1 else ""
     return (
-        f"{means.mean():+.3f} AP, 95 % interval {low:+.3f} to {high:+.3f}, higher on {int((means > 0).sum())} of "
-        f"{len(means)} sets{signs}"
+        f"{means.mean():+.3f} AP, 95 % interval {low:+.3f} to {high:+.3f} out of {pairs} runs of each, higher on "
+        f"{int((means > 0).sum())} of {len(means)} sets{signs}"
     )
 
 

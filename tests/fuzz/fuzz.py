@@ -53,7 +53,7 @@ from odd_data import Files, Make, damage
 from rules import Broken, check_image, check_json, check_run_lengths, check_set, check_stream
 from run_rules import check_model, check_run
 
-from direct_pt import images
+from direct_pt.images import decoding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a folder where files are written fast
@@ -68,7 +68,7 @@ SAMPLES = 300  # that libFuzzer begins with
 READING = [  # modules whose lines libFuzzer counts; a name that does not exist ends the program
     importlib.import_module(name)
     for name in (
-        *(f"direct_pt.{name}" for name in ("images", "data.names", "data.outlines", "data.records")),
+        *(f"direct_pt.{name}" for name in ("images.decoding", "data.names", "data.outlines", "data.records")),
         *(f"direct_pt.data.formats.{name}" for name in ("coco", "json_stream", "label_files", "voc", "yolo")),
         *(f"yaml.{name}" for name in ("composer", "constructor", "parser", "reader", "scanner")),
         *(f"PIL.{name}ImagePlugin" for name in ("Avif", "Bmp", "Gif", "Jpeg", "Jpeg2K", "Png", "Ppm", "Tiff", "WebP")),
@@ -179,7 +179,7 @@ class Reader:
     def prepare(self, memory: int) -> None:
         """Load what is loaded late, and set the limits."""
         warnings.simplefilter("error", RuntimeWarning)  # numpy's, of values that should not have come there
-        images.MAX_PIXELS = MOST_PIXELS
+        decoding.MAX_PIXELS = MOST_PIXELS
         datasets.disable_progress_bars()
         datasets.config.HF_HUB_OFFLINE = True
         datasets.config.HF_DATASETS_CACHE = self.cache

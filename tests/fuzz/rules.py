@@ -22,7 +22,7 @@ from direct_pt.data.problems import ERROR, Problems
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables, spot_check
 from direct_pt.data.stream import Place, Stream
 from direct_pt.errors import InputError
-from direct_pt.images import UnreadableImage, decode_image, encoded_size, header_sizes
+from direct_pt.images.decoding import UnreadableImage, decode_image, encoded_size, header_sizes
 from direct_pt.reports.survey import describe
 from direct_pt.transforms import PretrainPreset
 

@@ -22,7 +22,7 @@ from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk
 from direct_pt.errors import InputError
 from direct_pt.files import open_regular, parse_json, read_regular
-from direct_pt.images import blamed
+from direct_pt.images.decoding import blamed
 
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SAVED = ("dataset_dict.json", "state.json")  # files that save_to_disk writes

@@ -12,7 +12,7 @@ from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 from direct_pt.errors import first_names
 from direct_pt.files import read_regular, what_is_there
-from direct_pt.images import FORMATS
+from direct_pt.images.decoding import FORMATS
 
 MAX_SHARE_WITHOUT_LABELS = 0.1  # of the images, that is taken for granted
 NO_LABELS = ("classes.txt", "predefined_classes.txt", "labels.txt", "notes.txt", "readme.txt")  # beside label files

@@ -27,7 +27,7 @@ from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 from direct_pt.errors import first_names
 from direct_pt.files import open_regular
-from direct_pt.images import FORMATS
+from direct_pt.images.decoding import FORMATS
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_XML_BYTES = 20 * 10**6

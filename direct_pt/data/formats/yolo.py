@@ -18,7 +18,7 @@ from direct_pt.data.problems import NOTE, REPAIRED, DataError, Problem, Problems
 from direct_pt.data.records import Chunk, Json
 from direct_pt.errors import first_names
 from direct_pt.files import open_regular, what_is_there
-from direct_pt.images import Decoding, UnreadableImage, image_size
+from direct_pt.images.decoding import Decoding, UnreadableImage, image_size
 
 YAML_FILES = ("data.yaml", "dataset.yaml", "data.yml")
 SPLITS = ("train", "val", "test")

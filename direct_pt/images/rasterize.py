@@ -6,7 +6,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from direct_pt.batch import Objects, PackedMasks
-from direct_pt.geometry import EMPTY_MASK, Geometry
+from direct_pt.images.geometry import EMPTY_MASK, Geometry
 
 MASK_SIDE = 112  # pixels that a mask is drawn wide and high, roughly
 MAX_ZOOM = 16  # supersampling factor of small objects' masks

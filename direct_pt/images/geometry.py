@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from direct_pt.images import Size
+from direct_pt.images.decoding import Size
 
 cv2.setNumThreads(0)  # worker processes run in parallel already, and OpenCV's own threads do not survive a fork
 

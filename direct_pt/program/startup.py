@@ -1,6 +1,6 @@
 """The first seconds of a program, in which its libraries are loaded: Ctrl-C ends it at once and silently.
 
-Python's own way is a traceback out of some library. program.py imports this first, and scripts import that first. A
+Python's own way is a traceback out of some library. run.py imports this first, and scripts import that first. A
 program of the user's own that loads a script, or the rest of the package, keeps its signal handlers.
 """
 
@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-IMPORTERS = ("importlib._bootstrap", "importlib._bootstrap_external", "direct_pt.program", __name__)
+IMPORTERS = ("importlib._bootstrap", "importlib._bootstrap_external", "direct_pt.program.run", __name__)
 
 
 def _importer() -> str:
-    """The name of the module that imports program.py."""
+    """The name of the module that imports run.py."""
     frame = sys._getframe()
     while (name := frame.f_globals["__name__"]) in IMPORTERS and frame.f_back is not None:
         frame = frame.f_back

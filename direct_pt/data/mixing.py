@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from direct_pt.batch import Objects, PackedMasks, Sample
-from direct_pt.geometry import has_extent
-from direct_pt.images import Size
+from direct_pt.images.decoding import Size
+from direct_pt.images.geometry import has_extent
 from direct_pt.transforms import Preset, PretrainPreset
 
 MIXES = ("none", "mosaic", "copy-paste")

@@ -1,13 +1,13 @@
 """How the programs run and end: an error that the user can fix is one line on stderr and exit status 2."""
 
-from direct_pt.startup import control_c_raises
+from direct_pt.program.startup import control_c_raises
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from direct_pt.distributed.peers import failed_peer, tell_peers
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, printable
-from direct_pt.standard_streams import keep_streams_open
+from direct_pt.program.standard_streams import keep_streams_open
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
