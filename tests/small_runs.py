@@ -25,7 +25,7 @@ from torch import Tensor
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.models.detector import RetinaNet
 from direct_pt.program import folder_lock
-from direct_pt.training.signals import STOP_SIGNALS
+from direct_pt.program.signals import STOP_SIGNALS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIGS = SCRIPTS.parent / "accelerate_configs"

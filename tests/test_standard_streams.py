@@ -116,3 +116,24 @@ def test_nohup_is_respected(demo: Path, tmp_path: Path) -> None:
     wait_for(run / "metrics.jsonl", process)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0 and is_whole(run, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_after_the_work_does_not_change_the_exit_status(number: int) -> None:
+    """As late as can be: the C library's exit calls raise(status), when Python has taken its handlers away."""
+    program = f"""
+from direct_pt.program.run import run_program
+import ctypes
+from direct_pt.errors import StopSignal
+from direct_pt.program.signals import StopSignals
+
+def main():
+    StopSignals().catch()
+    library = ctypes.CDLL(None)
+    library.on_exit(getattr(library, "raise"), None)
+    raise StopSignal("stopped", {number:d})
+
+run_program(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=False)
+    assert done.returncode == number, done.stderr.decode()[-2000:]

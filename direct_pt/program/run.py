@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from direct_pt.distributed.peers import failed_peer, tell_peers
 from direct_pt.errors import InputError, StopSignal, TrainingStopped, printable
+from direct_pt.program.signals import ignore_stop_signals
 from direct_pt.program.standard_streams import keep_streams_open
 
 
@@ -24,21 +25,26 @@ def run_program(main: Callable[[], None]) -> NoReturn:
         _exit("error", error, 2)
     except TrainingStopped as error:
         _exit("stopped", error, 1)
-    except StopSignal as signal:
-        sys.exit(_report("stopped", str(signal), signal.exit_status))
+    except StopSignal as stop:
+        _leave(_report("stopped", str(stop), stop.exit_status))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except Exception as error:
         if failure := failed_peer():
-            sys.exit(_report(failure.kind, str(failure), failure.status))
+            _leave(_report(failure.kind, str(failure), failure.status))
         tell_peers("failed", f"{type(error).__name__}: {error}", 1)
         raise
-    sys.exit(0)
+    _leave(0)
 
 
 def _exit(kind: str, error: Exception, status: int) -> NoReturn:
     _report(kind, str(error), status)
     tell_peers(kind, str(error), status)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    ignore_stop_signals()
     sys.exit(status)
 
 

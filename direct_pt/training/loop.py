@@ -27,6 +27,7 @@ from direct_pt.distributed.processes import gather_to_main, main_decides
 from direct_pt.errors import StopSignal, TrainingStopped, first_names, printable, printable_lines
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
+from direct_pt.program.signals import STOP_SIGNALS, StopSignals
 from direct_pt.recipes import Recipe
 from direct_pt.training.checkpoints import TrainingState
 from direct_pt.training.failures import divergence_advice, explain_failure, is_lost_peer
@@ -37,7 +38,6 @@ from direct_pt.training.progress import Progress
 from direct_pt.training.run_folder import RunFolder
 from direct_pt.training.run_log import RunLog, duration
 from direct_pt.training.settings import RunOptions
-from direct_pt.training.signals import STOP_SIGNALS, StopSignals
 from direct_pt.transforms import TestPreset
 
 MAX_UNREADABLE_SHARE = 0.01  # of the training images; more than that, and more than one image, stop the run

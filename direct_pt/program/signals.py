@@ -10,6 +10,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ECHO_SECONDS = 5  # a signal that comes again within these is the launcher's, which passes on what all processes got
 
 
+def ignore_stop_signals() -> None:
+    """Ignore them from now on, where they were caught.
+
+    The interpreter takes handlers away as it ends: a signal that means "save and stop" would then kill a program whose
+    work is done, and its exit status would say so.
+    """
+    for number in STOP_SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
+            signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """The first stop signal is remembered; another one, later, ends the program at once.
 
