@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from direct_pt.batch import Batch
-from direct_pt.data import reader_processes
+from direct_pt.data import parcels
 from direct_pt.data.loader import Share, TableFeed, TrainingImages
-from direct_pt.data.reader_processes import SLOTS, Readers, ReadersFailed, Slots, runs
+from direct_pt.data.parcels import SLOTS, Slots
+from direct_pt.data.reader_processes import Readers, ReadersFailed, runs
 from direct_pt.training.failures import explain_failure
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core is enough here
@@ -113,7 +114,7 @@ class Unsendable:
 
 def test_what_cannot_be_sent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread of the process sends; what it cannot send it leaves out."""
-    monkeypatch.setattr(reader_processes._Parcel, "packed", lambda item, slots, worker: Unsendable())
+    monkeypatch.setattr(parcels.Parcel, "packed", lambda item, slots, worker: Unsendable())
     with pytest.raises(ReadersFailed, match="a process that reads images ended with status 1"):
         read(lambda key: key)
 
@@ -162,9 +163,9 @@ def test_batches_are_the_same_whichever_way_they_come(
 ) -> None:
     """Through shared memory, or the pipes; also their layout, by which convolutions choose how they compute."""
     if slots == "small":
-        monkeypatch.setattr(reader_processes, "SLOT_BYTES", 4096)
+        monkeypatch.setattr(parcels, "SLOT_BYTES", 4096)
     if slots == "none":
-        monkeypatch.setattr(reader_processes, "SLOT_BYTES", 2**60)  # more than there are addresses
+        monkeypatch.setattr(parcels, "SLOT_BYTES", 2**60)  # more than there are addresses
     share = Share(4, 0, 12)
     table_feed.num_workers = 0
     expected = list(table_feed.batches(share))
