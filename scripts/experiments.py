@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 run_all(plan, runs, results, place, args.cores, commit)
     else:
-        write_report(plan.only(args.only), read_results(results), args.document, args.plot)
+        write_report(plan.only(args.only), read_results(results), place.costs, args.document, args.plot)
 
 
 def core_list(text: str) -> list[int]:

@@ -320,12 +320,13 @@ def test_arms_of_factors(tmp_path: Path) -> None:
         "pretrain": ("--model", "m", "--image-size", "160", "--max-steps", "100", "--scale-jitter", "0.5", "1.5"),
         "finetune": ("--short-side", "256", "--max-steps", "30", "--lr-schedule", "cosine"),
     }
+    no_costs = Costs(tmp_path / "costs.json")
     rows = [row("one", fold, seed, arm, 0.3 + 0.1 * ("jitter" in arm))
             for fold in (0, 2) for seed in (0, 1) for arm in names]  # fmt: skip
-    assert table(experiment, rows[:3]) == "3 runs are done; each set needs all of its 4."
+    assert table(experiment, rows[:3], no_costs) == "3 runs are done; each set needs all of its 4."
     rows.append(row("one", 0, 2, names[0], 0.9))  # with a seed that the others have not
-    assert "| jitter | +0.100 | +0.100 ± 0.000 | +0 |" in table(experiment, rows)
-    assert "| cosine | +0.000 | +0.000 ± 0.000 | +0 |" in table(experiment, rows)
+    assert "| jitter | +0.100 | +0.100 ± 0.000 | +0 |" in table(experiment, rows, no_costs)
+    assert "| cosine | +0.000 | +0.000 ± 0.000 | +0 |" in table(experiment, rows, no_costs)
     for old, new, message in (
         ('finetune = "--lr', 'train = "--lr', "experiment first, factor cosine: has other keys than"),
         ('pretrain = "--max-steps 100"\n', "", "experiment first, factor jitter: its arm has no stage pretrain"),
@@ -370,13 +371,18 @@ def test_only_the_same_images_and_seeds_are_compared() -> None:
 
 def test_the_table_of_an_experiment(tmp_path: Path) -> None:
     (experiment,) = declared(tmp_path).experiments
-    text = table(experiment, ROWS)
+    costs = Costs(tmp_path / "costs.json")
+    assert "as calibrated" not in table(experiment, ROWS, costs)
+    for data, (stage, flags) in itertools.product(experiment.sets, experiment.arms[0].stages.items()):
+        costs.stages[cost_key(data, stage, flags)] = (5.0, 0.5)
+    text = table(experiment, ROWS, costs)
+    assert "| the same, as calibrated | 75 | 75 |" in text
     assert "| AP (AP50) | direct | scratch |" in text
     assert "| `one` | 0.475 ± 0.007 (0.675) | 0.425 ± 0.007 (0.625) |" in text
     ending = "+0.050 to +0.050 out of 8 runs of each, higher on 2 of 2 sets, p 0.500"
     assert f"direct against scratch: +0.050 AP, 95 % interval {ending}" in text
-    assert "direct against scratch: +0.050 AP, by one run of each: no interval" in table(experiment, ROWS[:2])
-    assert table(experiment, []) == "No run is done yet."
+    assert "direct against scratch: +0.050 AP, by one run of each: no interval" in table(experiment, ROWS[:2], costs)
+    assert table(experiment, [], costs) == "No run is done yet."
     document = f"a\n{MARKS[0].format(name='first')}\nold\n{MARKS[1]}\n{MARKS[0].format(name='other')}\nkept\n{MARKS[1]}"
     assert filled(document, {"first": "new"}) == document.replace("\nold\n", "\n\nnew\n\n")
 
@@ -403,7 +409,8 @@ def test_arguments_that_are_refused(tmp_path: Path, flags: tuple[str, ...], mess
 
 def test_the_documents_tables_are_those_of_the_committed_results() -> None:
     plan, rows = read_plan(DOCS / "experiments.toml"), read_results(DOCS / "experiments.csv")
+    costs = Costs.read(DOCS / "experiments.costs.json")
     text = (DOCS / "small_sets.md").read_text()
     for experiment in plan.experiments:
         assert MARKS[0].format(name=experiment.name) in text
-    assert filled(text, {one.name: table(one, rows) for one in plan.experiments}) == text
+    assert filled(text, {one.name: table(one, rows, costs) for one in plan.experiments}) == text

@@ -8,6 +8,7 @@ import numpy as np
 
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular, write_text, writing
+from small_sets.costs import Costs
 from small_sets.factorial import effects
 from small_sets.plan import Experiment, Plan
 from small_sets.runs import Row
@@ -17,13 +18,13 @@ Key = tuple[str, int, int]  # set, fold, seed
 MARKS = "<!-- results of {name} -->", "<!-- end -->"
 
 
-def write_report(plan: Plan, rows: list[Row], document: Path | None, plot: Path | None) -> None:
+def write_report(plan: Plan, rows: list[Row], costs: Costs, document: Path | None, plot: Path | None) -> None:
     """Print each experiment's tables, or write them between the document's marks; draw the comparisons.
 
     Raises:
         InputError: the document or the picture cannot be read or written.
     """
-    found = {one.name: table(one, rows) for one in plan.experiments}
+    found = {one.name: table(one, rows, costs) for one in plan.experiments}
     if document is None:
         print("\n\n".join(f"{one.name}: {one.question}\n\n{found[one.name]}" for one in plan.experiments))
     else:
@@ -55,7 +56,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return re.sub(pattern, replacement, text, flags=re.DOTALL)
 
 
-def table(experiment: Experiment, rows: list[Row]) -> str:
+def table(experiment: Experiment, rows: list[Row], costs: Costs) -> str:
     """One experiment as Markdown: a row a set, a column an arm, then each arm against the first; or the factors'."""
     by_arm = results_by_arm(experiment, rows)
     if experiment.factors:
@@ -70,10 +71,29 @@ def table(experiment: Experiment, rows: list[Row]) -> str:
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     seconds = [np.mean([row.seconds for row in by_arm[arm].values()]) for arm in arms]
     lines.append("| processor seconds a run | " + " | ".join(f"{value:.0f}" for value in seconds) + " |")
+    if planned := planned_seconds(experiment, sets, costs):
+        lines.append("| the same, as calibrated | " + " | ".join(f"{planned[arm]:.0f}" for arm in arms) + " |")
     counts = [len(by_arm[arm]) for arm in arms]
     lines.append("| runs | " + " | ".join(map(str, counts)) + " |")
     comparisons = [f"* {arms[0]} against {arm}: {sentence(compared(by_arm[arms[0]], by_arm[arm]))}" for arm in arms[1:]]
     return "\n".join([*lines, *([""] if comparisons else []), *comparisons])
+
+
+def planned_seconds(experiment: Experiment, sets: list[str], costs: Costs) -> dict[str, float]:
+    """What a run of each arm costs on average by the calibration, from which its steps follow.
+
+    Nothing where it was not calibrated, or arms are not compared at equal cost.
+    """
+    arms = {arm.name: arm for arm in experiment.arms}
+    if not any(arm.equal_cost for arm in arms.values()):
+        return {}
+    try:
+        return {
+            name: float(np.mean([costs.of_arm(data, arms[arm.equal_cost or name]) for data in sets]))
+            for name, arm in arms.items()
+        }
+    except InputError:
+        return {}
 
 
 def table_of_factors(experiment: Experiment, by_arm: dict[str, dict[Key, Row]]) -> str:
