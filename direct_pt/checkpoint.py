@@ -5,6 +5,7 @@ is pickled.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors, write_json, write_tensors
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.saved_config import config_from_json
@@ -101,6 +102,7 @@ def _model_folder(path_or_hub_id: str | Path) -> Path:
     if path.exists() or parent_exists or str(path_or_hub_id).count("/") != 1:
         reason = f"holds no model ({WEIGHTS} and {CONFIG})" if path.exists() else "no such folder"
         raise InputError(f"{path_or_hub_id}: {reason}; give a run's folder, its model/, or a hub id such as user/name")
+    print(printable(f"{path}: no such folder, asking the Hugging Face hub"), file=sys.stderr, flush=True)
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[WEIGHTS, CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -16,6 +16,9 @@ import small_runs as runs
 from PIL import Image
 from pyarrow import parquet
 
+from direct_pt.data.formats.hub_folder import check_named_files
+from direct_pt.data.problems import DataError
+
 # Put before everything else on the path of the process: what it asks of the net is written down, and fails.
 WATCH = """
 import os, socket
@@ -149,6 +152,18 @@ def server() -> Iterator[tuple[int, list[object]]]:
         yield listener.getsockname()[1], visitors
         ended.set()
         thread.join()
+
+
+def test_a_card_of_megabytes_is_refused_at_once(tmp_path: Path) -> None:
+    data = make("parquet", tmp_path / "set")
+    configs = "".join(f"- config_name: c{number}\n  data_files: a.parquet\n" for number in range(10_000))
+    for name, text in (("README.md", f"---\nconfigs:\n{configs}---\n"), (".huggingface.yaml", f"configs:\n{configs}")):
+        (data / name).write_text(text)
+        with pytest.raises(DataError, match=rf"{name}: its YAML has [0-9,]+ bytes, and at most 262,144 are read"):
+            check_named_files(data)
+        (data / name).unlink()
+    (data / "README.md").write_text("# A set\n" + "long text " * 100_000)
+    check_named_files(data)
 
 
 @pytest.mark.parametrize("how", ["whole", "streaming"])

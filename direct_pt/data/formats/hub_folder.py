@@ -20,6 +20,7 @@ from direct_pt.files import parse_json, read_regular
 CARDS = ("README.md", ".huggingface.yaml")  # whose `configs` say which files belong to which split
 NAMING = ("data_files", "data_dir")  # the fields of a configuration that name files and folders
 CHAIN = "::"  # joins addresses to one, for the library
+MAX_CARD_BYTES = 2**18  # of a card's YAML, which takes the library a minute for some megabytes
 MAX_DEPTH = 6  # of lists in a field
 
 
@@ -56,6 +57,12 @@ def _named_by_card(path: Path) -> Iterator[tuple[str, Any]]:
     """The fields that name files, and the names and patterns in them."""
     if not path.is_file():
         return
+    header = read_regular(path)
+    if path.suffix == ".md":
+        header = header[3:].partition(b"\n---")[0] if header.startswith(b"---") else b""
+    if len(header) > MAX_CARD_BYTES:
+        text = f"its YAML has {len(header):,} bytes, and at most {MAX_CARD_BYTES:,} are read: remove its configs"
+        raise DataError("path", path, text)
     if path.suffix == ".md":
         configs = DatasetCard.load(path, ignore_metadata_errors=True).data.get("configs")
     else:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from direct_pt.data.formats.hub_rows import ROWS_PER_READ, Layout, find_layouts
 from direct_pt.data.names import is_no_data, require_readable
 from direct_pt.data.problems import NOTE, DataError, Problem, Problems
 from direct_pt.data.records import Chunk
-from direct_pt.errors import InputError
+from direct_pt.errors import InputError, printable
 from direct_pt.files import open_regular, parse_json, read_regular
 from direct_pt.images.decoding import blamed
 
@@ -183,6 +184,8 @@ def load_splits(data: Path, streaming: bool = False, subset: str | None = None) 
         return Loaded({}, [])
     notes: list[Problem] = []
     declared = None
+    if not local:  # without a network this takes half a minute to fail
+        print(printable(f"--data {data}: no such folder, asking the Hugging Face hub"), file=sys.stderr, flush=True)
     try:
         with _quiet():
             if local:
