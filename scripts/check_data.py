@@ -19,6 +19,7 @@ from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, valid_unicode, write_json, writing
 from direct_pt.flags import add_flags, any_path, make_parser, paths_of, read_flags, worker_count
+from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.recipes import STAGES, recipe_name
 from direct_pt.reports.data_report import picture_names, report_text, write_pictures
 from direct_pt.reports.duplicates import LEAK, find_duplicates
@@ -54,7 +55,7 @@ def main() -> None:
     if (folder / REPORT).exists() and not is_own(folder / REPORT):
         raise InputError(f"--output-dir {folder}: {folder / REPORT} was not made by check_data.py; name another place")
     with writing(f"--output-dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder, "check_data")
     prints = check_images(tables, problems, args.num_workers) if tables else {}
     duplicates = find_duplicates(tables, prints, problems)
     leaks = [
@@ -83,6 +84,7 @@ def main() -> None:
     with writing(f"--output-dir {folder}"):
         report["pictures"] = write_pictures(tables, prints, folder) if tables else []
         write_json(folder / REPORT, valid_unicode(report))
+    release_folder(folder, "check_data")
     print()
     print(printable(f"written to {folder}: {', '.join([REPORT, *report['pictures']])}"))
     errors = [problem for split in problems.values() for problem in split.listed if problem.grade == ERROR]

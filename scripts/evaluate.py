@@ -28,6 +28,7 @@ from direct_pt.flags import (
     pixels,
     read_flags,
 )
+from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.training.resume import data_record
 from direct_pt.transforms import TestPreset
@@ -59,6 +60,10 @@ def main(argv: list[str] | None = None) -> None:
         check_output(output)
         check_inputs_kept(files.values(), paths_of(options))
 
+    def take_folder() -> None:  # figures and detections of one evaluation stay together
+        with writing(f"--output-dir {output}"):
+            hold_folder(output, f"evaluate{suffix}")
+
     processes = join_processes()
     main_decides(check_files, processes)  # only the main process writes
     detector = from_pretrained(args.checkpoint)
@@ -86,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         check_same(own | data_record(table, None), "flags and data", processes)
         check_same(sampled(detector.state_dict()), "--checkpoint", processes)
 
+    main_decides(take_folder, processes)
     accelerator = make_accelerator(args.mixed_precision)
     detector.to(accelerator.device)
     metrics, predictions = evaluate(detector, table, preset, args.micro_batch_size, accelerator, args.num_workers)
@@ -102,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"none of the {len(reasons)} images could be read: {few}")
         about = {"split": args.split, "data": table.source, "images": len(table), "unreadable_images": len(reasons)}
         with writing(f"--output-dir {output}"):
-            output.mkdir(parents=True, exist_ok=True)
             write_json(files["metrics"], {**metrics, **about})
             write_json(files["predictions"], predictions.coco(table.image_ids, table.category_ids))
+        release_folder(output, f"evaluate{suffix}")
         print(printable(f"written: {files['metrics']}, {files['predictions']}"))
     accelerator.wait_for_everyone()  # a process that exits first, with its connections open, may abort
     accelerator.end_training()

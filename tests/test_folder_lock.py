@@ -86,6 +86,21 @@ def test_predictions_in_one_folder(pretrained: Path, demo: Path, tmp_path: Path)
     assert not (tmp_path / "predictions.json").exists()
 
 
+@pytest.mark.parametrize("script", ["evaluate", "check_data"])
+def test_figures_in_one_folder(script: str, pretrained: Path, demo: Path, tmp_path: Path) -> None:
+    """Those of one program stay together; of another split they are other files."""
+    flags = {"evaluate": ("--checkpoint", pretrained, *runs.MACHINE), "check_data": ()}[script]
+    with folder_held(tmp_path, script):
+        process = runs.start_script(script, "--data", demo, *flags, "--output-dir", tmp_path)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and not list(tmp_path.glob("*.json"))
+        assert errors.splitlines()[-1].startswith(f"error: --output-dir {tmp_path}: process {os.getpid()} on ")
+        if script == "evaluate":
+            runs.call_script(script, "--data", demo, *flags, "--split", "train", "--output-dir", tmp_path)
+            assert {path.name for path in tmp_path.glob("*.json")} == {"metrics_train.json", "predictions_train.json"}
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_lies_in_the_locks_place(tmp_path: Path) -> None:
     """A link is not followed, a pipe not waited for, a folder no lock; what they lead to stays."""
     target = tmp_path / "precious"
