@@ -19,13 +19,15 @@ from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors, 
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.saved_config import config_from_json
 from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
-from direct_pt.schema import anything, fail, list_of, table, text, whole
+from direct_pt.schema import anything, fail, list_of, number, table, text, whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 AVERAGE = "average.safetensors"  # of a checkpoint: the weights' moving average
 History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
-CHECK_HISTORY = list_of(table({}, {"stage": text(), "steps": whole()}, is_open=True))
+KINDS = ("best", "last")  # of a run's weights
+WEIGHTS_HELP = "of a run: those of the highest AP on its validation split, or the last (best)"
+CHECK_HISTORY = list_of(table({}, {"stage": text(), "steps": whole(), "AP": number(-1, 1)}, is_open=True))
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
@@ -34,7 +36,7 @@ def save_model(folder: Path, detector: Detector, history: History) -> None:
     Args:
         folder: created if it does not exist.
         detector: unwrapped.
-        history: one dictionary for each stage of training so far.
+        history: one dictionary for each stage of training so far; "AP" in the last is that of these weights.
 
     Raises:
         OSError: the folder cannot be written; its earlier content is unchanged.
@@ -55,18 +57,21 @@ def model_facts(config: DetectorConfig, history: History) -> dict[str, Any]:
 
 
 def from_pretrained(
-    path_or_hub_id: str | Path, change: Callable[[DetectorConfig], DetectorConfig] | None = None
+    path_or_hub_id: str | Path,
+    change: Callable[[DetectorConfig], DetectorConfig] | None = None,
+    weights: str = "best",
 ) -> Detector:
     """The detector of a run's folder, a model folder, or a model on the Hugging Face hub, in eval mode.
 
     Args:
-        path_or_hub_id: a RUN stands for its model/; each of its checkpoints/step-N is a model folder too.
+        path_or_hub_id: each checkpoints/step-N of a run is a model folder, too.
         change: maps the saved configuration to the one to build; it must keep the shapes of the weights.
+        weights: of a run, see `model_folder`.
 
     Raises:
         InputError: there is no such model, or it is damaged.
     """
-    folder = _model_folder(path_or_hub_id)
+    folder = model_folder(path_or_hub_id, weights)
     config = _read_config(folder)[0]
     config = change(config) if change else config
     try:
@@ -77,26 +82,37 @@ def from_pretrained(
     try:  # before memory is taken for what a damaged configuration asks for
         if reason := misfits(read_layouts(path), expected, f"the detector of its {CONFIG}"):
             raise DamagedFile(f"{path}: {reason}")
-        weights, _ = read_tensors(path)
-        if reason := bad_values(weights):
+        tensors, _ = read_tensors(path)
+        if reason := bad_values(tensors):
             raise DamagedFile(f"{path}: {reason}; take the model again from where it was trained")
     except DamagedFile as error:
         raise InputError(str(error)) from error
     detector = build_detector(config.name, config=config)
-    detector.load_state_dict(weights)
+    detector.load_state_dict(tensors)
     return detector.eval()
 
 
-def read_history(path: str | Path) -> History:
-    """The stages of training that led to a model. Raises InputError."""
-    return _read_config(_model_folder(path))[1]
+def read_history(path: str | Path, weights: str = "best") -> History:
+    """The stages of training that led to a model, "AP" in the last where it was measured. Raises InputError."""
+    return _read_config(model_folder(path, weights))[1]
 
 
-def _model_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder of a model, downloaded if it is on the hub. Raises InputError."""
+def model_folder(path_or_hub_id: str | Path, weights: str = "best") -> Path:
+    """The folder of a model, downloaded if it is on the hub.
+
+    Args:
+        path_or_hub_id: of a run, of a model, or on the hub.
+        weights: of a run, "best" (of the highest AP on its validation split; the last ones where nothing was found yet)
+            or "last".
+
+    Raises:
+        InputError: there is no such model.
+    """
     path = Path(path_or_hub_id)
+    if weights == "best" and _is_model(path / "best") and _last_stage(path / "best").get("AP", 1) > 0:
+        return path / "best"
     for folder in (path / "model", path):
-        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+        if _is_model(folder):
             return folder
     parent_exists = path.parent != Path() and path.parent.is_dir()  # then it is a misspelt run, not a hub id
     if path.exists() or parent_exists or str(path_or_hub_id).count("/") != 1:
@@ -106,7 +122,25 @@ def _model_folder(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[WEIGHTS, CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{path_or_hub_id}: no such folder, and the hub gives no such model ({error})") from error
+        reason = f"{' '.join(str(error).split()):.300}"
+        raise InputError(f"{path_or_hub_id}: no such folder, and the hub gives no such model ({reason})") from error
+
+
+def describe_model(folder: Path) -> str:
+    """A model folder in words, with the step that it is of and its AP, where they are known."""
+    stage = _last_stage(folder)
+    step = [f"step {stage['steps']}"] if "steps" in stage else []
+    ap = [f"AP {stage['AP']:.3f} on its validation split"] if "AP" in stage else []
+    return f"{folder} ({', '.join(step + ap)})" if step + ap else str(folder)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+
+
+def _last_stage(folder: Path) -> dict[str, Any]:
+    """The last stage of training of a model; empty where there was none. Raises InputError."""
+    return next(iter(_read_config(folder)[1][-1:]), {})
 
 
 def _read_config(folder: Path) -> tuple[DetectorConfig, History]:

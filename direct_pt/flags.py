@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -58,12 +59,16 @@ class _OneLineParser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        words = message.partition("unrecognized arguments: ")[2].split()
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        near = [close for word in flags for close in get_close_matches(word, self._option_string_actions, 1)]
+        raise InputError(f"{message}{(near and f'; did you mean {near[0]}?') or ''} (see --help)")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose errors are one line and exit status 2."""
-    return _OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    return _OneLineParser(description=description, formatter_class=formatter, allow_abbrev=False)
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, title: str = "", **facts: Any) -> None:

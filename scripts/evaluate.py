@@ -10,7 +10,7 @@ detector finds them, masks; of another split than val, metrics_SPLIT.json and pr
 from direct_pt.program.run import run_program
 from pathlib import Path
 
-from direct_pt.checkpoint import from_pretrained
+from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
     )
+    p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     add_flags(p, DataOptions, "data")
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
     processes = join_processes()
     main_decides(check_files, processes)  # only the main process writes
-    detector = from_pretrained(args.checkpoint)
+    folder = model_folder(args.checkpoint, args.weights)
+    detector = from_pretrained(folder)
     tables = load_tables(options, [args.split], required=args.split)
     if args.split not in tables:
         raise InputError(f"--split {args.split}: there are too few training images to hold some out")
@@ -91,8 +93,14 @@ def main(argv: list[str] | None = None) -> None:
         check_same(own | data_record(table, None), "flags and data", processes)
         check_same(sampled(detector.state_dict()), "--checkpoint", processes)
 
+    if detector.has_masks:
+        table.require_masks()
     main_decides(take_folder, processes)
     accelerator = make_accelerator(args.mixed_precision)
+    if accelerator.is_main_process:
+        is_chosen = args.split == "val" and folder.name == "best"
+        chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
+        print(printable(f"weights: {describe_model(folder)}{chosen * is_chosen}"), flush=True)
     detector.to(accelerator.device)
     metrics, predictions = evaluate(detector, table, preset, args.micro_batch_size, accelerator, args.num_workers)
     if accelerator.is_main_process:
@@ -106,7 +114,13 @@ def main(argv: list[str] | None = None) -> None:
         if len(reasons) == len(table):
             few = " | ".join(reasons[:3]) + " | ..." * (len(reasons) > 3)
             raise InputError(f"none of the {len(reasons)} images could be read: {few}")
-        about = {"split": args.split, "data": table.source, "images": len(table), "unreadable_images": len(reasons)}
+        about = {
+            "split": args.split,
+            "data": table.source,
+            "images": len(table),
+            "unreadable_images": len(reasons),
+            "weights": str(folder),
+        }
         with writing(f"--output-dir {output}"):
             write_json(files["metrics"], {**metrics, **about})
             write_json(files["predictions"], predictions.coco(table.image_ids, table.category_ids))

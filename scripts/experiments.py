@@ -28,9 +28,10 @@ from direct_pt.errors import InputError, StopSignal, printable
 from direct_pt.files import writing
 from direct_pt.flags import any_path, make_parser, positive_integer
 from direct_pt.program.folder_lock import folder_held
+from direct_pt.training.settings import FinetuneFlags, PretrainFlags, parse_flags
 from small_sets.costs import LENGTH, Costs, cost_key, without_length
 from small_sets.folds import fold_flags
-from small_sets.plan import PEERS, Plan, RunId, read_plan
+from small_sets.plan import CHECKPOINT, PEERS, STEPS, Plan, RunId, read_plan
 from small_sets.runs import (
     POLL_SECONDS,
     Job,
@@ -71,9 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     results = args.file.with_suffix(".csv")
     place = Place(args.data_root, args.runs.resolve(), Costs.read(args.file.with_suffix(".costs.json")))
     runs = plan.runs(args.only)
-    if args.what in ("calibrate", "run"):
-        for name in {run.set for run in runs}:
+    if args.what != "report":
+        for name in dict.fromkeys(run.set for run in runs):
             plan.sets[name].path(args.data_root)
+        check_arms(plan.only(args.only))
+    if args.what in ("calibrate", "run"):
         commit = clean_commit(ROOT, results, place.costs.path)
     if args.what == "plan":
         show_plan(plan, runs, results, place)
@@ -99,6 +102,23 @@ def core_list(text: str) -> list[int]:
     return cores
 
 
+def check_arms(plan: Plan) -> None:
+    """Check the flags of all arms, before the first of them runs. Raises InputError, naming the arm."""
+    for experiment in plan.experiments:
+        for arm in experiment.arms:
+            for stage, flags in arm.stages.items():
+                if stage == PEERS:
+                    continue
+                given = [CHECKPOINT.sub(".", flag.replace(STEPS, "1")) for flag in flags]
+                own = ["--data", ".", "--output-dir", ".", *(["--init", "."] if stage == "finetune" else [])]
+                try:
+                    parse_flags(PretrainFlags if stage == "pretrain" else FinetuneFlags, "", [*own, *given])
+                except InputError as error:
+                    raise InputError(
+                        f"{plan.path}: experiment {experiment.name}, arm {arm.name}, {stage}: {error}"
+                    ) from error
+
+
 def show_plan(plan: Plan, runs: list[RunId], results: Path, place: Place) -> None:
     """Print each experiment's runs, how many are done, and the processor hours of the others, as far as known."""
     done = {row.run: row.seconds for row in read_results(results)}
@@ -108,8 +128,9 @@ def show_plan(plan: Plan, runs: list[RunId], results: Path, place: Place) -> Non
         if not own:
             continue
         left = [run for run in own if run not in done]
-        hours = sum(estimate(plan, run, place, known) for run in left) / 3600
-        print(printable(f"{experiment.name}: {len(own)} runs, {len(own) - len(left)} done, {hours:.1f} hours left: "
+        seconds = sum(estimate(plan, run, place, known) for run in left)
+        hours = f"{seconds / 3600:.1f} hours left" if seconds or not left else "not calibrated"
+        print(printable(f"{experiment.name}: {len(own)} runs, {len(own) - len(left)} done, {hours}: "
                         f"{experiment.question}"))  # fmt: skip
         for run in left:
             print(printable(f"  {run.set} fold {run.fold} seed {run.seed}: {run.arm}"))

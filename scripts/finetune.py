@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from accelerate.utils import set_seed
 
-from direct_pt.checkpoint import History, from_pretrained, read_history
+from direct_pt.checkpoint import History, describe_model, from_pretrained, model_folder, read_history
 from direct_pt.distributed.launch import join_processes
 from direct_pt.errors import InputError, class_differences, first_names
 from direct_pt.models.backbone_weights import load_backbone
@@ -85,11 +85,10 @@ def initial_detector(
         InputError: it cannot be read, or contradicts the data or the flags.
     """
     if options.init_kind == "run":
-        detector = from_pretrained(
-            options.init, lambda config: matching_config(config, options, classes, source, sides)
-        )
-        tensors = len(detector.state_dict())
-        origin, history = f"{tensors} of {tensors} tensors loaded from {options.init}", read_history(options.init)
+        folder = model_folder(options.init, options.weights)
+        detector = from_pretrained(folder, lambda config: matching_config(config, options, classes, source, sides))
+        tensors, history = len(detector.state_dict()), read_history(folder)
+        origin = f"{tensors} of {tensors} tensors loaded from {describe_model(folder)}"
     else:
         config = DetectorConfig.from_paper(options.model or "", tuple(classes.values()), tuple(classes))
         config = replace(options.applied_to(config, *sides), anchor_scale=anchor_scale)

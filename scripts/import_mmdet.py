@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from direct_pt.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_model
+from direct_pt.checkpoint import (
+    CONFIG,
+    KINDS,
+    WEIGHTS,
+    WEIGHTS_HELP,
+    describe_model,
+    from_pretrained,
+    model_folder,
+    save_model,
+)
 from direct_pt.errors import InputError, first_names, printable
 from direct_pt.files import check_output, open_regular, read_regular, replacing, what_is_there, writing
 from direct_pt.flags import any_path, make_parser, path_or_name
@@ -180,12 +189,13 @@ def import_checkpoint(path: Path, model: str, output: Path, backbone: str | None
     print(printable(f"written: {output / 'model'}"))
 
 
-def export_checkpoint(run: str, path: Path) -> None:
+def export_checkpoint(run: str, weights: str, path: Path) -> None:
     """Write a run's model as MMDetection's checkpoint, whole or not at all. Raises InputError."""
     if os.path.lexists(path):
         raise InputError(f"--export {path}: is there already; choose another name")
     check_output(path.parent, "--export")
-    detector = from_pretrained(run)
+    folder = model_folder(run, weights)
+    detector = from_pretrained(folder)
     classes, state = detector.config.class_names, mmdet_state_dict(detector)
     content = {"meta": {"CLASSES": classes, "dataset_meta": {"classes": classes}}, "state_dict": state}
     with writing(f"--export {path}"):
@@ -195,6 +205,7 @@ def export_checkpoint(run: str, path: Path) -> None:
                 torch.save(content, temporary)
             except RuntimeError as error:  # torch's writer hides the OSError
                 raise OSError(str(error).splitlines()[0]) from error
+    print(printable(f"weights: {describe_model(folder)}"))
     print(f"{len(state)} tensors, {len(classes)} classes: {printable(first_names(classes))}")
     print(printable(f"written: {path}"))
 
@@ -215,13 +226,16 @@ def main() -> None:
     )
     p.add_argument("--categories", type=any_path, metavar="FILE", help="a COCO file with the ids of the classes")
     p.add_argument("--export", type=any_path, metavar="FILE", help="write this checkpoint for MMDetection")
+    p.add_argument("--weights", choices=KINDS, help=f"with --export, {WEIGHTS_HELP}")
     args = p.parse_args()
 
     if args.export is not None:
         if any(value is not None for value in (args.model, args.output_dir, args.backbone, args.categories)):
             raise InputError("--export takes a RUN and no other flag: the run says what it is")
-        export_checkpoint(args.source, args.export)
+        export_checkpoint(args.source, args.weights or "best", args.export)
         return
+    if args.weights is not None:
+        raise InputError("--weights says which of a run's are written with --export: leave it out")
     if args.model is None:
         raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
     if args.output_dir is None:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from direct_pt.batch import Detections, Sample
-from direct_pt.checkpoint import from_pretrained
+from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
 from direct_pt.coco_eval import Predictions
 from direct_pt.data.loader import make_loader
 from direct_pt.data.names import walk_images
@@ -161,6 +161,7 @@ def main() -> None:
     p.add_argument(
         "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
     )
+    p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--output-dir", required=True, type=any_path, metavar="DIR", help="where to write")
     p.add_argument("--score-threshold", type=share, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
     p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
@@ -179,7 +180,9 @@ def main() -> None:
         print(f"{printable(note)}: {count}")
     decoding = read_flags(args, DecodingOptions).decoding
     accelerator = make_accelerator(args.mixed_precision)
-    detector = from_pretrained(args.checkpoint).to(accelerator.device)
+    folder = model_folder(args.checkpoint, args.weights)
+    print(printable(f"weights: {describe_model(folder)}"))
+    detector = from_pretrained(folder).to(accelerator.device)
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side)
     check_images_at_once(min(args.micro_batch_size, len(files)), preset)

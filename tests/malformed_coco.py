@@ -110,8 +110,9 @@ add("plain no class name", ERROR, cut("categories", 1, "name"), "FILE: categorie
     left=GOOD[1:])
 
 WHOLE = "; it must be a whole number"
-UNKNOWN = tuple(f"FILE: annotation {number} has image_id 1, which 'images' does not list" for number in (11, 12))
-UNNAMED = ("FILE: annotation 11 has category_id 1, which 'categories' does not list",)
+UNLISTED = "has image_id 1, which 'images' does not list; correct one of them"
+UNKNOWN = (f"FILE: annotation 11 {UNLISTED}", f"FILE: annotation 12 {UNLISTED}")
+UNNAMED = ("FILE: annotation 11 has category_id 1, which 'categories' does not list; correct one of them",)
 for what, value in {"text": "1", "a fraction": 1.0, "true": True, "null": None, "huge": 2**63, "a list": [1]}.items():
     told = f"(id {value!r}) has id {value!r}{WHOLE}"
     add(f"explicit image id {what}", ERROR, put("images", 0, "id", value), f"FILE: images[0] {told}", left=GOOD[2:],
@@ -124,11 +125,11 @@ for what, value in {"text": "1", "a fraction": 1.0, "true": True, "null": None, 
         add(f"coco2017 {name} {what}", ERROR, put("annotations", 0, name, value), annotation=11, left=GOOD[1:],
             message=f"FILE: annotations[0] (id 11) has {name} {value!r}{WHOLE}")
 add("plain unknown image", ERROR, put("annotations", 0, "image_id", 99), annotation=11, left=GOOD[1:],
-    message="FILE: annotation 11 has image_id 99, which 'images' does not list")
+    message="FILE: annotation 11 has image_id 99, which 'images' does not list; correct one of them")
 add("plain unknown class", ERROR, put("annotations", 0, "category_id", 99), annotation=11, left=GOOD[1:],
-    message="FILE: annotation 11 has category_id 99, which 'categories' does not list")
+    message="FILE: annotation 11 has category_id 99, which 'categories' does not list; correct one of them")
 add("plain image id twice", ERROR, put("images", 1, "id", 1), "FILE: images[].id 1 is used twice; ids must be unique",
-    left=GOOD[:2], also=("FILE: annotation 13 has image_id 2, which 'images' does not list",))
+    left=GOOD[:2], also=("FILE: annotation 13 has image_id 2, which 'images' does not list; correct one of them",))
 add("plain file name twice", ERROR, put("images", 1, "file_name", "a.png"), left=GOOD[:2],
     message="FILE: images[].file_name a.png is used twice; join the annotations of the two records")
 add("plain category id twice", ERROR, put("categories", 1, "id", 3), left=GOOD[1:],

@@ -73,7 +73,7 @@ add("metadata class null, second", ERROR, one_value(0, "category", 1, None), ann
     message="SET (train): annotations[1] (id 2) has category_id None; it must be a whole number")
 add("metadata classes of numbers, one -1", ERROR, annotation=1,
     spoil=all_of(every(category=0), one_value(0, "category", 0, -1)),
-    message="SET (train): annotation 1 has category_id -1, which 'categories' does not list",
+    message="SET (train): annotation 1 has category_id -1, which 'categories' does not list; correct one of them",
     left=[("a", "0", BOXES[1]), ("b", "0", BOXES[2])])
 for what, one, kind in (("fractions", 0.5, "float64"), ("true", True, "bool")):
     add(f"metadata classes of {what}", ERROR, every(category=one),
@@ -189,9 +189,9 @@ for kind in ("parquet", "saved"):
     add(f"{kind} image no image", ERROR, cell(b"xx", "a.png"), f"{NO_SIZE}row 0, a.png: {NO_IMAGE}", left=GOOD[2:])
     add(f"{kind} image cut short", UNREADABLE, cell(PICTURE[:2000], "a.png"), f"SET (train): row 0, a.png: {CUT}")
     add(f"{kind} class -1", ERROR, one_value(0, "category", 0, -1), annotation=1, left=GOOD[1:],
-        message="SET (train): annotation 1 has category_id -1, which 'categories' does not list")
+        message="SET (train): annotation 1 has category_id -1, which 'categories' does not list; correct one of them")
     add(f"{kind} class too high", ERROR, one_value(0, "category", 0, 2), annotation=1, left=GOOD[1:],
-        message="SET (train): annotation 1 has category_id 2, which 'categories' does not list")
+        message="SET (train): annotation 1 has category_id 2, which 'categories' does not list; correct one of them")
     add(f"{kind} class null", ERROR, one_value(0, "category", 0, None), annotation=1, left=GOOD[1:],
         message="SET (train): annotations[0] (id 1) has category_id None; it must be a whole number")
     add(f"{kind} box null", ERROR, one_value(0, "bbox", 0, None), f"SET (train): annotation 1 has bbox None{BOX}",
@@ -208,7 +208,7 @@ for what, path in {"outside": "ROOT/secret.jpg", "above": "SET/../secret.jpg", "
 NUMBERS = features(datasets.Value("int64"))
 add("parquet class -1, not named", ERROR, annotation=1, left=[("a", "1", BOXES[1]), ("b", "1", BOXES[2])],
     spoil=all_of(one_value(0, "category", 0, -1), lambda tree: setattr(tree, "features", NUMBERS)),
-    message="SET (train): annotation 1 has category_id -1, which 'categories' does not list")
+    message="SET (train): annotation 1 has category_id -1, which 'categories' does not list; correct one of them")
 MAGIC = "Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file."
 SAVE = "mend it, or save the set anew"
 PIECE = "train-00000-of-00001.parquet"

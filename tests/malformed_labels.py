@@ -31,11 +31,12 @@ LINE = "SET/labels/train/a.txt:1: "
 FIELDS = "expected 'class x_center y_center width height', or a class and 3 or more points 'x y' of a polygon"
 NO_NUMBER = f"has a field that is no number (could not convert string to float: {{!r}}); {FIELDS}"
 NOT_FINITE = "has a number that is not finite; annotate the object anew, or remove the line"
+KNOWN = "expected a whole number from 0 to 1, as in 'names': correct it, or add a name"
 PIXELS = "expected shares from 0 to 1: divide by the image's width and height"
 BAD_LINES = {
-    "class too high": ("2 .5 .5 .5 .5", "has the class 2; expected a whole number from 0 to 1, as in 'names'"),
-    "class -1": ("-1 .5 .5 .5 .5", "has the class -1; expected a whole number from 0 to 1, as in 'names'"),
-    "class between": ("0.5 .5 .5 .5 .5", "has the class 0.5; expected a whole number from 0 to 1, as in 'names'"),
+    "class too high": ("2 .5 .5 .5 .5", "has the class 2; " + KNOWN),
+    "class -1": ("-1 .5 .5 .5 .5", "has the class -1; " + KNOWN),
+    "class between": ("0.5 .5 .5 .5 .5", "has the class 0.5; " + KNOWN),
     "class name": ("cat .5 .5 .5 .5", NO_NUMBER.format("cat")),
     "pixels": ("0 32 24 16 12", f"has 32, {PIXELS}"),
     "four numbers": ("0 .5 .5 .5", f"has 4 fields; {FIELDS}"),

@@ -407,6 +407,27 @@ def test_arguments_that_are_refused(tmp_path: Path, flags: tuple[str, ...], mess
     assert (tmp_path / "DOC").read_text() == "no marks"
 
 
+def test_a_plan_names_what_could_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sets that are not there and misspelt flags of an arm, before the first run; what is not calibrated is said."""
+    model = "--model retinanet_r50_fpn"
+    text = DECLARED.replace("--model m", model).replace("--init none", f"--init none {model}")
+    wrong = "experiment first, arm scratch, finetune: .*; did you mean --init"
+    file, plan = tmp_path / "experiments.toml", load_script("experiments").main
+    given = ["plan", "--file", str(file), "--data-root", str(tmp_path)]
+    (tmp_path / "one").mkdir()
+    for content, message in (
+        (text, "has no folder two"),
+        (text.replace("--init none", "--inti none"), wrong),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            plan(given)
+        (tmp_path / "two").mkdir(exist_ok=True)
+    file.write_text(text)
+    plan(given)
+    assert "first: 16 runs, 0 done, not calibrated" in capsys.readouterr().out
+
+
 def test_the_documents_tables_are_those_of_the_committed_results() -> None:
     plan, rows = read_plan(DOCS / "experiments.toml"), read_results(DOCS / "experiments.csv")
     costs = Costs.read(DOCS / "experiments.costs.json")

@@ -101,7 +101,7 @@ def test_numbers_that_no_class_has(write: Write, tmp_path: Path) -> None:
         "validation": split_of([[-1]], DOG_CAT, tmp_path),
     }
     write(splits, tmp_path / "set")
-    with pytest.raises(InputError, match=r"category_id -1, which 'categories' does not list"):
+    with pytest.raises(InputError, match=r"category_id -1, which 'categories' does not list; correct one of them"):
         load_tables(DataOptions(data=tmp_path / "set"))
 
 
@@ -277,7 +277,7 @@ def test_a_number_that_no_class_has_is_named(tmp_path: Path) -> None:
         ),
     )
     saved(dict(zip(("train", "validation"), split, strict=True)), tmp_path / "set")
-    with pytest.raises(InputError, match=r"category_id 7, which 'categories' does not list"):
+    with pytest.raises(InputError, match=r"category_id 7, which 'categories' does not list; correct one of them"):
         load_tables(DataOptions(data=tmp_path / "set"))
 
 

@@ -201,6 +201,7 @@ def test_metrics_of_other_splits_stand_beside_those_of_val(demo: Path, tmp_path:
         metrics = runs.read_json(tmp_path / f"metrics{name}.json")
         source = str(demo / f"annotations/instances_{split}.json")
         about = {"split": split, "data": source, "images": count, "unreadable_images": 0}
+        about["weights"] = str(tmp_path / "model")
         assert {key: metrics[key] for key in about} == about and set(metrics) == {"bbox", "per_class", *about}
         images = {row["image_id"] for row in runs.read_json(tmp_path / f"predictions{name}.json")}
         assert images == set(range(1, count + 1))
@@ -218,7 +219,7 @@ def test_evaluation_of_unreadable_images(
     assert message.startswith(f"none of the {runs.VAL_IMAGES} images could be read: {tmp_path / 'data/images/val_'}")
     assert message.endswith("| ...") and "cannot be read as an image" in message
     assert capsys.readouterr().out.count("unreadable image, no detections: ") == runs.VAL_IMAGES
-    assert not (tmp_path / "found").exists()
+    assert not list((tmp_path / "found").glob("*.json"))
 
 
 def test_data_check_over_the_images(demo: Path, tmp_path: Path) -> None:

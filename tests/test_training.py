@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from direct_pt.checkpoint import from_pretrained, read_history, save_model
+from direct_pt.checkpoint import from_pretrained, model_folder, read_history, save_model
 from direct_pt.coco_eval import METRICS
 from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.recipes import PRETRAIN
@@ -66,7 +66,7 @@ def test_files_of_a_run(pretrained: Path, demo: Path) -> None:
             assert set(record["bbox"]) == set(METRICS)
             assert set(record["per_class"]) == {str(digit) for digit in range(10)}
     # The model is that of the last step; the best is the first evaluation's, as nothing was better.
-    assert [stage["steps"] for stage in read_history(pretrained)] == [4]
+    assert [stage["steps"] for stage in read_history(pretrained, "last")] == [4]
     assert [stage["steps"] for stage in read_history(pretrained / "best")] == [2]
     for folder, state in (("model", "step-4"), ("best", "step-2")):
         saved = runs.weights(pretrained / "checkpoints" / state)
@@ -80,7 +80,9 @@ def test_finetune_evaluate_predict(
     flags = ("--global-batch-size", 4, "--micro-batch-size", 2, "--max-steps", 2, *runs.NO_EVALUATION)
     runs.train("finetune", "--data", demo, *runs.FINETUNE, *flags, "--init", pretrained, "--output-dir", run)
     banner = capsys.readouterr().out
-    assert f"156 of 156 tensors loaded from {pretrained}; BatchNorm, stem and first stage frozen" in banner
+    ap = runs.records(pretrained)[-1]["bbox"]["AP"]
+    source = f"{pretrained / 'model'} (step 4, AP {ap:.3f} on its validation split)"
+    assert f"156 of 156 tensors loaded from {source}; BatchNorm, stem and first stage frozen" in banner
     assert "trainable  51 of 96 tensors" in banner
     assert "recipe     small (under 5,000 training images): batch 4, lr 0.002, warm-up 1 steps; the paper's" in banner
     before, after = runs.weights(pretrained), runs.weights(run)
@@ -92,7 +94,7 @@ def test_finetune_evaluate_predict(
     assert (from_pretrained(run).config.short_side, from_pretrained(run).config.long_side) == (runs.SIZE, 128)
 
     # Its own figures of the last step, read from the checkpoint.
-    runs.call_script("evaluate", "--checkpoint", run, "--data", demo, *runs.MACHINE)
+    runs.call_script("evaluate", "--checkpoint", run, "--weights", "last", "--data", demo, *runs.MACHINE)
     assert runs.read_metrics(run / "metrics.json") == {key: runs.records(run)[-1][key] for key in ("bbox", "per_class")}
 
     # And of a detector that finds something, in pycocotools' hands.
@@ -458,7 +460,7 @@ def test_no_image_can_be_read(demo: Path, tmp_path: Path) -> None:
 
 
 def test_model_folder_round_trip(pretrained: Path, demo: Path, tmp_path: Path) -> None:
-    detector = from_pretrained(pretrained)
+    detector = from_pretrained(pretrained, weights="last")
     save_model(tmp_path / "model", detector, [{"stage": "by hand"}])
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     again = from_pretrained(tmp_path / "model")
@@ -472,6 +474,38 @@ def test_model_folder_round_trip(pretrained: Path, demo: Path, tmp_path: Path) -
     eager, copied = (from_pretrained(runs.make_eager(run, tmp_path / "eager")) for run in (pretrained, tmp_path))
     mine, theirs = eager.predict([photo])[0], copied.predict([photo])[0]
     assert len(mine["scores"]) > 0 and all(np.array_equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_the_best_weights_of_a_run_or_its_last(
+    pretrained: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model's AP is that of its step; best are those with the highest, where anything was found."""
+    for name in ("model", "best"):
+        stage, found = read_history(pretrained / name)[-1], runs.records(pretrained)
+        assert [stage["AP"]] == [one["bbox"]["AP"] for one in found if one["step"] == stage["steps"] and "bbox" in one]
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    for ap, folder in ((0, "model"), (0.25, "best")):
+        facts = runs.read_json(run / "best/config.json")
+        facts["history"][-1]["AP"] = ap
+        (run / "best/config.json").write_text(json.dumps(facts))
+        assert model_folder(run) == run / folder
+    last = runs.records(run)[-1]["bbox"]["AP"]
+    for kind, folder in (("best", run / "best"), ("last", run / "model")):
+        assert model_folder(run, kind) == folder
+        expected = runs.weights(folder)
+        assert runs.largest_difference(from_pretrained(run, weights=kind).state_dict(), expected) == 0
+        runs.call_script("evaluate", "--checkpoint", run, "--weights", kind, "--data", demo, *runs.MACHINE)
+        assert runs.read_json(run / "metrics.json")["weights"] == str(folder)
+        figures = "step 2, AP 0.250" if kind == "best" else f"step 4, AP {last:.3f}"
+        printed = capsys.readouterr().out
+        assert f"weights: {folder} ({figures} on its validation split)" in printed
+        assert ("chosen by their AP on this split" in printed) == (kind == "best")
+        second = tmp_path / kind
+        flags = (*runs.train_part(demo), *runs.FINETUNE, *runs.EIGHT, "--max-steps", 1, "--lr", 1e-12)
+        runs.train("finetune", *flags, "--init", run, "--weights", kind, "--output-dir", second)
+        assert runs.largest_difference(runs.weights(second), expected) < 1e-6
+    shutil.rmtree(run / "best")
+    assert model_folder(run) == run / "model"
 
 
 def test_damaged_model_folders(pretrained: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -25,6 +26,7 @@ Item = TypeVar("Item")
 FILES_PER_WORKER = 5  # that the main process has open for it: a queue, a lock, its end
 SPARE_FILES = 32
 NO_LOCKS = (errno.ENOSPC, errno.ENOSYS, errno.EACCES, errno.ENOENT, errno.EROFS)
+TOO_MANY = "This DataLoader will create"  # PyTorch's two lines, several times, on more processes than cores
 ENDED = "DataLoader worker (pid"  # in PyTorch's message
 OUT_OF_MEMORY = ", as where memory runs out"
 NOTHING_LEFT = object()
@@ -82,16 +84,18 @@ class Readers(Generic[Item]):
         self.pin_memory = pin_memory
 
     def __iter__(self) -> Generator[Item, None, None]:
-        loader: DataLoader[Any] = DataLoader(
-            _Reading(self.samples, self.join, Slots(self.num_workers)),
-            batch_size=None,
-            sampler=_Keys(self.keys),
-            collate_fn=_unchanged,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # its own: the global one's state is restored by a run that is resumed
-            worker_init_fn=_start_reading,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", TOO_MANY)
+            loader: DataLoader[Any] = DataLoader(
+                _Reading(self.samples, self.join, Slots(self.num_workers)),
+                batch_size=None,
+                sampler=_Keys(self.keys),
+                collate_fn=_unchanged,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # its own: the global one's state is restored by a run that is resumed
+                worker_init_fn=_start_reading,
+            )
         if not self.num_workers:
             yield from loader
             return
@@ -128,7 +132,9 @@ class _UnderWay:
         try:
             if failure := _check_open_files(loader.num_workers):
                 return None, failure
-            items = iter(loader)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", TOO_MANY)
+                items = iter(loader)
             return _UnderWay(items, list(getattr(items, "_workers", ()))), None  # those that have ended already, too
         except (OSError, MemoryError, RuntimeError) as error:
             failure = _shortage(error) or _no_locks(error) or _ended_early(error)

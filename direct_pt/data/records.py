@@ -381,7 +381,7 @@ def _look_up(
     for row in absent[~np.isin(values[absent], listed)]:
         with problems.caught():
             number, image = int(objects["id"][row]), int(objects["image_id"][row])
-            text = f"annotation {number} has {field} {values[row]}, which '{key}' does not list"
+            text = f"annotation {number} has {field} {values[row]}, which '{key}' does not list; correct one of them"
             raise DataError(field, source, text, image, number)
     return rows, found
 

@@ -53,7 +53,7 @@ def keep_streams_open() -> None:
                 io.BufferedWriter(_Descriptor(stream.fileno())),  # type: ignore[type-var]
                 encoding=stream.encoding,
                 errors="backslashreplace",
-                line_buffering=stream.line_buffering,
+                line_buffering=True,  # a log file has each line when it is printed, and keeps it after a kill
                 write_through=stream.write_through,
             )
             with contextlib.suppress(OSError):

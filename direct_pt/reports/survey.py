@@ -266,7 +266,7 @@ def advice(tables: Mapping[str, AnnotationTable], recalls: Mapping[str, Mapping[
         "stage 2 learns them, or stage 1 with --anchor-scale auto, or a larger --image-size",
     )
     lines += _anchors(second, SIZE_CLASSES, STAGE_2, "raise --short-side and --long-side")
-    lines += _anchors(second, SHAPES, STAGE_2, "more RATIOS in direct_pt/models/detector.py fit them")
+    lines += _anchors(second, SHAPES, STAGE_2, "the recipe's anchors are 1:2, 1:1 and 2:1")
     return [*lines, *_classes(tables), *_splits(tables)]
 
 

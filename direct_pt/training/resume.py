@@ -158,9 +158,9 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
         if not path.exists():
             check_inputs(flags)
             return flags, None
-        check_flags(flags, path)
         with writing(f"--output-dir {flags.run.output_dir}"):
             hold_folder(flags.run.output_dir)
+        check_flags(flags, path)
         check_entries(flags.run.output_dir)
         resumed, notes = changed_flags(flags, read_config(path))
         plan, data = read_plan(path), read_data_record(path)

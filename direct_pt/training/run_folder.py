@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from direct_pt.checkpoint import History, model_facts, read_history, save_model, save_weights
+from direct_pt.checkpoint import CONFIG, History, model_facts, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
-from direct_pt.files import replacing, unfinished, write_text, writing
+from direct_pt.files import replacing, unfinished, write_json, write_text, writing
 from direct_pt.models.detector import Detector
 from direct_pt.reports.plots import plot_curves
 from direct_pt.training.checkpoints import (
@@ -67,14 +68,15 @@ class RunFolder:
         self._try(append)  # the next save writes all lines anew
 
     def add_evaluation(self, record: dict[str, Any], detector: Detector, history: History) -> None:
-        """Write the metrics of a step, and the detector where it is the best so far."""
+        """Write the metrics of a step, also to the model saved of it, and the detector where it is the best."""
+        measured = [*history[:-1], {**history[-1], "AP": record["bbox"]["AP"]}]
         if self.is_main and record["bbox"]["AP"] > self.best_ap:
             self.best_ap = record["bbox"]["AP"]
             # A copy: it may be written only after training has changed the weights.
             weights = {name: value.detach().to("cpu", copy=True) for name, value in detector.state_dict().items()}
-            steps = json.loads(json.dumps(history))
-            self._unsaved_best = lambda: save_weights(self.path / "best", detector.config, weights, steps)
+            self._unsaved_best = lambda: save_weights(self.path / "best", detector.config, weights, measured)
             self._try(self._write_best)
+        self._try(lambda: self._write_ap(detector, history, measured))
         self.add(record)
         self.evaluated_step = record["step"]
         self._try(lambda: plot_curves(self.records, self.path / "curves.png"))
@@ -148,6 +150,13 @@ class RunFolder:
         if self._unsaved_best is not None:
             self._unsaved_best()
             self._unsaved_best = None
+
+    def _write_ap(self, detector: Detector, history: History, measured: History) -> None:
+        """Note the AP of model/, where it is the one that was evaluated: of a run's last step it is saved before."""
+        model = self.path / "model"
+        with suppress(InputError):
+            if read_history(model) == history:
+                write_json(model / CONFIG, model_facts(detector.config, measured))
 
     def _read_records(self, last_step: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl up to `last_step`: what a killed run wrote after its checkpoint is removed.

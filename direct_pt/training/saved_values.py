@@ -1,6 +1,7 @@
 """What the files of a run's folder may say: the one place with the type and range of each value in them."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import fields
@@ -75,6 +76,9 @@ def read_plan(path: Path) -> Plan:
     try:
         values = _part_of(path, "plan")
         table(PLAN)(values, "plan")
+        parts = [values[name] for name in ("micro_batch_size", "accumulation", "processes")]
+        if values["global_batch_size"] != math.prod(parts):
+            raise WrongValue(f"plan.global_batch_size is {values['global_batch_size']}, and its parts are {parts}")
     except (DamagedFile, WrongValue) as error:
         raise InputError(f"{path}: its plan cannot be read ({error}); choose another --output-dir") from error
     return Plan(**{**values, "decay_steps": tuple(values["decay_steps"]), "notes": tuple(values["notes"])})

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from direct_pt.checkpoint import KINDS
 from direct_pt.data.sources import DataOptions
 from direct_pt.distributed.launch import DeviceOptions
 from direct_pt.errors import InputError
@@ -127,6 +128,8 @@ class FinetuneDetectorOptions(DetectorOptions):
         MISSING, "the pre-trained run to start from, or none, imagenet or a file of weights",
         path_or_name, metavar="RUN|none|imagenet|FILE",
     )  # fmt: skip
+
+    weights: str = flag("last", "of the run that --init names: the last, or those of its highest AP", choices=KINDS)
 
     @property
     def init_kind(self) -> str:

@@ -154,7 +154,7 @@ def odd_value(rng: random.Random, value: Any) -> Any:
             holder[key] = copy.deepcopy(other[place])
         case 3 if type(holder[key]) in (int, float):
             holder[key] = holder[key] * rng.choice((-1, 0, 2, 1000, 1e9)) + rng.choice((0, 0, 1, -1, 0.5))
-        case 4 if isinstance(holder[key], int | float | bool):
+        case 4 if isinstance(holder[key], int | float | bool) and abs(holder[key]) < 2**1000:  # a float holds it
             holder[key] = rng.choice((str(holder[key]), [holder[key]], not holder[key], float(holder[key])))
         case _:
             holder[key] = rng.choice(ODD)

@@ -342,7 +342,8 @@ def _object(words: list[str], classes: int, height: int, width: int) -> Json:
     if not all(map(isfinite, (label, *shares))):
         raise ValueError("has a number that is not finite; annotate the object anew, or remove the line")
     if label % 1 or not 0 <= label < classes:
-        raise ValueError(f"has the class {words[0]}; expected a whole number from 0 to {classes - 1}, as in 'names'")
+        known = f"a whole number from 0 to {classes - 1}, as in 'names'"
+        raise ValueError(f"has the class {words[0]}; expected {known}: correct it, or add a name")
     if len(shares) == 4 and min(shares[2:]) < 0:
         raise ValueError(f"has the negative width or height {min(shares[2:]):g}; write it without sign")
     least, most = min(shares), max(shares)
