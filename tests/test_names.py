@@ -518,11 +518,44 @@ def test_a_yaml_file_stands_for_its_folder(tmp_path: Path) -> None:
     assert refusal(folder).endswith(f"(mine.yaml, other.yml): give one of them, --data {folder}/mine.yaml")
 
 
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("annotations/instances_train.json", "images"),
+        ("train/_annotations.coco.json", "train"),
+        ("labels.json", "images"),
+        ("labels.json", ""),
+        ("annotations/mine.json", "images"),
+    ],
+)
+def test_a_coco_file_stands_for_its_set(file: str, images: str, tmp_path: Path) -> None:
+    """With the other splits where it is one of several; else it is the training split."""
+    record = {"id": 1, "width": WIDTH, "height": HEIGHT}
+    objects = [{"id": 5, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}]
+    content = {
+        "images": [{**record, "file_name": "a.jpg"}],
+        "annotations": objects,
+        "categories": [{"id": 3, "name": "cat"}],
+    }
+    save_image(tmp_path / images / "a.jpg")
+    write(tmp_path / file, json.dumps(content))
+    other = {"annotations/instances_train.json": "annotations/instances_val.json",
+             "train/_annotations.coco.json": "valid/_annotations.coco.json"}.get(file)  # fmt: skip
+    if other is not None:
+        save_image(tmp_path / images.replace("train", "valid") / "b.jpg")
+        write(tmp_path / other, json.dumps({**content, "images": [{**record, "file_name": "b.jpg"}]}))
+    tables = load_tables(DataOptions(data=tmp_path / file, val_share=0), ["train", "val"])
+    assert images_and_objects(tables["train"]) == {"a.jpg": 1} and tables["train"].source == str(tmp_path / file)
+    assert ("val" in tables) == (other is not None)
+    if other is not None:
+        assert images_and_objects(tables["val"]) == {"b.jpg": 1}
+
+
 def test_what_is_no_folder_of_a_data_set(tmp_path: Path) -> None:
     folder = yolo(tmp_path / "deep/set", {"a.jpg": "a.txt"})
     for name in ("labels.json", "set.zip", "notes.txt"):
         write(tmp_path / name, "{}")
-    assert "is a file: name COCO files with --train-annotations" in refusal(tmp_path / "labels.json")
+    assert refusal(tmp_path / "labels.json").startswith(f"{tmp_path / 'labels.json'}: ")
     assert "is a file: unpack it, and give the folder" in refusal(tmp_path / "set.zip")
     assert "is a file: give the folder" in refusal(tmp_path / "notes.txt")
     assert refusal(folder.parent) == f"--data {folder.parent}: holds no data set itself, but {folder} is one: give that"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from direct_pt.data.annotations import AnnotationTable, decode_name, encode_name
-from direct_pt.data.formats.coco import CocoSplit, find_coco
+from direct_pt.data.formats.coco import CocoSplit, find_coco, find_coco_file
 from direct_pt.data.formats.voc import find_voc
 from direct_pt.data.formats.yolo import find_yolo
 from direct_pt.data.image_files import find_files, note_shared_images
@@ -68,8 +68,8 @@ class DataOptions:
     """Which data, and how they are read."""
 
     data: Path | None = flag(
-        None, "a folder (COCO, Roboflow, YOLO, Pascal VOC or Hugging Face), or a data set on the hub", Path,
-        metavar="DIR|NAME", on_resume=FREE,
+        None, "a folder (COCO, Roboflow, YOLO, Pascal VOC, Hugging Face), a COCO or YAML file in it, or a hub name",
+        Path, metavar="DIR|NAME", on_resume=FREE,
     )  # fmt: skip
     train_images: Paths | None = flag(None, COCO_TEXT, Path, metavar="DIR", many=True, on_resume=FREE)
     train_annotations: Paths | None = flag(None, COCO_TEXT, Path, metavar="FILE", many=True, on_resume=FREE)
@@ -142,6 +142,8 @@ def _find_files(data: Path, decoding: Decoding) -> Mapping[str, Source] | None:
         trees = (find(data) for find in (find_coco, partial(find_yolo, decoding=decoding), find_voc))
     elif data.suffix in (".yaml", ".yml") and is_no_folder(data):
         trees = iter([find_yolo(data, decoding)])
+    elif data.suffix == ".json" and is_no_folder(data):
+        trees = iter([find_coco_file(data)])
     return next((tree for tree in trees if tree), None)
 
 
@@ -152,10 +154,10 @@ def _why_no_data_set(data: Path, options: DataOptions) -> str:
     if not data.is_file() and not data.is_dir():
         return "is neither a folder nor a file: give the folder of the data set"
     if data.is_file():
-        if data.suffix == ".json":
-            return "is a file: name COCO files with --train-annotations, and the folder of their images --train-images"
         what = "unpack it, and give" if data.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar") else "give"
-        return f"is a file: {what} the folder of the data set (a YOLO set's YAML file may be given too)"
+        return (
+            f"is a file: {what} the folder of the data set (a COCO file, or a YOLO set's YAML file, may be given too)"
+        )
     if options.streaming:
         return "--streaming reads Hugging Face data sets alone (on the hub, or a folder of parquet files): leave it out"
     from direct_pt.data.formats.hugging_face import holds_saved_rows  # see _find_tree

@@ -103,6 +103,21 @@ def find_coco(folder: Path) -> dict[str, CocoSplit]:
     }
 
 
+def find_coco_file(file: Path) -> dict[str, CocoSplit]:
+    """The splits of the set that an annotation file is a part of, or, where it is the part of none, itself as "train".
+
+    Its images are then in the folder `images` beside it, or where their names lead from its own folder.
+    """
+    above = [file.parent, *([file.parent.parent] if file.parent.name != ".." else [])]
+    for folder in above:
+        splits = find_coco(folder)
+        if any(split.annotations.resolve() == file.resolve() for split in splits.values()):
+            return splits
+    folder = above[-1] if file.parent.name == "annotations" else file.parent
+    images = _image_folder(folder, file, "default", "")
+    return {"train": CocoSplit(images if images.is_dir() else folder, file)}
+
+
 def _overlap(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
