@@ -20,10 +20,10 @@ from direct_pt.batch import Batch
 from direct_pt.checkpoint import read_history
 from direct_pt.coco_eval import evaluate
 from direct_pt.errors import InputError, StopSignal, TrainingStopped
+from direct_pt.program.signals import ECHO_SECONDS
 from direct_pt.training import start
 from direct_pt.training.loop import StepOutcome, Trainer
 from direct_pt.training.resume import launcher_id
-from direct_pt.training.signals import ECHO_SECONDS
 
 pytestmark = runs.cpu_only
 
