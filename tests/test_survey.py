@@ -173,7 +173,7 @@ def test_badly_fitting_anchors_are_reported(coco_folder: MakeCocoFolder) -> None
     lines = [line for line in advice({"train": table}, recalls) if "anchor" in line]
     assert lines[0].startswith("33% of the objects are small at 448x448, and of these only 0% (RPN)")
     assert "--image-size" in lines[0]
-    assert any("are wide at 1333x800" in line and "RATIOS" in line for line in lines)
+    assert any("are wide at 1333x800" in line and "the recipe's anchors are 1:2, 1:1 and 2:1" in line for line in lines)
     assert not any("are wide at 448x448" in line for line in lines)
 
 

@@ -248,6 +248,7 @@ def test_chunks() -> None:
 FIELDS = "expected 'class x_center y_center width height', or a class and 3 or more points 'x y' of a polygon"
 SHARES = "expected shares from 0 to 1: divide by the image's width and height"
 FINITE = "has a number that is not finite; annotate the object anew, or remove the line"
+KNOWN = "expected a whole number from 0 to 1, as in 'names': correct it, or add a name"
 LINES = {
     "0 0.5 0.5 0.5": f"has 4 fields; {FIELDS}",
     "0 0.5 0.5 0.5 0.5 0.9": f"has 6 fields; {FIELDS}",
@@ -260,9 +261,9 @@ LINES = {
     "0 0.5 0.5 inf 0.5": FINITE,
     "nan 0.5 0.5 0.5 0.5": FINITE,
     "0 0.5 0.5 1e999 0.5": FINITE,
-    "2 0.5 0.5 0.5 0.5": "has the class 2; expected a whole number from 0 to 1, as in 'names'",
-    "-1 0.5 0.5 0.5 0.5": "has the class -1; expected a whole number from 0 to 1, as in 'names'",
-    "0.5 0.5 0.5 0.5 0.5": "has the class 0.5; expected a whole number from 0 to 1, as in 'names'",
+    "2 0.5 0.5 0.5 0.5": "has the class 2; " + KNOWN,
+    "-1 0.5 0.5 0.5 0.5": "has the class -1; " + KNOWN,
+    "0.5 0.5 0.5 0.5 0.5": "has the class 0.5; " + KNOWN,
     "0 0.5 0.5 -0.5 0.5": "has the negative width or height -0.5; write it without sign",
     "0 0.5 0.5 0.5 -1e-9": "has the negative width or height -1e-09; write it without sign",
     "0 320 0.5 0.5 0.5": f"has 320, {SHARES}",
