@@ -85,8 +85,8 @@ def test_another_model_to_measure(pretrained: Path, demo: Path, tmp_path: Path) 
     """Else the figures would be those of neither."""
     other, output = tmp_path / "other", tmp_path / "out"
     runs.make_eager(pretrained, other / "model")
-    flags = ("--data", demo, "--checkpoint", pretrained, "--num-workers", 0, "--output-dir", output)
-    lines = refused(two("evaluate", {"places": {str(pretrained): str(other)}}, *flags))
+    flags = ("--data", demo, "--checkpoint", pretrained, "--weights", "last", "--num-workers", 0)
+    lines = refused(two("evaluate", {"places": {str(pretrained): str(other)}}, *flags, "--output-dir", output))
     assert lines and all("has another tensor roi_head" in line and "(--checkpoint)" in line for line in lines)
     assert not output.exists()
 
