@@ -506,6 +506,20 @@ def test_the_best_weights_of_a_run_or_its_last(
         assert runs.largest_difference(runs.weights(second), expected) < 1e-6
     shutil.rmtree(run / "best")
     assert model_folder(run) == run / "model"
+    flags = (
+        "--data",
+        demo,
+        "--model",
+        runs.MODEL,
+        "--init",
+        "none",
+        "--weights",
+        "best",
+        "--output-dir",
+        tmp_path / "new",
+    )
+    with pytest.raises(InputError, match="--weights best: --init none is no run; leave the flag out"):
+        runs.call_script("finetune", *flags)
 
 
 def test_damaged_model_folders(pretrained: Path, tmp_path: Path) -> None:

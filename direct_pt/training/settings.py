@@ -317,6 +317,8 @@ class FinetuneFlags(Flags):
     def __post_init__(self) -> None:
         super().__post_init__()
         init, kind = self.detector.init, self.detector.init_kind
+        if self.detector.weights != FinetuneDetectorOptions.weights and kind != "run":
+            raise InputError(f"--weights {self.detector.weights}: --init {init} is no run; leave the flag out")
         if self.detector.model is None and kind != "run":
             raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
         if kind == "run" and Path(init).suffix in WEIGHT_FILES:
