@@ -26,7 +26,7 @@ demo: setup
 	$(LAUNCH) scripts/evaluate.py --checkpoint $(RUN) --data data/demo --num-workers 1
 	mkdir -p $(RUN)/samples && cp data/demo/images/val_00000*.jpg $(RUN)/samples/
 	$(BIN)/python scripts/predict.py --checkpoint $(RUN) $(RUN)/samples --output-dir $(RUN)/pictures
-	@echo "metrics: $(RUN)/metrics.json   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"
+	@echo "metrics: $(RUN)/metrics.json   report: $(RUN)/report.html   curves: $(RUN)/curves.png   pictures: $(RUN)/pictures"
 
 # The figures of the README, out of the demo's run.
 pictures: demo
@@ -36,6 +36,10 @@ pictures: demo
 	    images = [Image.open(path).resize((208, 208), Image.Resampling.LANCZOS) for path in paths]; \
 	    contact_sheet(images, [path.name for path in paths], 208, columns=3).save('docs/images/detections.jpg', quality=85); \
 	    Image.open('$(RUN)/pretrain/curves.png').convert('P').save('docs/images/curves.png', optimize=True)"
+	$(BIN)/python -c "from playwright.sync_api import sync_playwright; from pathlib import Path; from shutil import which; \
+	    driver = sync_playwright().start(); browser = driver.chromium.launch(executable_path=which('chromium')); \
+	    page = browser.new_page(viewport={'width': 1000, 'height': 620}); \
+	    page.goto(Path('$(RUN)/report.html').absolute().as_uri()); page.screenshot(path='docs/images/report.png')"
 
 # What a contributor runs before each commit; test-all adds launchers, DeepSpeed, two hosts, faults, fuzz, benchmarks.
 test: setup

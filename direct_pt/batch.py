@@ -270,9 +270,9 @@ class Detections:
         """The detections in one image of the batch."""
         return self.keep(self.image == position)
 
-    def above(self, score: float) -> "Detections":
-        """The detections with higher scores."""
-        return self.keep(self.scores > score)
+    def above(self, score: float | Tensor) -> "Detections":
+        """The detections with higher scores than one for all, or [D] float64, one for each."""
+        return self.keep(self.scores.double() > score)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
         changed = {f.name: change(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}

@@ -19,7 +19,7 @@ from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors, 
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.saved_config import config_from_json
 from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
-from direct_pt.schema import anything, fail, list_of, number, table, text, whole
+from direct_pt.schema import anything, fail, list_of, mapping, number, optional, table, text, whole
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 AVERAGE = "average.safetensors"  # of a checkpoint: the weights' moving average
@@ -27,7 +27,9 @@ History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
 KINDS = ("best", "last")  # of a run's weights
 WEIGHTS_HELP = "of a run: those of the highest AP on its validation split, or the last (best)"
-CHECK_HISTORY = list_of(table({}, {"stage": text(), "steps": whole(), "AP": number(-1, 1)}, is_open=True))
+CHECK_THRESHOLDS = table({"all": number(0, 1), "per_class": mapping(optional(number(0, 1)))})
+CHECK_STAGE = {"stage": text(), "steps": whole(), "AP": number(-1, 1), "thresholds": CHECK_THRESHOLDS}
+CHECK_HISTORY = list_of(table({}, CHECK_STAGE, is_open=True))
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
@@ -36,7 +38,8 @@ def save_model(folder: Path, detector: Detector, history: History) -> None:
     Args:
         folder: created if it does not exist.
         detector: unwrapped.
-        history: one dictionary for each stage of training so far; "AP" in the last is that of these weights.
+        history: one dictionary for each stage of training so far; "AP" in the last is that of these weights, and
+            "thresholds" the scores above which their detections are shown: {"all": x, "per_class": {name: x or None}}.
 
     Raises:
         OSError: the folder cannot be written; its earlier content is unchanged.
@@ -72,7 +75,7 @@ def from_pretrained(
         InputError: there is no such model, or it is damaged.
     """
     folder = model_folder(path_or_hub_id, weights)
-    config = _read_config(folder)[0]
+    config, history = _read_config(folder)
     config = change(config) if change else config
     try:
         expected = layouts(outline_of(config).state_dict())
@@ -89,6 +92,9 @@ def from_pretrained(
         raise InputError(str(error)) from error
     detector = build_detector(config.name, config=config)
     detector.load_state_dict(tensors)
+    if thresholds := next(iter(history[-1:]), {}).get("thresholds"):
+        detector.score_threshold, per_class = thresholds["all"], thresholds["per_class"]
+        detector.class_thresholds = tuple(per_class.get(name) or thresholds["all"] for name in config.class_names)
     return detector.eval()
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,34 +174,49 @@ def coco_metrics(table: AnnotationTable, predictions: Predictions) -> dict[str, 
 
 def _match(table: AnnotationTable, predictions: Predictions) -> dict[str, StreamingEval]:
     """Scorers that have seen all objects and detections: "bbox", and with masks "segm"."""
-    # The scorer reads ids as floats, in which large ones collide, so it gets numbers from 1. Those of images are in the
-    # order of their ids, as equal scores of two images rank by it.
-    numbers = np.argsort(np.argsort(table.image_ids, kind="stable")) + 1
-    categories = [{"id": number, "name": name} for number, name in enumerate(table.class_names, start=1)]
-    category_ids = tuple(range(1, len(categories) + 1))
-    numbered = replace(table, image_ids=numbers, category_ids=category_ids, encoded=None)
     kinds = ("bbox",) if predictions.masks is None else ("bbox", "segm")
-    scorers = {kind: StreamingEval(categories, kind) for kind in kinds}
-    for first in range(0, len(table), IMAGES_AT_ONCE):
-        last = min(first + IMAGES_AT_ONCE, len(table))
+    scorers = {kind: StreamingEval(scorer_categories(table), kind) for kind in kinds}
+    for kind, scorer in scorers.items():
+        for images, objects, found, masks in scorer_input(table, predictions, kind, IMAGES_AT_ONCE):
+            scorer.update(images, objects, found, segmentation=masks)
+    return scorers
+
+
+def scorer_categories(table: AnnotationTable) -> list[dict[str, Any]]:
+    """The classes as the scorer takes them, their ids the labels + 1."""
+    return [{"id": number, "name": name} for number, name in enumerate(table.class_names, start=1)]
+
+
+def scorer_input(
+    table: AnnotationTable, predictions: Predictions, kind: str, images_at_once: int
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], np.ndarray, list[Any] | None]]:
+    """Blocks of a split's images, objects, detections [d, 7] (image, box, score, class) and, for "segm", their masks.
+
+    The scorer reads ids as floats, in which large ones collide, so it gets numbers from 1. Those of images are in the
+    order of their ids, as equal scores of two images rank by it.
+    """
+    numbers = np.argsort(np.argsort(table.image_ids, kind="stable")) + 1
+    category_ids = tuple(range(1, len(table.class_names) + 1))
+    numbered = replace(table, image_ids=numbers, category_ids=category_ids, encoded=None)
+    for first in range(0, len(table), images_at_once):
+        last = min(first + images_at_once, len(table))
         block = numbered.select(np.arange(first, last))
         rows = slice(*np.searchsorted(predictions.images, [first, last]))
         images, labels = numbers[predictions.images[rows]], predictions.labels[rows] + 1
         found = np.column_stack([images, predictions.boxes[rows], predictions.scores[rows], labels])
-        truth = block.coco()
-        scorers["bbox"].update(truth["images"], truth["annotations"], found)
-        if predictions.masks is None:
+        truth = block.coco(with_masks=kind == "segm")
+        if kind == "bbox" or predictions.masks is None:
+            yield truth["images"], truth["annotations"], found, None
             continue
-        truth, corners = block.coco(with_masks=True), block.corner_boxes()
         # Crowd regions and objects under a pixel may have no outline, as nothing learns from them: their box stands in.
+        corners = block.corner_boxes()
         for row in np.flatnonzero(~block.segmentations.present()).tolist():
             x1, y1, x2, y2 = corners[row].tolist()
             truth["annotations"][row]["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
         masks: list[Any] = predictions.masks[rows]
         found[:, 1:5] = [0, 0, 0, 1]
         found[:, 3] = mask_areas(masks)  # a detection's area is its row's width x height: here, its mask's area
-        scorers["segm"].update(truth["images"], truth["annotations"], found, segmentation=masks)
-    return scorers
+        yield truth["images"], truth["annotations"], found, masks
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -4,14 +4,19 @@
 
 Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
 Writes metrics.json and predictions.json (COCO results format, with the data set's own ids), for boxes and, where the
-detector finds them, masks; of another split than val, metrics_SPLIT.json and predictions_SPLIT.json.
+detector finds them, masks; and report.html: curves, thresholds, errors and pictures in one file, its figures in
+report.json. Of another split than val, the files are named metrics_SPLIT.json and so on.
 """
 
 from direct_pt.program.run import run_program
+import argparse
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
 from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
 from direct_pt.coco_eval import evaluate, metrics_table
+from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import unreadable_reason
 from direct_pt.data.sources import SPLITS, DataOptions, load_tables
 from direct_pt.distributed.launch import DeviceOptions, join_processes, make_accelerator
@@ -28,19 +33,70 @@ from direct_pt.flags import (
     pixels,
     read_flags,
 )
+from direct_pt.models.detector import Detector
 from direct_pt.program.folder_lock import hold_folder, release_folder
+from direct_pt.reports.evaluation import Judged, analyse, comparison
+from direct_pt.reports.evaluation_page import write_evaluation_page
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.training.resume import data_record
 from direct_pt.transforms import TestPreset
 
 
+class Model(NamedTuple):
+    """A detector that is measured, and the size of its images."""
+
+    flag: str  # that names it, with its value
+    folder: Path
+    detector: Detector
+    preset: TestPreset
+
+
+def read_model(flag: str, checkpoint: Path | str, args: argparse.Namespace) -> Model:
+    """A detector from a run, a model folder or the hub. Raises InputError."""
+    folder = model_folder(checkpoint, args.weights)
+    detector = from_pretrained(folder)
+    preset = TestPreset(args.short_side or detector.config.short_side, args.long_side or detector.config.long_side)
+    if preset.short_side > preset.long_side:
+        raise InputError(
+            f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
+        )
+    return Model(f"{flag} {checkpoint}", folder, detector, preset)
+
+
+def check_model(model: Model, table: AnnotationTable) -> None:
+    """Raise InputError unless the split can be measured with it."""
+    config = model.detector.config
+    trained, listed = (dict(zip(part.category_ids, part.class_names, strict=True)) for part in (config, table))
+    if trained != listed:
+        raise InputError(
+            f"{table.source} lists other classes than {model.flag} was trained for: "
+            f"{class_differences(listed, trained)}; give the data that it was trained on, with the same --classes"
+        )
+    if model.detector.has_masks:
+        table.require_masks()
+
+
+def print_result(model: Model, table: AnnotationTable, split: str, judged: Judged) -> None:
+    """Figures, and images that could not be read. Raises InputError where none could."""
+    size = f"{len(table)} images at {model.preset.long_side}x{model.preset.short_side}"
+    print(printable_lines(f"{split}: {size}\n{metrics_table(judged.metrics)}"))
+    if not any(row["objects"] for row in judged.metrics["per_class"].values()):
+        print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
+    reasons = [unreadable_reason(table, image) for image in judged.predictions.unreadable]
+    for reason in reasons:
+        print(f"unreadable image, no detections: {printable(reason)}")
+    if len(reasons) == len(table):
+        few = " | ".join(reasons[:3]) + " | ..." * (len(reasons) > 3)
+        raise InputError(f"none of the {len(reasons)} images could be read: {few}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one split."""
     p = make_parser(__doc__ or "")
-    p.add_argument(
-        "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
-    )
+    run_help = "a run, its model/ or best/, or a hub id"
+    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=run_help)
     p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
+    p.add_argument("--compare", type=path_or_name, metavar="RUN", help="another one, measured beside it in report.html")
     add_flags(p, DataOptions, "data")
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
@@ -55,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         text = "no such folder; for a model from the hub, say with --output-dir where to write its metrics"
         raise InputError(f"--checkpoint {args.checkpoint}: {text}")
     options, suffix = read_flags(args, DataOptions), "" if args.split == "val" else f"_{args.split}"
-    files = {name: output / f"{name}{suffix}.json" for name in ("metrics", "predictions")}
+    names = ("metrics.json", "predictions.json", "report.json", "report.html")
+    files = {name: output / Path(name).with_stem(Path(name).stem + suffix) for name in names}
 
     def check_files() -> None:
         check_output(output)
@@ -67,65 +124,68 @@ def main(argv: list[str] | None = None) -> None:
 
     processes = join_processes()
     main_decides(check_files, processes)  # only the main process writes
-    folder = model_folder(args.checkpoint, args.weights)
-    detector = from_pretrained(folder)
+    models = [read_model("--checkpoint", args.checkpoint, args)]
+    if args.compare is not None:
+        models.append(read_model("--compare", args.compare, args))
     tables = load_tables(options, [args.split], required=args.split)
     if args.split not in tables:
         raise InputError(f"--split {args.split}: there are too few training images to hold some out")
     table = tables[args.split]
-    config = detector.config
-    trained, listed = (dict(zip(part.category_ids, part.class_names, strict=True)) for part in (config, table))
-    if trained != listed:
-        raise InputError(
-            f"{table.source} lists other classes than --checkpoint {args.checkpoint} was trained for: "
-            f"{class_differences(listed, trained)}; give the data that it was trained on, with the same --classes"
-        )
-    preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
-    if preset.short_side > preset.long_side:
-        raise InputError(
-            f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
-        )
-    check_images_at_once(min(args.micro_batch_size, len(table)), preset)
+    for model in models:
+        check_model(model, table)
+        check_images_at_once(min(args.micro_batch_size, len(table)), model.preset)
 
     if processes.num_processes > 1:
-        own = {"--split": args.split, "size of images": [preset.short_side, preset.long_side]}
-        own |= {"--micro-batch-size": args.micro_batch_size, "--mixed-precision": args.mixed_precision}
-        check_same(own | data_record(table, None), "flags and data", processes)
-        check_same(sampled(detector.state_dict()), "--checkpoint", processes)
+        sizes = [[model.preset.short_side, model.preset.long_side] for model in models]
+        own = {"--split": args.split, "sizes of images": sizes, "--micro-batch-size": args.micro_batch_size}
+        own |= {"--mixed-precision": args.mixed_precision, **data_record(table, None)}
+        check_same(own, "flags and data", processes)
+        for model in models:
+            check_same(sampled(model.detector.state_dict()), model.flag.split()[0], processes)
 
-    if detector.has_masks:
-        table.require_masks()
     main_decides(take_folder, processes)
     accelerator = make_accelerator(args.mixed_precision)
+    measured: list[Judged] = []
+    speeds: list[float] = []
+    for model in models:
+        if accelerator.is_main_process:
+            is_chosen = args.split == "val" and model.folder.name == "best"
+            chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
+            print(printable(f"weights: {describe_model(model.folder)}{chosen * is_chosen}"), flush=True)
+        detector, start = model.detector.to(accelerator.device), perf_counter()
+        metrics, predictions = evaluate(
+            detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers
+        )
+        speeds.append(len(table) / (perf_counter() - start))
+        if accelerator.is_main_process:
+            measured.append(Judged.of(table, predictions, metrics))
+            print_result(model, table, args.split, measured[-1])  # a disk may fail after this
     if accelerator.is_main_process:
-        is_chosen = args.split == "val" and folder.name == "best"
-        chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
-        print(printable(f"weights: {describe_model(folder)}{chosen * is_chosen}"), flush=True)
-    detector.to(accelerator.device)
-    metrics, predictions = evaluate(detector, table, preset, args.micro_batch_size, accelerator, args.num_workers)
-    if accelerator.is_main_process:
-        size = f"{len(table)} images at {preset.long_side}x{preset.short_side}"
-        print(printable_lines(f"{args.split}: {size}\n{metrics_table(metrics)}"))  # a disk may fail after this
-        if not any(row["objects"] for row in metrics["per_class"].values()):
-            print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
-        reasons = [unreadable_reason(table, image) for image in predictions.unreadable]
-        for reason in reasons:
-            print(f"unreadable image, no detections: {printable(reason)}")
-        if len(reasons) == len(table):
-            few = " | ".join(reasons[:3]) + " | ..." * (len(reasons) > 3)
-            raise InputError(f"none of the {len(reasons)} images could be read: {few}")
+        model, judged, other = models[0], measured[0], next(iter(measured[1:]), None)
         about = {
             "split": args.split,
             "data": table.source,
             "images": len(table),
-            "unreadable_images": len(reasons),
-            "weights": str(folder),
+            "unreadable_images": len(judged.predictions.unreadable),
+            "weights": str(model.folder),
         }
         with writing(f"--output-dir {output}"):
-            write_json(files["metrics"], {**metrics, **about})
-            write_json(files["predictions"], predictions.coco(table.image_ids, table.category_ids))
+            write_json(files["metrics.json"], {**judged.metrics, **about})
+            write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
+            head = {
+                "model": describe_model(model.folder),
+                "data": f"{table.source}, {args.split}",
+                "tested at": f"{model.preset.long_side}x{model.preset.short_side} pixels",
+                "speed": f"{speeds[0]:.3g} images a second, from files to figures, on {accelerator.device.type}",
+            }
+            figures = analyse(judged)
+            if other is not None:
+                figures["comparison"] = {"weights": str(models[1].folder), **comparison(judged, other)}
+            write_json(files["report.json"], {**about, **figures})
+            other_name = describe_model(models[-1].folder)
+            write_evaluation_page(files["report.html"], judged, figures, head, other, other_name)
         release_folder(output, f"evaluate{suffix}")
-        print(printable(f"written: {files['metrics']}, {files['predictions']}"))
+        print(printable(f"written: {', '.join(map(str, files.values()))}"))
     accelerator.wait_for_everyone()  # a process that exits first, with its connections open, may abort
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """Detect objects in image files: drawn pictures and COCO results.
 
-  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold 0.3]
+  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold X]
 
 Folders are searched recursively, but for the output folder. Writes each picture with its detections drawn, and
 predictions.json: COCO results with the data set's own category ids, masks as run lengths; images are numbered from 1 in
@@ -45,12 +45,15 @@ from direct_pt.files import (
 from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
 from direct_pt.images.decoding import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.images.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
+from direct_pt.models.detector import Detector
 from direct_pt.models.masks import paste_masks
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
 
 RESULTS = "predictions.json"
+THRESHOLDS = ("model", "per-class")
+THRESHOLD_HELP = "of what is drawn and written: a number, the model's own, or its own of each class (model)"
 COMMENT = b"detections drawn by predict.py"  # in the pictures, which later runs may replace
 
 
@@ -141,6 +144,19 @@ def is_own(path: Path) -> bool:
         return False
 
 
+def threshold(text: str) -> float | str:
+    """The value of --score-threshold."""
+    return text if text in THRESHOLDS else share(text)
+
+
+def describe_threshold(detector: Detector, threshold: float | str) -> str:
+    """In words."""
+    if threshold == "per-class":
+        pairs = zip(detector.config.class_names, detector.class_thresholds, strict=True)
+        return ", ".join(f"{name} {score:g}" for name, score in pairs)
+    return f"{detector.score_threshold:g}, the model's own" if threshold == "model" else f"{threshold:g}"
+
+
 def draw(photo: Image.Image, found: Detections, names: list[str]) -> Image.Image:
     """One image with its detections; `names` are those of the classes, as they can be drawn."""
     values = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
@@ -163,7 +179,9 @@ def main() -> None:
     )
     p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--output-dir", required=True, type=any_path, metavar="DIR", help="where to write")
-    p.add_argument("--score-threshold", type=share, default=0.3, metavar="X", help="of what is drawn and written (0.3)")
+    p.add_argument(
+        "--score-threshold", type=threshold, default="model", metavar="X|model|per-class", help=THRESHOLD_HELP
+    )
     p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
@@ -183,6 +201,7 @@ def main() -> None:
     folder = model_folder(args.checkpoint, args.weights)
     print(printable(f"weights: {describe_model(folder)}"))
     detector = from_pretrained(folder).to(accelerator.device)
+    print(printable(f"score threshold: {describe_threshold(detector, args.score_threshold)}"))
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side)
     check_images_at_once(min(args.micro_batch_size, len(files)), preset)
@@ -201,7 +220,8 @@ def main() -> None:
         batches = stack.enter_context(closing(iter(make_loader(images, keys, args.num_workers))))
         for batch in batches:
             with accelerator.autocast():
-                found = detector.detect(batch.to(accelerator.device)).to("cpu").above(args.score_threshold)
+                found = detector.detect(batch.to(accelerator.device)).to("cpu")
+            found = detector.above(found, args.score_threshold)
             for result in Predictions.of_batch(batch, found).coco(image_ids, config.category_ids):
                 image_id, category_id = result["image_id"], result["category_id"]
                 row = {

@@ -209,7 +209,7 @@ def test_nothing_detected(each_detector: Detector, batch: Batch) -> None:
     head = detector.head if isinstance(detector, RetinaNet) else two_stage(detector).roi_head
     head.score_threshold = 1.0
     assert_nothing(detector.detect(batch), detector.config.name in (MASK, SWIN))
-    (result,) = detector.predict([np.zeros((40, 50, 3), np.uint8)])
+    (result,) = detector.predict([np.zeros((40, 50, 3), np.uint8)], score_threshold=0.05)
     assert len(result["scores"]) == 0 and result["boxes"].shape == (0, 4)
     assert ("masks" in result) == detector.has_masks
     assert result.get("masks", np.zeros((0, 40, 50), bool)).shape == (0, 40, 50)
@@ -277,7 +277,7 @@ def test_predict_images_of_several_sizes(demo: Path, name: str) -> None:
     detector = small_detector(name).train()
     photo = np.array(read_image(sorted((demo / "images").glob("val_*.jpg"))[0]))
     pictures = [photo, photo[:40], photo[:, :7], np.tile(photo, (2, 4, 1)), np.zeros((1, 1, 3), np.uint8)]
-    results = detector.predict(pictures)
+    results = detector.predict(pictures, score_threshold=0.05)
     assert len(results) == len(pictures) and detector.training
     keys = {"boxes", "scores", "labels", "category_ids"} | ({"masks"} if name in (MASK, SWIN) else set())
     for picture, result in zip(pictures, results, strict=True):

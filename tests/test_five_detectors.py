@@ -208,7 +208,7 @@ def test_drop_path(name: str) -> None:
 
     assert torch.equal(coarsest(0), coarsest(0)) and not torch.allclose(coarsest(0), coarsest(1))
     photo = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
-    found = [detector.predict([photo])[0] for _ in range(2)]
+    found = [detector.predict([photo], score_threshold=0.05)[0] for _ in range(2)]
     assert detector.training and all(np.array_equal(found[0][key], found[1][key]) for key in found[0])
     detector.eval()
     assert torch.equal(coarsest(0), coarsest(1))
@@ -255,7 +255,7 @@ def test_evaluate_and_predict(case: Case, stage_two: Path, demo: Path, tmp_path:
             assert picture.size == pixels.shape[1::-1]
             assert np.abs(np.array(picture).astype(int) - pixels).mean() > 5  # something is drawn
         rows = [row for row in runs.read_json(tmp_path / "pictures/predictions.json") if row["image_id"] == number]
-        (found,) = detector.predict([pixels])
+        (found,) = detector.predict([pixels], score_threshold=0.05)
         assert len(rows) == len(found["scores"]) > 10
         assert [row["category_id"] for row in rows] == found["category_ids"]
         assert [row["category_name"] for row in rows] == found["labels"]

@@ -238,7 +238,10 @@ def test_imported_detector_finds_the_same(tmp_path: Path, run: Path) -> None:
     for one in (detector, imported):
         one.config = replace(one.config, **small_images)
     image = np.random.default_rng(0).integers(256, size=(96, 120, 3), dtype=np.uint8)
-    (expected,), (found,) = detector.predict([image]), imported.predict([image])
+    (expected,), (found,) = (
+        detector.predict([image], score_threshold=0.05),
+        imported.predict([image], score_threshold=0.05),
+    )
     assert len(expected["boxes"]) > 10
     assert found["labels"] == [name.replace(name, f"class {NAMES.index(name)}") for name in expected["labels"]]
     for part in ("boxes", "scores", "masks"):

@@ -96,9 +96,10 @@ def test_a_fault_of_one_process(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--data", demo, *runs.TINY, *LENGTH, "--save-every", 1, "--output-dir", run)
     lines = refused(two("pretrain", {"fails": 2}, *flags))
-    assert len(lines) <= 1  # the launcher may end it first
+    assert len(lines) <= 1  # the launcher may end it first, or tell it to stop before it has heard of the fault
     for line in lines:
-        assert "process 1 on " in line and "ArithmeticError: a fault of one process" in line
+        heard = "process 1 on " in line and "ArithmeticError: a fault of one process" in line
+        assert heard or line == "stopped: SIGTERM: the state of step 2 is saved; continue with --resume"
     assert f"step-{2}" in runs.steps_saved(run)
 
 

@@ -43,7 +43,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 def test_one_picture_in_many_forms(detector: Detector, photo: Path) -> None:
     """Equal to the bit. One image in place of a list gives a list of one result."""
     pixels = read_image(photo)
-    expected = detector.predict([pixels])
+    expected = detector.predict([pixels], score_threshold=0.05)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     forms = {
         "path": photo,
@@ -63,9 +63,9 @@ def test_one_picture_in_many_forms(detector: Detector, photo: Path) -> None:
         "batch of arrays": pixels[None],
     }
     for name, image in forms.items():
-        assert_same(detector.predict(image), expected), name
-    assert_same(detector.predict(tuple(forms.values())[:13]), expected * 13)
-    assert_same(detector.predict(image for image in (photo, pixels)), expected * 2)
+        assert_same(detector.predict(image, score_threshold=0.05), expected), name
+    assert_same(detector.predict(tuple(forms.values())[:13], score_threshold=0.05), expected * 13)
+    assert_same(detector.predict((image for image in (photo, pixels)), score_threshold=0.05), expected * 2)
 
 
 def test_the_same_as_the_script_finds(detector: Detector, photo: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_same_as_the_script_finds(detector: Detector, photo: Path, tmp_path:
     )  # fmt: skip
     rows = json.loads((tmp_path / "found/predictions.json").read_text())
     for image in (photo, Image.open(photo), read_image(photo)):
-        (found,) = detector.predict(image)
+        (found,) = detector.predict(image, score_threshold=0.05)
         assert [row["score"] for row in rows] == found["scores"].tolist() and len(rows) > 3
         assert [row["bbox"][:2] for row in rows] == found["boxes"][:, :2].astype(np.float64).tolist()
         assert [row["category_name"] for row in rows] == found["labels"]

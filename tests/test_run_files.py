@@ -76,7 +76,9 @@ def test_files_in_place_of_folders(name: str, run: Path, demo: Path) -> None:
     assert f"{run / name}: is no folder" in refused(run, demo)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "curves.png", ".metrics.jsonl.partial", ".config.json.partial"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "curves.png", "run.html", ".metrics.jsonl.partial", ".config.json.partial"]
+)
 def test_folders_in_place_of_files(name: str, run: Path, demo: Path) -> None:
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()

@@ -40,6 +40,7 @@ FREEZES = {
 }
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB
 PIXEL_STD = (58.395, 57.12, 57.375)
+SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
 STRIDES = (4, 8, 16, 32, 64, 128)  # P2..P7
 RATIOS = (0.5, 1.0, 2.0)  # of anchors
 RPN_SCALE, RETINA_SCALE = 8.0, 4.0  # the paper's `anchor_scale`
@@ -100,6 +101,8 @@ class Detector(nn.Module, ABC):
         config: what it was built from.
         has_masks: whether it learns and predicts masks.
         frozen: what does not train, one of FREEZES.
+        score_threshold: above it, detections are shown.
+        class_thresholds: [C] the same for each class.
     """
 
     has_masks = False
@@ -110,6 +113,8 @@ class Detector(nn.Module, ABC):
         self.backbone = backbone
         self.fpn = fpn
         self.frozen = "none"
+        self.score_threshold = SCORE_THRESHOLD
+        self.class_thresholds = (SCORE_THRESHOLD,) * len(config.class_names)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -150,13 +155,21 @@ class Detector(nn.Module, ABC):
         columns = torch.arange(width, device=images.device)[None, :] < batch.sizes[:, 1:]
         return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
-    def predict(self, images: Images, score_threshold: float = 0.05) -> list[dict[str, Any]]:
+    def above(self, found: Detections, threshold: float | str) -> Detections:
+        """The detections above a score, or above its own: "model", or "per-class" for each class's."""
+        if threshold == "per-class":
+            return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
+        if isinstance(threshold, str) and threshold != "model":
+            raise ValueError(f"score_threshold is {threshold!r}: give a number, 'model' or 'per-class'")
+        return found.above(self.score_threshold if isinstance(threshold, str) else threshold)
+
+    def predict(self, images: Images, score_threshold: float | str = "model") -> list[dict[str, Any]]:
         """Detections in whole images.
 
         Args:
             images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors
                 (`direct_pt.images.decoding.as_rgb`).
-            score_threshold: of what is returned.
+            score_threshold: of what is returned: a number, or as for `above`.
 
         Returns:
             For each image, also a single one, a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class
@@ -168,7 +181,8 @@ class Detector(nn.Module, ABC):
             for image in rgb_images(images):
                 preset = TestPreset(config.short_side, config.long_side)
                 sample = preset(image, Objects.none(), np.random.default_rng(0))
-                found = self.detect(collate([sample]).to(self.pixel_mean.device)).to("cpu").above(score_threshold)
+                found = self.detect(collate([sample]).to(self.pixel_mean.device)).to("cpu")
+                found = self.above(found, score_threshold)
                 labels = found.labels.tolist()
                 result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
                 result["labels"] = [config.class_names[label] for label in labels]

@@ -29,6 +29,7 @@ from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
 from direct_pt.program.signals import STOP_SIGNALS, StopSignals
 from direct_pt.recipes import Recipe
+from direct_pt.reports.evaluation import Judged
 from direct_pt.training.checkpoints import TrainingState
 from direct_pt.training.failures import divergence_advice, explain_failure, is_lost_peer
 from direct_pt.training.norm_statistics import average_running_statistics, recompute_statistics
@@ -340,7 +341,8 @@ class Trainer:
         )  # fmt: skip
         epoch = self.progress.step * self.plan.global_batch_size / self.plan.images
         record = {"step": self.progress.step, "epoch": epoch, **metrics}
-        self.folder.add_evaluation(record, detector, self.run.history)
+        judged = Judged.of(self.run.val, predictions, metrics) if self.accelerator.is_main_process else None
+        self.folder.add_evaluation(record, detector, self.run.history, judged)
         self._track(record)
         seconds = time.monotonic() - start
         if self.accelerator.is_main_process:

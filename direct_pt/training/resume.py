@@ -21,6 +21,7 @@ from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
 from direct_pt.models.detector import Detector
 from direct_pt.program.folder_lock import hold_folder
 from direct_pt.recipes import Augmentation
+from direct_pt.reports.run_page import PAGE, PICTURES
 from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.choices import Choices
 from direct_pt.training.plan import Plan, micro_batch_sizes, warmup_notes
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from direct_pt.data.stream import Stream
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
-FOLDERS, FILES = ("model", "best", "checkpoints"), ("metrics.jsonl", "curves.png")  # of a run, beside config.json
+# Of a run, beside config.json.
+FOLDERS, FILES = ("model", "best", "checkpoints", PICTURES), ("metrics.jsonl", "curves.png", PAGE)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from direct_pt.batch import Batch
 from direct_pt.checkpoint import CONFIG, History, model_facts, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
 from direct_pt.files import replacing, unfinished, write_json, write_text, writing
 from direct_pt.models.detector import Detector
+from direct_pt.reports.evaluation import Judged
 from direct_pt.reports.plots import plot_curves
+from direct_pt.reports.run_page import RunPage
 from direct_pt.training.checkpoints import (
     TrainingState,
     checkpoints,
@@ -36,6 +39,7 @@ class RunFolder:
 
     Attributes:
         records: the lines of metrics.jsonl.
+        page: of the run, if it is shown.
         evaluated_step: the last step that was evaluated, known to every process.
     """
 
@@ -52,6 +56,7 @@ class RunFolder:
         step = [max((record["step"] for record in evaluations), default=0)]
         broadcast_object_list(step)
         self.evaluated_step = int(step[0])
+        self.page: RunPage | None = None
         self._error = ""
         self._unsaved_best: Callable[[], None] | None = None
         if unfinished(path / "curves.png").exists():  # killed while it drew them, perhaps as the last it had to do
@@ -67,9 +72,13 @@ class RunFolder:
 
         self._try(append)  # the next save writes all lines anew
 
-    def add_evaluation(self, record: dict[str, Any], detector: Detector, history: History) -> None:
+    def add_evaluation(
+        self, record: dict[str, Any], detector: Detector, history: History, judged: Judged | None
+    ) -> None:
         """Write the metrics of a step, also to the model saved of it, and the detector where it is the best."""
-        measured = [*history[:-1], {**history[-1], "AP": record["bbox"]["AP"]}]
+        thresholds = judged and judged.best_thresholds()  # only the main process's is not None
+        stage = {**history[-1], "AP": record["bbox"]["AP"]} | ({"thresholds": thresholds} if thresholds else {})
+        measured = [*history[:-1], stage]
         if self.is_main and record["bbox"]["AP"] > self.best_ap:
             self.best_ap = record["bbox"]["AP"]
             # A copy: it may be written only after training has changed the weights.
@@ -79,7 +88,9 @@ class RunFolder:
         self._try(lambda: self._write_ap(detector, history, measured))
         self.add(record)
         self.evaluated_step = record["step"]
-        self._try(lambda: plot_curves(self.records, self.path / "curves.png"))
+        if judged is not None and (page := self.page) is not None:
+            self._try(lambda: page.add_evaluation(record["step"], judged))
+        self._try(self._draw)
 
     def save(self, state: TrainingState, result: Detector, history: History) -> None:
         """Write a checkpoint, and the model that the run would end with now."""
@@ -91,7 +102,7 @@ class RunFolder:
             save_model(self.path / "model", result, history)  # a run killed after this writes it again
             save_training_state(self.path / "checkpoints", state, self.keep, model_facts(result.config, history))
             self._error = ""
-            plot_curves(self.records, self.path / "curves.png")
+            self._draw()
 
         self._try(write)
 
@@ -128,6 +139,13 @@ class RunFolder:
         saved = checkpoints(self.path / "checkpoints")
         return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
+    def show(self, page: RunPage, samples: Iterable[Batch], class_names: tuple[str, ...]) -> None:
+        """Write the run's page from now on, for the main process; with these training samples unless it has some."""
+        self.page = page
+        if not page.has_samples():
+            self._try(lambda: page.add_samples(samples, class_names))
+        self._try(lambda: page.write(self.records))
+
     def must_be_saved(self, step: int) -> None:
         """Raise TrainingStopped where the last save failed. Called whenever a run ends."""
         if self._error:
@@ -145,6 +163,12 @@ class RunFolder:
             self._error = str(error)
             message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training continues"
             tqdm.write(printable(message), file=sys.stderr)
+
+    def _draw(self) -> None:
+        """The charts, and the page that shows them. Raises OSError."""
+        plot_curves(self.records, self.path / "curves.png")
+        if self.page is not None:
+            self.page.write(self.records)
 
     def _write_best(self) -> None:
         if self._unsaved_best is not None:

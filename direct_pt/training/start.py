@@ -2,7 +2,10 @@
 refused here, before the first step."""
 
 import os
+import shlex
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,10 +14,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
+from direct_pt.batch import Batch
 from direct_pt.checkpoint import CONFIG, History
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import ImageCache
-from direct_pt.data.loader import Feed, TableFeed
+from direct_pt.data.loader import Feed, Share, TableFeed
 from direct_pt.data.mixing import Mix
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
@@ -25,6 +29,7 @@ from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
 from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.recipes import Recipe, make_optimizer, paper_optimizer, recipe_name
+from direct_pt.reports.run_page import MAX_SAMPLES, RunPage
 from direct_pt.reports.survey import nothing_to_learn, summary
 from direct_pt.training.banner import banner, git_revision, recipe_text
 from direct_pt.training.choices import Choices
@@ -345,11 +350,19 @@ def train_run(
         detector = run.model.detector
         paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
         recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
-        print(printable_lines(banner(run, images, origin, recipe, survey)), flush=True)
+        text = printable_lines(banner(run, images, origin, recipe, survey))
+        print(text, flush=True)
     if run.options.report_to != "none":
         run.accelerator.init_trackers("tensorboard")
     try:
-        Trainer(run).train()
+        trainer = Trainer(run)
+        if run.accelerator.is_main_process:
+            page = RunPage(run.options.output_dir, run.title, text, shlex.join(sys.argv), run.plan.total_steps, run.val)
+            samples: Iterator[Batch] = iter(())
+            if isinstance(run.feed, TableFeed):  # a stream would be read twice
+                samples = replace(run.feed, num_workers=0).batches(Share(1, 0, MAX_SAMPLES))
+            trainer.folder.show(page, samples, run.model.detector.config.class_names)
+        trainer.train()
         run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
         run.accelerator.end_training()
     finally:

@@ -9,6 +9,7 @@ and class. Timed, in a process each:
   second time with the boxes left out of the results.
 * from arrays: from the annotation table and the detections in memory, as after each evaluation in training. The peer's
   time is the same as above: it starts from files.
+* the report: from the figures to report.html and report.json, intervals and pictures included; its megabytes beside it.
 
 Seconds are the process's own processor time. The peak memory is of the whole process; the libraries, torch among them,
 take 0.7 GiB of it in each, the peer's too. With --masks, objects have polygons (crowd regions run lengths), detections
@@ -31,13 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.rows import Row, in_process, peak_gib, row, seconds
 from direct_pt.coco_eval import METRICS, Predictions, coco_metrics
+from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.formats.coco import CocoSplit
 from direct_pt.data.sources import load_split
+from direct_pt.files import write_json
 from direct_pt.flags import positive_integer
 from direct_pt.models.mask_encoding import mask_run_lengths
+from direct_pt.reports.evaluation import Judged, analyse
+from direct_pt.reports.evaluation_page import write_evaluation_page
 
 HEIGHT, WIDTH = 480, 640
 OBJECTS, DETECTIONS, CLASSES = 7.2, 100, 80  # an image, an image, in all
@@ -63,7 +69,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         peer = None
     with tempfile.TemporaryDirectory() as folder:
         in_process("evaluation", "make", folder, str(args.images), str(int(args.masks)))
-        ours, arrays = (json.loads(in_process("evaluation", how, folder)) for how in ("files", "arrays"))
+        ours, arrays, report = (
+            json.loads(in_process("evaluation", how, folder)) for how in ("files", "arrays", "report")
+        )
         theirs = json.loads(in_process("evaluation", peer, folder)) if peer else {}
     rows = []
     name = f"{args.images} images, {'boxes and masks' if args.masks else 'boxes'}"
@@ -71,6 +79,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rows.append(row("evaluation", f"{name}, from {how}", measured["s"], "s", peer, theirs.get("s"), target))
         peak = theirs.get("gib")
         rows.append(row("evaluation", f"{name}, from {how}: peak", measured["gib"], "GiB", peer, peak, "under 1.4"))
+    rows.append(row("evaluation", f"{name}: report", report["s"], "s", target="under 60"))
+    rows.append(row("evaluation", f"{name}: report.html", report["mb"], "MB", target="under 15"))
+    rows.append(row("evaluation", f"{name}: report, peak", report["gib"], "GiB"))
     if peer:
         pairs = zip(theirs["figures"], ours["figures"], arrays["figures"], strict=True)
         difference = max(max(abs(a - b), abs(a - c)) for a, b, c in pairs)
@@ -170,8 +181,10 @@ def make(folder: Path, images: int, masks: bool) -> None:
         )
     (folder / "images").mkdir()
     names = [f"{number:06d}.jpg" for number in range(1, images + 1)]
+    noise = np.random.default_rng(2).integers(256, size=(HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(folder / "image.jpg")
     for name in names:
-        (folder / "images" / name).touch()  # metrics do not look into the images
+        os.link(folder / "image.jpg", folder / "images" / name)  # metrics do not look into the images, the report does
     truth = {
         "images": [{"id": i, "file_name": n, "height": HEIGHT, "width": WIDTH} for i, n in enumerate(names, start=1)],
         "annotations": annotations,
@@ -234,8 +247,8 @@ def from_files(folder: Path) -> dict[str, Any]:
     return {"s": time.process_time() - start, "gib": peak_gib(), "figures": flat(figures)}
 
 
-def from_arrays(folder: Path) -> dict[str, Any]:
-    """Ours, the table and the detections in memory."""
+def in_memory(folder: Path) -> tuple[AnnotationTable, Predictions]:
+    """The table and the detections."""
     table = load_split(CocoSplit(folder / "images", folder / "annotations.json"))
     with np.load(folder / "arrays.npz") as arrays:
         counts, ends = arrays["counts"].tobytes().decode(), np.cumsum(arrays["lengths"]).tolist()
@@ -243,9 +256,28 @@ def from_arrays(folder: Path) -> dict[str, Any]:
     if ends:
         pairs = zip([0, *ends], ends, strict=False)
         predictions.masks = [{"size": [HEIGHT, WIDTH], "counts": counts[first:end]} for first, end in pairs]
+    return table, predictions
+
+
+def from_arrays(folder: Path) -> dict[str, Any]:
+    """Ours, the table and the detections in memory."""
+    table, predictions = in_memory(folder)
     start = time.process_time()
     figures = coco_metrics(table, predictions)
     return {"s": time.process_time() - start, "gib": peak_gib(), "figures": flat(figures)}
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Ours, from the figures to the page."""
+    table, predictions = in_memory(folder)
+    metrics = coco_metrics(table, predictions)
+    start = time.process_time()
+    judged = Judged.of(table, predictions, metrics)
+    figures = analyse(judged)
+    write_json(folder / "report.json", figures)
+    write_evaluation_page(folder / "report.html", judged, figures, {"model": "none"})
+    megabytes = (folder / "report.html").stat().st_size / 1e6
+    return {"s": time.process_time() - start, "gib": peak_gib(), "mb": megabytes}
 
 
 def read_results(path: Path) -> Predictions:
@@ -296,10 +328,12 @@ def flat(figures: dict[str, Any]) -> list[float]:
     return [figures[kind][name] for kind in ("bbox", "segm") if kind in figures for name in METRICS]
 
 
+TASKS = {"files": from_files, "arrays": from_arrays, "report": report, "pycocotools": with_pycocotools}
+
 if __name__ == "__main__":
     task, folder = sys.argv[1], Path(sys.argv[2])
     os.environ["DIRECT_PT_CACHE"] = str(folder / "cache")  # read from files, not from what an earlier run left
     if task == "make":
         make(folder, int(sys.argv[3]), sys.argv[4] == "1")
     else:
-        print(json.dumps({"files": from_files, "arrays": from_arrays, "pycocotools": with_pycocotools}[task](folder)))
+        print(json.dumps(TASKS[task](folder)))
