@@ -13,7 +13,7 @@ class TrainingStopped(Exception):
 
 
 class StopSignal(Exception):
-    """A stop signal arrived and the state was saved. `exit_status` is 128 + the signal's number."""
+    """A stop signal came (`exit_status` 128 + its number), or the time is up (0); the state is saved."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)

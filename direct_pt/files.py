@@ -142,6 +142,19 @@ def check_output(folder: Path, flag: str = "--output-dir") -> None:
             os.fsync(file.fileno())
 
 
+def counted_folder(first: Path, latest: bool = False) -> Path:
+    """The folder after the latest of NAME, NAME-2 and so on, or that one itself; `first` where there is none."""
+    numbers = [0]
+    for path in first.parent.glob(f"{first.name}*"):
+        rest = path.name.removeprefix(first.name)
+        if not rest:
+            numbers.append(1)
+        elif rest.startswith("-") and rest[1:].isascii() and rest[1:].isdigit() and len(rest) < 10:
+            numbers.append(int(rest[1:]))
+    number = max(max(numbers) + (not latest), 1)
+    return first if number == 1 else first.with_name(f"{first.name}-{number}")
+
+
 def check_inputs_kept(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--output-dir") -> None:
     """Raise InputError where something to be written is something that is read, also by another name or through a link.
 

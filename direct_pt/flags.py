@@ -14,7 +14,7 @@ from direct_pt.errors import InputError
 
 # Whether a flag may differ when a run is resumed: no; yes, as it says where and how the run works, not what it
 # computes; yes, as a run that failed may need it to continue, and the banner says so.
-FIXED, FREE, CHANGEABLE = "fixed", "free", "changeable"
+FIXED, FREE, CHANGEABLE, LENGTH = "fixed", "free", "changeable", "length"
 MAX_EPOCHS = 1_000_000
 MAX_SHOWN = 80  # characters of a path, in messages
 QUOTED_NAME = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?=,|$)')
@@ -45,7 +45,7 @@ def flag(
         metavar: what the help calls the value.
         many: True if it takes one value or more, a number if it takes so many; `metavar` then names each.
         excludes: flags with the same word here exclude each other.
-        on_resume: FIXED, FREE or CHANGEABLE.
+        on_resume: FIXED, FREE, CHANGEABLE, or LENGTH (a run may be made longer).
     """
     check = any_path if check is Path else check
     metadata = {

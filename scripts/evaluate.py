@@ -80,6 +80,9 @@ def print_result(model: Model, table: AnnotationTable, split: str, judged: Judge
     """Figures, and images that could not be read. Raises InputError where none could."""
     size = f"{len(table)} images at {model.preset.long_side}x{model.preset.short_side}"
     print(printable_lines(f"{split}: {size}\n{metrics_table(judged.metrics)}"))
+    if at := judged.thresholds["all"]:
+        worth = f"precision {at['precision']:.3f}, recall {at['recall']:.3f}, F1 {at['f1']:.3f}"
+        print(f"best score threshold {at['threshold']:g}: {worth}")
     if not any(row["objects"] for row in judged.metrics["per_class"].values()):
         print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
     reasons = [unreadable_reason(table, image) for image in judged.predictions.unreadable]

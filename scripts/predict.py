@@ -1,6 +1,6 @@
 """Detect objects in image files: drawn pictures and COCO results.
 
-  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... --output-dir DIR [--score-threshold X]
+  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... [--output-dir DIR] [--score-threshold X]
 
 Folders are searched recursively, but for the output folder. Writes each picture with its detections drawn, and
 predictions.json: COCO results with the data set's own category ids, masks as run lengths; images are numbered from 1 in
@@ -35,6 +35,7 @@ from direct_pt.files import (
     MAX_NAME_BYTES,
     check_inputs_kept,
     check_output,
+    counted_folder,
     reading,
     replacing,
     shortened,
@@ -178,7 +179,7 @@ def main() -> None:
         "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
     )
     p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
-    p.add_argument("--output-dir", required=True, type=any_path, metavar="DIR", help="where to write")
+    p.add_argument("--output-dir", type=any_path, metavar="DIR", help="where to write (runs/predict, -2 and so on)")
     p.add_argument(
         "--score-threshold", type=threshold, default="model", metavar="X|model|per-class", help=THRESHOLD_HELP
     )
@@ -187,7 +188,7 @@ def main() -> None:
     add_flags(p, DeviceOptions)
     args = p.parse_args()
 
-    output: Path = args.output_dir
+    output: Path = args.output_dir or counted_folder(Path("runs/predict"))
     check_output(output)
     notes = Problems()
     files, left_out = find_images(args.images, output, notes)

@@ -7,18 +7,17 @@ training images 8 a step and at least 32,000 in all (--recipe).
 """
 
 from direct_pt.program.run import run_program
-from dataclasses import replace
 
 from accelerate.utils import set_seed
 
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.image_cache import open_image_cache
 from direct_pt.distributed.launch import join_processes
-from direct_pt.models.detector import DetectorConfig, build_detector
 from direct_pt.reports.samples import write_samples
 from direct_pt.reports.survey import size_name, whole_image
 from direct_pt.training.choices import choose
-from direct_pt.training.limits import check_channels, check_run
+from direct_pt.training.initial_detector import initial_detector
+from direct_pt.training.limits import check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import PretrainFlags, parse_flags
 from direct_pt.training.start import load_data, make_feed, plan_run, prepare_detector, start_run, train_run
@@ -30,21 +29,22 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(PretrainFlags, __doc__ or "", argv)
     processes = join_processes()
     flags, resumption = open_run(flags, processes)
-    options, size, model = flags.run, flags.images.image_size, flags.detector.model or ""
+    options, size = flags.run, flags.images.image_size
 
     # Data: the target set itself, in crops of one small size.
     train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
+    model = None if flags.detector.init_kind == "run" else flags.detector.model
     choices = choose(flags.stage, flags.to_dict(), model, size, train, resumption.choices if resumption else None)
     preset = choices.pretrain_preset(size)
     sides = min(preset.frame), max(preset.frame)
 
-    # Detector: random weights, and all of them train: anything frozen would cost most of the AP.
+    # Detector: random weights, unless --init says otherwise, and all of them train: anything frozen would cost most of
+    # the AP.
     set_seed(options.seed)
-    config = DetectorConfig.from_paper(model, train.class_names, train.category_ids)
-    config = replace(flags.detector.applied_to(config, *sides), anchor_scale=choices.anchor_scale)
-    detector = build_detector(config.name, config=check_channels(config)).train()
+    classes = dict(zip(train.category_ids, train.class_names, strict=True))
+    detector, history, origin = initial_detector(flags.detector, classes, sides, options.seed, choices.anchor_scale)
     assert all(parameter.requires_grad for parameter in detector.parameters())
-    origin = f"random: 0 of {len(detector.state_dict())} tensors loaded (seed {options.seed}); nothing frozen"
+    origin = f"{origin}; nothing frozen"
     prepare_detector(detector, options, train, val, one_shape=True)
 
     # Plan: batch, steps and learning rate, by the recipe for so many images.
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
         mix=choices.mix,
     )  # fmt: skip
     if options.preview is not None:
-        return write_samples(feed, plan.micro_batch_size, config.class_names, options.preview, options.output_dir)
+        return write_samples(feed, plan.micro_batch_size, train.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
-    run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides), resumption, history=[])
+    run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides), resumption, history)
     train_run(run, flags, train, f"{size_name(preset)} crops", origin, whole_image(size, preset.canvas))
 
 

@@ -191,12 +191,15 @@ def test_evaluation_over_the_annotations(model: Path, demo: Path, tmp_path: Path
     assert contents(tmp_path) == {**before, "link.json": before["found/predictions.json"]}
 
 
+KINDS = (("metrics", "json"), ("predictions", "json"), ("report", "json"), ("report", "html"))
+
+
 def test_metrics_of_other_splits_stand_beside_those_of_val(demo: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "model", small_detector(), [])
     for split in ("val", "train"):
         runs.call_script("evaluate", "--checkpoint", tmp_path, "--data", demo, "--split", split, *runs.MACHINE)
-    names = ["metrics.json", "metrics_train.json", "model", "predictions.json", "predictions_train.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    files = {f"{name}{split}.{kind}" for split in ("", "_train") for name, kind in KINDS}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"model"}
     for name, split, count in (("", "val", runs.VAL_IMAGES), ("_train", "train", runs.TRAIN_IMAGES)):
         metrics = runs.read_json(tmp_path / f"metrics{name}.json")
         source = str(demo / f"annotations/instances_{split}.json")

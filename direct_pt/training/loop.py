@@ -27,7 +27,7 @@ from direct_pt.distributed.processes import gather_to_main, main_decides
 from direct_pt.errors import StopSignal, TrainingStopped, first_names, printable, printable_lines
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import running_statistics
-from direct_pt.program.signals import STOP_SIGNALS, StopSignals
+from direct_pt.program.signals import END_SIGNALS, TIME_IS_UP, StopSignals
 from direct_pt.recipes import Recipe
 from direct_pt.reports.evaluation import Judged
 from direct_pt.training.checkpoints import TrainingState
@@ -39,9 +39,8 @@ from direct_pt.training.progress import Progress
 from direct_pt.training.run_folder import RunFolder
 from direct_pt.training.run_log import RunLog, duration
 from direct_pt.training.settings import RunOptions
+from direct_pt.training.unreadable import UnreadableImages
 from direct_pt.transforms import TestPreset
-
-MAX_UNREADABLE_SHARE = 0.01  # of the training images; more than that, and more than one image, stop the run
 
 
 @dataclass
@@ -114,9 +113,7 @@ class Trainer:
         )
         self.log = RunLog(run.plan, run.accelerator, run.progress.step, run.saved_log)
         self.signals = StopSignals()
-        self.unreadable: set[int] = set()  # images of this process that could not be read
-        self.reported: set[int] = set()  # those of them that were reported to all processes
-        self.reasons: dict[int, str] = {}  # why, of all processes' images
+        self.unreadable = UnreadableImages(run.feed)
         self.saved_statistics: list[tuple[Tensor, Tensor]] = []  # restored if the step under way is skipped
         self.in_step = False  # whether a step has begun that has not updated the weights yet
         self.saved_step = self.first_step = run.progress.step
@@ -125,7 +122,7 @@ class Trainer:
     def train(self) -> None:
         """Train from the step reached to the last one."""
         total, options = self.plan.total_steps, self.options
-        self.signals.catch()
+        self.signals.catch(options.max_hours)
         self.model.model.train()
         with closing(self._batches()) as batches, tqdm(
             total=total, initial=self.progress.step, desc=self.run.title, unit="step",
@@ -133,7 +130,7 @@ class Trainer:
         ) as self.bar, self._failures_explained():  # fmt: skip
             if self._evaluation_due():  # the run ended between the last save and its evaluation
                 self._evaluate()
-            while self.progress.step < total:
+            while self.progress.step < total and not self.folder.is_stale(options.patience, options.min_delta):
                 for group in self.model.optimizer.param_groups:
                     group["lr"] = self.plan.learning_rate(self.progress.step)
                 start = time.monotonic()
@@ -154,10 +151,15 @@ class Trainer:
                     self._exit(stop)
                 if self._evaluation_due():
                     self._evaluate()
-        self.folder.must_be_saved(self.progress.step)
+            if (done := self.progress.step) < total and self.run.recompute_norm:
+                recompute_statistics(self._result(), self.run.feed, self.plan, self.accelerator)
+                self.saved_step = -1
+                self._save()
+        self.folder.must_be_saved(done)
         if self.accelerator.is_main_process:
-            skipped = f"; {self.progress.skipped} of {total} steps were skipped" if self.progress.skipped else ""
-            print(printable(f"done: {options.output_dir / 'model'}{skipped}"), flush=True)
+            skipped = f"; {self.progress.skipped} of {done} steps were skipped" if self.progress.skipped else ""
+            early = f"; stopped at step {done} of {total}, {self.folder.describe_best()}" if done < total else ""
+            print(printable(f"done: {options.output_dir / 'model'}{skipped}{early}"), flush=True)
 
     def _batches(self) -> Generator[Batch, None, None]:
         plan, process = self.plan, self.accelerator.process_index
@@ -187,7 +189,7 @@ class Trainer:
             total += loss.detach()
             for name, part in losses.items():
                 sums[name] = sums.get(name, 0) + part.detach()
-            self.unreadable.update(batch.unreadable)
+            self.unreadable.own.update(batch.unreadable)
         norm = self.model.gradient_norm()
         step = self._agree(torch.stack(good), total / len(good), norm)
         skip = not step.is_good
@@ -229,13 +231,13 @@ class Trainer:
             norm: of the gradient, the same on all processes.
         """
         norms = [] if norm is None else [norm.double()]
-        signals = torch.tensor([self.signals.number == number for number in STOP_SIGNALS]).to(good.device)
+        signals = torch.tensor([self.signals.number == number for number in END_SIGNALS]).to(good.device)
         sums = torch.stack([good.sum(), (~good).sum(), loss, *signals, *norms]).double()
         if self.plan.processes > 1:
             torch.distributed.all_reduce(sums)
         succeeded, failed, total, *rest = sums.tolist()
         size = None if norm is None else rest.pop() / self.plan.processes
-        stop = next((number for number, count in zip(STOP_SIGNALS, rest, strict=True) if count), 0)
+        stop = next((number for number, count in zip(END_SIGNALS, rest, strict=True) if count), 0)
         overflow = size is not None and not math.isfinite(size) and self.accelerator.scaler is None
         mixed = bool(succeeded and failed)
         return StepOutcome(not failed and not overflow, mixed, total / self.plan.processes, size, stop)
@@ -297,7 +299,7 @@ class Trainer:
     def _log(self) -> None:
         """Write a log line; report unreadable images. Every process must call it."""
         progress = self.progress
-        record, some_unreadable = self.log.next_record(progress.step, progress.skipped, len(self.unreadable))
+        record, some_unreadable = self.log.next_record(progress.step, progress.skipped, len(self.unreadable.own))
         self.bar.set_postfix_str(
             f"loss {record['loss'] or math.nan:.3f}, lr {record['lr']:.2g}, "
             f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
@@ -308,21 +310,13 @@ class Trainer:
             self._report_unreadable()
 
     def _report_unreadable(self) -> None:
-        """Name the images that could not be read; stop where they are too many. Every process must call it."""
-        feed, reasons = self.run.feed, self.reasons
-        own = [(image, feed.unreadable_reason(image)) for image in sorted(self.unreadable - self.reported)]
-        self.reported |= self.unreadable
-        new = {image: reason for image, reason in gather_object(own) if image not in reasons}
-        reasons |= new
-        for image in sorted(new) if self.accelerator.is_main_process else []:
-            self.bar.write(f"unreadable image, replaced by another: {printable(new[image])}")
-        if len(reasons) / len(feed) > MAX_UNREADABLE_SHARE and len(reasons) > 1:
+        """Name images that could not be read; stop where they are too many. Every process must call it."""
+        if too_many := self.unreadable.report(self.bar.write if self.accelerator.is_main_process else None):
             self._save()
             self.folder.must_be_saved(self.progress.step)
             raise TrainingStopped(
-                f"{len(reasons)} of {len(feed)} training images cannot be read (more than {MAX_UNREADABLE_SHARE:.0%}), "
-                f"first {reasons[min(reasons)]}; the state of step {self.progress.step} is saved. Mend or remove them, "
-                "then continue with --resume"
+                f"{too_many}; the state of step {self.progress.step} is saved. Mend or remove them, then continue with "
+                "--resume"
             )
 
     def _evaluation_due(self) -> bool:
@@ -395,11 +389,9 @@ class Trainer:
     def _exit(self, number: int) -> NoReturn:
         """End the run after a stop signal; its state is saved."""
         self.folder.must_be_saved(self.progress.step)
-        status = 128 + (number if number == signal.SIGINT else signal.SIGTERM)
-        message = (
-            f"{signal.Signals(number).name}: the state of step {self.progress.step} is saved; continue with --resume"
-        )
-        raise StopSignal(message, status)
+        name = "--max-hours" if number == TIME_IS_UP else signal.Signals(number).name
+        status = 0 if number == TIME_IS_UP else 128 + (number if number == signal.SIGINT else signal.SIGTERM)
+        raise StopSignal(f"{name}: the state of step {self.progress.step} is saved; continue with --resume", status)
 
     @contextmanager
     def _failures_explained(self) -> Iterator[None]:

@@ -16,19 +16,28 @@ from direct_pt.checkpoint import CONFIG, Tensors
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.distributed.processes import check_same, main_decides, share_tensors
 from direct_pt.errors import InputError, class_differences, first_names
-from direct_pt.files import DamagedFile, check_inputs_kept, check_output, read_json, unfinished, writing
-from direct_pt.flags import CHANGEABLE, FIXED, flag_name, paths_of, to_json
+from direct_pt.files import (
+    DamagedFile,
+    check_inputs_kept,
+    check_output,
+    counted_folder,
+    read_json,
+    unfinished,
+    writing,
+)
+from direct_pt.flags import CHANGEABLE, FIXED, LENGTH, flag_name, paths_of, to_json
 from direct_pt.models.detector import Detector
 from direct_pt.program.folder_lock import hold_folder
-from direct_pt.recipes import Augmentation
+from direct_pt.recipes import Augmentation, Recipe
 from direct_pt.reports.run_page import PAGE, PICTURES
 from direct_pt.training.checkpoints import TrainingState, load_training_state
 from direct_pt.training.choices import Choices
-from direct_pt.training.plan import Plan, micro_batch_sizes, warmup_notes
+from direct_pt.training.plan import Plan, make_plan, micro_batch_sizes, warmup_notes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
 from direct_pt.training.saved_values import read_choices, read_data_record, read_plan, read_records
 from direct_pt.training.settings import (
+    NEXT_RUN,
     Flags,
     ScheduleOptions,
     checked_values,
@@ -59,6 +68,7 @@ class Resumption:
         notes: which flags have changed, in words.
         data: the run's `data_record`, if it has one.
         choices: the run's, see `Choices.to_json`.
+        new_length: whether the flags give the run another length.
         state: the tensors, on the main process.
     """
 
@@ -70,6 +80,7 @@ class Resumption:
     notes: list[str]
     data: dict[str, Any] | None = None
     choices: dict[str, Any] = field(default_factory=dict)
+    new_length: bool = False
     state: TrainingState | None = None
 
     def load_weights(self, detector: Detector, accelerator: Accelerator) -> None:
@@ -150,6 +161,10 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
         InputError: the folder holds another run, is being written by one, cannot be written or read, or all its
             checkpoints are damaged; or the processes were started with different flags.
     """
+    if flags.run.output_dir == NEXT_RUN:
+        first = NEXT_RUN.with_name(flags.stage.name)
+        folder = main_decides(lambda: counted_folder(first, latest=flags.run.resumes), processes)
+        flags = flags.changed({"output_dir": folder})
     given = {flag_name(name): value for name, value in flags.to_dict().items()}
     check_same(given | {"--output-dir": None}, "flags", processes)  # only the main process's is written
     states: list[TrainingState] = []  # on the main process, which alone reads and writes there
@@ -165,6 +180,7 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
         check_flags(flags, path)
         check_entries(flags.run.output_dir)
         resumed, notes = changed_flags(flags, read_config(path))
+        new_length = has_new_length(flags, read_config(path))
         plan, data = read_plan(path), read_data_record(path)
         choices = read_choices(path) or Choices(Augmentation()).to_json()  # of runs from before there were any
         read_records(flags.run.output_dir / "metrics.jsonl")  # raises what would end the main process alone later
@@ -178,7 +194,15 @@ def open_run(flags: SomeFlags, processes: PartialState) -> tuple[SomeFlags, Resu
                 f"{state.folder}: is of a longer run than the {plan.total_steps} steps of {path}; move it away"
             )
         return resumed, Resumption(
-            state.progress, state.scaler, state.of_processes, state.micro_batch_size, plan, notes, data, choices
+            state.progress,
+            state.scaler,
+            state.of_processes,
+            state.micro_batch_size,
+            plan,
+            notes,
+            data,
+            choices,
+            new_length,
         )
 
     flags, resumption = main_decides(read, processes)
@@ -246,6 +270,20 @@ def check_flags(flags: Flags, path: Path) -> None:
                 f"--resume: {what} is {given[name]!r} but the run in {folder} was started with "
                 f"{saved.get(name)!r:.60}; give the same (--config {path} does), or choose another --output-dir"
             )
+
+
+def has_new_length(flags: Flags, saved: dict[str, Any]) -> bool:
+    """Whether the flags give a run another length than its config.json. Raises InputError where they leave it out."""
+    given, defaults = flags.to_dict(), default_values(type(flags))
+    names = on_resume(type(flags), LENGTH)
+    differing = [name for name in names if saved.get(name, defaults[name]) != given[name]]
+    if differing and all(given[name] == defaults[name] for name in names):
+        name, folder = differing[0], flags.run.output_dir
+        raise InputError(
+            f"--resume: {flag_name(name)} is {given[name]!r} but the run in {folder} was started with "
+            f"{saved.get(name)!r:.60}; give the same (--config {folder / CONFIG} does), or more to make it longer"
+        )
+    return bool(differing)
 
 
 def launcher_id() -> str:
@@ -337,6 +375,36 @@ def resumed_plan(
         warmup_steps=warmup,
         notes=tuple(warmup_notes(warmup, saved.total_steps, lr)),
     )
+
+
+def longer_plan(plan: Plan, options: ScheduleOptions, recipe: Recipe, step: int) -> Plan:
+    """A resumed run's plan with the length that the flags say now.
+
+    Args:
+        plan: of the run until now.
+        options: what the flags say.
+        recipe: of its stage and detector.
+        step: that it has reached.
+
+    Raises:
+        InputError: that is shorter.
+    """
+    sizes: dict[str, Any] = {"global_batch_size": plan.global_batch_size, "micro_batch_size": plan.micro_batch_size}
+    new = make_plan(replace(options, **sizes), recipe, plan.images, plan.processes)
+    if new.total_steps < plan.total_steps:
+        raise InputError(
+            f"--resume: the run has {plan.total_steps} steps, and {new.total_steps} are fewer; give the same, or more"
+        )
+    new = replace(
+        plan, total_steps=new.total_steps, decay_steps=new.decay_steps, eval_steps=new.eval_steps, notes=plan.notes
+    )
+    if new.total_steps == plan.total_steps:
+        return plan
+    notes = [f"made longer: {plan.total_steps} steps before"]
+    before, now = plan.learning_rate(max(step - 1, 0)), new.learning_rate(step)
+    if step and now > before * 1.001 and step > plan.warmup_steps:
+        notes.append(f"lr goes up again, from {before:.3g} to {now:.3g}, as the longer schedule has it at step {step}")
+    return replace(new, notes=(*plan.notes, *notes))
 
 
 def _one_of(choices: list[str]) -> str:

@@ -40,6 +40,7 @@ class RunFolder:
     Attributes:
         records: the lines of metrics.jsonl.
         page: of the run, if it is shown.
+        aps: of all evaluations, known to every process.
         evaluated_step: the last step that was evaluated, known to every process.
     """
 
@@ -53,9 +54,12 @@ class RunFolder:
         self.best_ap = max((record["bbox"]["AP"] for record in evaluations), default=-1.0)
         if self.is_main and not self._step_of_best():
             self.best_ap = -1.0  # it was set aside
-        step = [max((record["step"] for record in evaluations), default=0)]
-        broadcast_object_list(step)
-        self.evaluated_step = int(step[0])
+        known: list[Any] = [
+            max((record["step"] for record in evaluations), default=0),
+            [r["bbox"]["AP"] for r in evaluations],
+        ]
+        broadcast_object_list(known)
+        self.evaluated_step, self.aps = known
         self.page: RunPage | None = None
         self._error = ""
         self._unsaved_best: Callable[[], None] | None = None
@@ -88,6 +92,7 @@ class RunFolder:
         self._try(lambda: self._write_ap(detector, history, measured))
         self.add(record)
         self.evaluated_step = record["step"]
+        self.aps.append(record["bbox"]["AP"])
         if judged is not None and (page := self.page) is not None:
             self._try(lambda: page.add_evaluation(record["step"], judged))
         self._try(self._draw)
@@ -133,6 +138,18 @@ class RunFolder:
         if state is None:
             return f"No checkpoint is from before that: --resume begins anew{moved}"
         return f"--resume takes {folder / f'step-{state.progress.step}'}, from before that{moved}"
+
+    def is_stale(self, patience: int | None, min_delta: float) -> bool:
+        """Whether the last `patience` evaluations brought no AP that is higher by more than `min_delta`."""
+        best, since = -1.0, 0
+        for ap in self.aps:
+            best, since = (ap, 0) if ap > best + min_delta else (best, since + 1)
+        return patience is not None and since >= patience
+
+    def describe_best(self) -> str:
+        """The best evaluation in words, on the main process."""
+        best = max((r for r in self.records if "bbox" in r), key=lambda record: record["bbox"]["AP"])
+        return f"as no later AP was higher than {best['bbox']['AP']:.3f}, of step {best['step']} (--patience)"
 
     def newest_checkpoint(self) -> str:
         """Which checkpoint is the newest, in words."""

@@ -1,11 +1,10 @@
 """The flags of pretrain.py and finetune.py, in groups that each part of the program takes alone, and config.json."""
 
 import argparse
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from direct_pt.checkpoint import KINDS
 from direct_pt.data.sources import DataOptions
 from direct_pt.distributed.launch import DeviceOptions
 from direct_pt.errors import InputError
@@ -13,6 +12,7 @@ from direct_pt.files import DamagedFile, read_json
 from direct_pt.flags import (
     CHANGEABLE,
     FREE,
+    LENGTH,
     add_flags,
     any_path,
     batch_size,
@@ -23,9 +23,7 @@ from direct_pt.flags import (
     integer_or_auto,
     make_parser,
     not_negative_integer,
-    number_or_auto,
     number_up_to,
-    path_or_name,
     positive_float,
     positive_integer,
     positive_number,
@@ -36,8 +34,7 @@ from direct_pt.flags import (
     to_json,
     whole_number,
 )
-from direct_pt.models.detector import BOX_HEADS, FREEZES, MODELS, RETINA_SCALE, RPN_SCALE, DetectorConfig
-from direct_pt.models.saved_config import ANCHOR_SCALES, CHANNELS, NORMS, PROPOSALS, ROIS_PER_IMAGE
+from direct_pt.models.detector import MODELS
 from direct_pt.recipes import (
     FINETUNE,
     MIN_LARGE_SET_IMAGES,
@@ -47,21 +44,14 @@ from direct_pt.recipes import (
     SCHEDULES,
     Stage,
 )
+from direct_pt.training.detector_flags import FinetuneDetectorOptions, InitOptions
 from direct_pt.training.image_flags import FinetuneImageOptions, PretrainImageOptions
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 MAX_PREVIEW = 1000  # samples
 MAX_LR = 1e29  # float32 holds it; what is too large for training is found and told by the loop
+NEXT_RUN = Path("runs/?")  # stands for a folder that is not chosen yet
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags that exclude each other
-
-
-def anchor_side(text: str) -> float | str:
-    """A side in strides, or "auto"."""
-    value = number_or_auto(text)
-    low, high = ANCHOR_SCALES
-    if isinstance(value, float) and not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} must be from {low:g} to {high:g}, or auto")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,70 +66,6 @@ class TrainingDataOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorOptions:
-    """What the detector is built from. None: the paper's, or what --init has."""
-
-    model: str | None = flag(None, f"one of {', '.join(MODELS)}; not needed where --init is a run", metavar="NAME")
-    backbone: str | None = flag(
-        None, "any timm network with maps at strides 4 to 32 (paper: by --model)", metavar="NAME"
-    )
-    norm: str | None = flag(None, "normalisation layers (paper: batch)", choices=NORMS)
-    box_head: str | None = flag(
-        None, "convolutions and fully connected layers of the box head (paper: 4conv1fc; Cascade R-CNN 2fc)",
-        choices=list(BOX_HEADS),
-    )  # fmt: skip
-    channels: int | None = flag(
-        None, "width of the pyramid and heads (paper: 256)", whole_number(*CHANNELS), metavar="N"
-    )
-    rois_per_image: int | None = flag(
-        None,
-        "RoIs of an image that the second stage learns from (paper: 512)",
-        whole_number(*ROIS_PER_IMAGE),
-        metavar="N",
-    )
-    proposals: int | None = flag(
-        None, "boxes of an image that the RPN proposes (paper: 1000)", whole_number(*PROPOSALS), metavar="N"
-    )
-
-    anchor_scale: float | str | None = flag(
-        None,
-        "side of each level's smallest anchors, in strides of the level; auto: as the objects need (paper: "
-        f"{RPN_SCALE:g}; RetinaNet {RETINA_SCALE:g})",
-        anchor_side, metavar="X|auto",
-    )  # fmt: skip
-
-    def applied_to(self, config: DetectorConfig, short_side: int, long_side: int) -> DetectorConfig:
-        """The configuration with what the flags say about the detector, and the size that images are tested at."""
-        names = ("backbone", "norm", "box_head", "channels", "rois_per_image", "proposals")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(config, **given, short_side=short_side, long_side=long_side)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneDetectorOptions(DetectorOptions):
-    """What the detector starts from, and is built from."""
-
-    freeze: str = flag(
-        "paper", "of a pre-trained detector: BatchNorm, stem and first stage (paper), BatchNorm (norm), or none",
-        choices=list(FREEZES),
-    )  # fmt: skip
-
-    init: str = flag(
-        MISSING, "the pre-trained run to start from, or none, imagenet or a file of weights",
-        path_or_name, metavar="RUN|none|imagenet|FILE",
-    )  # fmt: skip
-
-    weights: str = flag("last", "of the run that --init names: the last, or those of its highest AP", choices=KINDS)
-
-    @property
-    def init_kind(self) -> str:
-        """What `init` means: "none", "imagenet", "file" (weights of a backbone) or "run" (a whole detector)."""
-        if self.init in ("none", "imagenet"):
-            return self.init
-        return "file" if Path(self.init).is_file() else "run"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """Batch, length and learning rate. None: the recipe's. Counted in optimizer steps and passes over the images."""
 
@@ -150,13 +76,23 @@ class ScheduleOptions:
     schedule: str = flag(
         "1x",
         "1x: {paper.epochs} epochs (paper; small: at least {small[min_images_seen]:,} images seen)",
-        choices=list(SCHEDULES), excludes="length",
+        choices=list(SCHEDULES), excludes="length", on_resume=LENGTH,
     )  # fmt: skip
     epochs: float | None = flag(
-        None, "train for N epochs, in place of --schedule", epoch_count, metavar="N", excludes="length"
+        None,
+        "train for N epochs, in place of --schedule",
+        epoch_count,
+        metavar="N",
+        excludes="length",
+        on_resume=LENGTH,
     )
     max_steps: int | None = flag(
-        None, "train for N steps, in place of --schedule", positive_integer, metavar="N", excludes="length"
+        None,
+        "train for N steps, in place of --schedule",
+        positive_integer,
+        metavar="N",
+        excludes="length",
+        on_resume=LENGTH,
     )
     global_batch_size: int | None = flag(
         None,
@@ -215,7 +151,10 @@ class PretrainScheduleOptions(ScheduleOptions):
 class RunOptions(DeviceOptions):
     """Where a run is written, how the machine is used, and how often something is saved or logged."""
 
-    output_dir: Path = flag(MISSING, "the folder that the run is written to", Path, metavar="RUN", on_resume=FREE)
+    output_dir: Path = flag(
+        NEXT_RUN, "the folder that the run is written to (runs/STAGE, runs/STAGE-2 and so on; --resume: the last)",
+        any_path, metavar="RUN", on_resume=FREE,
+    )  # fmt: skip
     resume: bool = flag(False, "continue from the newest checkpoint in --output-dir, if any", on_resume=FREE)
     gradient_checkpointing: bool = flag(
         False, "compute the backbone's activations again in the backward pass: less memory, the same gradients, slower",
@@ -230,6 +169,13 @@ class RunOptions(DeviceOptions):
         2, "how many of the newest checkpoints to keep", positive_integer, metavar="N", on_resume=FREE
     )
     log_every: int = flag(20, "steps between two log lines", positive_integer, metavar="STEPS", on_resume=FREE)
+    patience: int | None = flag(
+        None, "end the run after N evaluations without a higher AP (off)", positive_integer, metavar="N", on_resume=FREE
+    )
+    min_delta: float = flag(0.0, "how much higher an AP must be for --patience", share, metavar="X", on_resume=FREE)
+    max_hours: float | None = flag(
+        None, "save and end after so many hours, to be resumed", positive_float, metavar="X", on_resume=FREE
+    )
     preview: int | None = flag(
         None, "write N training samples, as the detector will see them, to RUN/samples.jpg, and end",
         whole_number(1, MAX_PREVIEW), metavar="N", on_resume=FREE,
@@ -244,6 +190,8 @@ class RunOptions(DeviceOptions):
     def __post_init__(self) -> None:
         if self.compile and self.gradient_checkpointing:
             raise InputError("--compile and --gradient-checkpointing exclude each other: use one of them")
+        if self.min_delta and self.patience is None:
+            raise InputError("--min-delta says how much --patience waits for: give that too, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +200,7 @@ class Flags:
 
     stage: ClassVar[Stage]
     data: TrainingDataOptions
-    detector: DetectorOptions
+    detector: InitOptions
     schedule: ScheduleOptions
     run: RunOptions
 
@@ -260,6 +208,15 @@ class Flags:
         model = self.detector.model
         if model is not None and model not in MODELS:
             raise InputError(f"--model {model}: no such detector; choose one of {', '.join(MODELS)}")
+        init, kind = self.detector.init, self.detector.init_kind
+        if self.detector.weights != InitOptions.weights and kind != "run":
+            raise InputError(f"--weights {self.detector.weights}: --init {init} is no run; leave the flag out")
+        if model is None and kind != "run":
+            raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
+        if kind == "run" and Path(init).suffix in WEIGHT_FILES:
+            raise InputError(f"--init {init}: no such file of weights")
+        if self.detector.norm == "group" and kind in ("imagenet", "file"):
+            raise InputError(f"--norm group with --init {init}: such weights are trained with their own norms")
         if self.data.streaming:
             if self.data.data is None:
                 raise InputError("--streaming needs --data: a data set on the hub, or a folder of parquet files")
@@ -300,11 +257,6 @@ class PretrainFlags(Flags):
     schedule: PretrainScheduleOptions
     images: PretrainImageOptions
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.detector.model is None:
-            raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneFlags(Flags):
@@ -313,18 +265,6 @@ class FinetuneFlags(Flags):
     stage = FINETUNE
     detector: FinetuneDetectorOptions
     images: FinetuneImageOptions
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        init, kind = self.detector.init, self.detector.init_kind
-        if self.detector.weights != FinetuneDetectorOptions.weights and kind != "run":
-            raise InputError(f"--weights {self.detector.weights}: --init {init} is no run; leave the flag out")
-        if self.detector.model is None and kind != "run":
-            raise InputError(f"--model is missing: one of {', '.join(MODELS)}")
-        if kind == "run" and Path(init).suffix in WEIGHT_FILES:
-            raise InputError(f"--init {init}: no such file of weights")
-        if self.detector.norm == "group" and kind in ("imagenet", "file"):
-            raise InputError(f"--norm group with --init {init}: such weights are trained with their own norms")
 
 
 SomeFlags = TypeVar("SomeFlags", bound=Flags)

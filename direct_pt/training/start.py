@@ -38,7 +38,7 @@ from direct_pt.training.micro_batch import Trial, fitting_micro_batch_size
 from direct_pt.training.plan import Plan, global_batch_size, make_plan, micro_batch_sizes
 from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
-from direct_pt.training.resume import Resumption, data_record, launcher_id, resumed_plan
+from direct_pt.training.resume import Resumption, data_record, launcher_id, longer_plan, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
 from direct_pt.transforms import Preset, TestPreset
 
@@ -151,7 +151,10 @@ def plan_run(
             )  # fmt: skip
             fitting = agreed_micro_batch_size(trial, train, preset, sizes)
     if resumption is not None:
-        return resumed_plan(resumption.plan, options, len(train) or resumption.plan.images, count, fitting), recipe
+        plan = resumed_plan(resumption.plan, options, len(train) or resumption.plan.images, count, fitting)
+        if resumption.new_length:
+            plan = longer_plan(plan, options, recipe, resumption.progress.step)
+        return plan, recipe
     images = len(train)
     if not images:  # of a stream that does not say how many there are, those that the run takes
         if options.max_steps is None:
@@ -232,6 +235,10 @@ def start_run(
     Raises:
         InputError: the device cannot serve what was asked for, or config.json cannot be written.
     """
+    if flags.run.patience is not None and val is None:
+        raise InputError(
+            "--patience waits for a higher AP, and there is no validation split: give one, or leave it out"
+        )
     options, recompute_norm = flags.run, bool(flags.to_dict().get("recompute_norm"))
     notes = ("--recompute-norm: BatchNorm's statistics are computed anew at the end",) * recompute_norm
     plan = replace(plan, notes=(*choices.notes, *notes, *plan.notes))
