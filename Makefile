@@ -37,9 +37,12 @@ pictures: demo
 	    contact_sheet(images, [path.name for path in paths], 208, columns=3).save('docs/images/detections.jpg', quality=85); \
 	    Image.open('$(RUN)/pretrain/curves.png').convert('P').save('docs/images/curves.png', optimize=True)"
 	$(BIN)/python -c "from playwright.sync_api import sync_playwright; from pathlib import Path; from shutil import which; \
-	    driver = sync_playwright().start(); browser = driver.chromium.launch(executable_path=which('chromium')); \
-	    page = browser.new_page(viewport={'width': 1000, 'height': 620}); \
-	    page.goto(Path('$(RUN)/report.html').absolute().as_uri()); page.screenshot(path='docs/images/report.png')"
+	    from PIL import Image; driver = sync_playwright().start(); \
+	    browser = driver.chromium.launch(executable_path=which('chromium'), args=['--no-sandbox']); \
+	    page = browser.new_page(viewport={'width': 1200, 'height': 860}); \
+	    page.goto(Path('$(RUN)/report.html').absolute().as_uri()); page.screenshot(path='docs/images/report.png'); \
+	    Image.open('docs/images/report.png').convert('P').save('docs/images/report.png', optimize=True); \
+	    browser.close(); driver.stop()"
 
 # What a contributor runs before each commit; test-all adds launchers, DeepSpeed, two hosts, faults, fuzz, benchmarks.
 test: setup

@@ -29,7 +29,7 @@ SLOW = (
     "test_five_detectors", "test_stream", "test_same_images", "test_odd_sets", "test_real_data",
     "test_image_cache", "test_fuzz", "test_memory", "test_checkpointing", "test_compile", "test_demo_data",
     "test_experiment_runs", "test_import_mmdet", "test_micro_batch", "test_backbones", "test_backbone_weights",
-    "test_peers", "test_folder_lock", "test_standard_streams",
+    "test_peers", "test_folder_lock", "test_standard_streams", "test_stopping",
     "test_short_of_memory", "test_first_seconds", "test_local_hub_sets",
 )  # fmt: skip
 LONGEST = (

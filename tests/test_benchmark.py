@@ -20,18 +20,21 @@ def test_boxes_and_masks_beside_the_peer(tmp_path: Path) -> None:
     rows = {row["setting"]: row for row in measured(tmp_path / "rows.json", "evaluation", "--images", 20, "--masks")}
     timed = [f"20 images, boxes and masks, from {how}" for how in ("files", "arrays")]
     difference = "20 images, boxes and masks: largest difference"
+    report = [f"20 images, boxes and masks: {what}" for what in ("report", "report.html", "report, peak")]
     assert list(rows) == [
         *(setting + ending for setting in timed for ending in ("", ": peak")),
+        *report,
         difference,
         "28x28 to run lengths in 640x480",
     ]
     assert rows.pop(difference)["value"] <= 1e-12
+    assert all(rows.pop(setting)["value"] > 0 for setting in report)
     assert all(row["value"] > 0 and row["peer_value"] > 0 and "pycocotools" in row["peer"] for row in rows.values())
 
 
 def test_boxes_without_the_peer(tmp_path: Path) -> None:
     rows = measured(tmp_path / "rows.json", "evaluation", "--images", 20, "--no-peer")
-    assert len(rows) == 5 and all(row["peer"] is None and row["ratio"] is None for row in rows)
+    assert len(rows) == 8 and all(row["peer"] is None and row["ratio"] is None for row in rows)
 
 
 def test_input_beside_its_peers(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def test_figures_in_one_folder(script: str, pretrained: Path, demo: Path, tmp_pa
         assert errors.splitlines()[-1].startswith(f"error: --output-dir {tmp_path}: process {os.getpid()} on ")
         if script == "evaluate":
             runs.call_script(script, "--data", demo, *flags, "--split", "train", "--output-dir", tmp_path)
-            assert {path.name for path in tmp_path.glob("*.json")} == {"metrics_train.json", "predictions_train.json"}
+            names = {f"{name}_train.json" for name in ("metrics", "predictions", "report")}
+            assert {path.name for path in tmp_path.glob("*.json")} == names
     assert not list(tmp_path.glob(".*"))
 
 
