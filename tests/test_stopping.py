@@ -175,3 +175,15 @@ def test_impossible(demo: Path, tmp_path: Path) -> None:
         pretrain(tmp_path / "run", demo, *SMALL, "--min-delta", "0.01")
     with pytest.raises(InputError, match="--patience waits for a higher AP, and there is no validation split"):
         runs.train("pretrain", *runs.train_part(demo), *SMALL, "--patience", 2, "--output-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step(demo: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """From the banner on it is heeded: while the page's first pictures are drawn, too."""
+    flags = ("--data", demo, *SMALL, "--max-steps", 6, "--output-dir", tmp_path / "run")
+    process = runs.start_script("pretrain", *flags)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("Direct-PT pretrain")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143 and f"{number.name}: the state of step 1 is saved" in err

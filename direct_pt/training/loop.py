@@ -118,11 +118,11 @@ class Trainer:
         self.in_step = False  # whether a step has begun that has not updated the weights yet
         self.saved_step = self.first_step = run.progress.step
         run.history[-1]["steps"] = run.progress.step
+        self.signals.catch(run.options.max_hours)
 
     def train(self) -> None:
         """Train from the step reached to the last one."""
         total, options = self.plan.total_steps, self.options
-        self.signals.catch(options.max_hours)
         self.model.model.train()
         with closing(self._batches()) as batches, tqdm(
             total=total, initial=self.progress.step, desc=self.run.title, unit="step",

@@ -349,26 +349,25 @@ def train_run(
         TrainingStopped: training cannot continue; the state is saved.
         StopSignal: a stop signal came; the state is saved.
     """
-    if run.accelerator.is_main_process:
-        survey = []
-        if isinstance(train, AnnotationTable):
-            tables = {"train": train} | ({} if run.val is None else {"val": run.val})
-            survey = summary(tables, survey_preset)
-        detector = run.model.detector
-        paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
-        recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
-        text = printable_lines(banner(run, images, origin, recipe, survey))
-        print(text, flush=True)
-    if run.options.report_to != "none":
-        run.accelerator.init_trackers("tensorboard")
     try:
-        trainer = Trainer(run)
+        trainer = Trainer(run)  # from here on a stop signal ends the run after its next step
         if run.accelerator.is_main_process:
+            survey = []
+            if isinstance(train, AnnotationTable):
+                tables = {"train": train} | ({} if run.val is None else {"val": run.val})
+                survey = summary(tables, survey_preset)
+            detector = run.model.detector
+            paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
+            recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
+            text = printable_lines(banner(run, images, origin, recipe, survey))
+            print(text, flush=True)
             page = RunPage(run.options.output_dir, run.title, text, shlex.join(sys.argv), run.plan.total_steps, run.val)
             samples: Iterator[Batch] = iter(())
             if isinstance(run.feed, TableFeed):  # a stream would be read twice
                 samples = replace(run.feed, num_workers=0).batches(Share(1, 0, MAX_SAMPLES))
-            trainer.folder.show(page, samples, run.model.detector.config.class_names)
+            trainer.folder.show(page, samples, detector.config.class_names)
+        if run.options.report_to != "none":
+            run.accelerator.init_trackers("tensorboard")
         trainer.train()
         run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
         run.accelerator.end_training()
