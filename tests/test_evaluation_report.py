@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import small_runs as runs
 from conftest import CocoFolder, MakeCocoFolder
+from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -23,6 +25,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.errors import InputError
 from direct_pt.reports.evaluation import IOU, Curve, Judged, analyse, comparison
 from direct_pt.reports.evaluation_page import write_evaluation_page
+from direct_pt.reports.overlays import draw_overlay, ground_truth
 
 IMAGES, CLASSES, SIZE = 40, 4, (480, 640)
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg", "AP50")
@@ -322,3 +325,16 @@ def test_other_classes_to_compare_with(pretrained: Path, demo: Path, tmp_path: P
     with pytest.raises(InputError, match=r"lists other classes than --compare .*other was trained for"):
         runs.call_script("evaluate", *flags, "--output-dir", tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_an_object_without_outline_has_an_empty_mask(coco_folder: MakeCocoFolder) -> None:
+    """Of a mask detector's report, where crowd regions may have none: nothing is drawn, not what lay in memory."""
+    folder = coco_folder([(40, 60)], [{"image_id": 10, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 1}])
+    table = folder.load()
+    none = Predictions(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), masks=[])
+    overlay = ground_truth(judge(table, none), 0)
+    assert overlay.captions == ["seven (crowd)"] and overlay.masks is not None
+    mask = coco_mask.decode(overlay.masks[0])
+    assert mask.shape == (40, 60) and not mask.any()
+    photo = Image.fromarray(table.read_image(0))
+    assert draw_overlay(photo, (0, 0, 60, 40), overlay).size == (300, 200)

@@ -173,7 +173,9 @@ def test_longer_plans() -> None:
 def test_impossible(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--min-delta says how much --patience waits for"):
         pretrain(tmp_path / "run", demo, *SMALL, "--min-delta", "0.01")
-    with pytest.raises(InputError, match="--patience waits for a higher AP, and there is no validation split"):
+    with pytest.raises(
+        InputError, match="--patience waits for a higher AP, and there is no validation split with objects"
+    ):
         runs.train("pretrain", *runs.train_part(demo), *SMALL, "--patience", 2, "--output-dir", tmp_path / "run")
 
 

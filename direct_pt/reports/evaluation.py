@@ -186,6 +186,8 @@ class Judged:
         metrics: what `coco_metrics` says of them.
         evaluation: the scorer of the boxes.
         matches: of the boxes.
+        every: counts by threshold, of all classes together.
+        classes: [C] the same of each class.
         thresholds: {"all": ..., "per_class": {name: ...}} of the highest F1; None where nothing is found.
     """
 

@@ -123,7 +123,7 @@ def _charts(table: AnnotationTable, figures: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _matrix(confusion: Mapping[str, Any]) -> dict[str, Any] | None:
+def _matrix(confusion: Mapping[str, Any]) -> dict[str, Any]:
     """The confusion matrix as the page shows it: the classes with the most mistakes, each cell's share of its row."""
     counts = np.array(confusion["matrix"])
     wrong = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)

@@ -1,4 +1,4 @@
-"""What pages show over images: ground truth and detections, drawn on a part of an image, as text for the page."""
+"""What pages show over images: ground truth and detections, drawn on a part of an image."""
 
 import base64
 import io
@@ -49,7 +49,9 @@ def _run_lengths(outline: Any, size: tuple[int, int]) -> Any:
     if isinstance(outline, dict):
         return outline
     polygons = [polygon.ravel().tolist() for polygon in outline]
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else {"size": size, "counts": b""}
+    if not polygons:  # not run lengths without a run: pycocotools decodes those to whatever lay in memory
+        return coco_mask.encode(np.zeros(size, np.uint8, order="F"))
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
 
 
 def detections(judged: Judged, row: int) -> Overlay:

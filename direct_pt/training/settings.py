@@ -50,7 +50,7 @@ from direct_pt.training.image_flags import FinetuneImageOptions, PretrainImageOp
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 MAX_PREVIEW = 1000  # samples
 MAX_LR = 1e29  # float32 holds it; what is too large for training is found and told by the loop
-NEXT_RUN = Path("runs/?")  # stands for a folder that is not chosen yet
+NEXT_RUN = Path("runs/STAGE-N")  # stands for a folder that is not chosen yet
 LENGTHS = ("schedule", "epochs", "max_steps")  # flags that exclude each other
 
 
@@ -152,7 +152,7 @@ class RunOptions(DeviceOptions):
     """Where a run is written, how the machine is used, and how often something is saved or logged."""
 
     output_dir: Path = flag(
-        NEXT_RUN, "the folder that the run is written to (runs/STAGE, runs/STAGE-2 and so on; --resume: the last)",
+        NEXT_RUN, "the folder that the run is written to, counted up; with --resume the last one",
         any_path, metavar="RUN", on_resume=FREE,
     )  # fmt: skip
     resume: bool = flag(False, "continue from the newest checkpoint in --output-dir, if any", on_resume=FREE)

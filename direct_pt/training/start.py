@@ -235,10 +235,9 @@ def start_run(
     Raises:
         InputError: the device cannot serve what was asked for, or config.json cannot be written.
     """
-    if flags.run.patience is not None and val is None:
-        raise InputError(
-            "--patience waits for a higher AP, and there is no validation split: give one, or leave it out"
-        )
+    if flags.run.patience is not None and (val is None or not val.targets_per_image().any()):
+        text = "there is no validation split with objects: give one, or leave it out"
+        raise InputError(f"--patience waits for a higher AP, and {text}")
     options, recompute_norm = flags.run, bool(flags.to_dict().get("recompute_norm"))
     notes = ("--recompute-norm: BatchNorm's statistics are computed anew at the end",) * recompute_norm
     plan = replace(plan, notes=(*choices.notes, *notes, *plan.notes))
