@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> None:
         check_arms(plan.only(args.only))
     if args.what in ("calibrate", "run"):
         commit = clean_commit(ROOT, results, place.costs.path)
+        for name in dict.fromkeys(run.set for run in runs):  # what cannot be divided is found before the first run
+            with writing(f"--runs {args.runs}"):
+                fold_flags(plan.sets[name], args.data_root, 0, place.folder / "folds")
     if args.what == "plan":
         show_plan(plan, runs, results, place)
     elif args.what in ("calibrate", "run"):

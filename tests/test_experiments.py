@@ -74,6 +74,8 @@ def test_the_runs_of_a_file(tmp_path: Path) -> None:
         ('"two"]', '"three"]', "experiment first: names a set that is not declared: three"),
         ("folds = [0, 2]", "folds = [0, 5]", "experiment first: has fold 5, and one only 3, from 0"),
         ("folds = 3", "folds = 1", "sets.one: folds must be 2 or more"),
+        ("folds = 3", "folds = '3'", "sets.one: folds must be of the kind of 5"),
+        ("folds = 3", "near_bits = 300", "sets.one: near_bits must be from 0 to 256"),
         ("folds = 3", "fold = 3", "sets.one: has an unknown key fold; known are folder, folds, group, images"),
         ("seeds =", "seed =", "experiment first: has an unknown key seed"),
         ('equal_cost = "direct"', 'equal_cost = "other"', "arm scratch: equal_cost names no arm of this experiment"),
@@ -218,6 +220,10 @@ def test_groups_that_cannot_be_divided(clips: Path, tmp_path: Path) -> None:
     assert len(set(groups.tolist())) == 10
     with pytest.raises(InputError, match="28 images are in 10 groups that belong together: under 11 folds"):
         assign(groups, 11, names)
+    with pytest.raises(InputError, match=r"set two: 28 images .* 11 folds; give it fewer folds, or a lower near_bits"):
+        fold_flags(DataSet("two", folds=11, group=r"clip\d+"), clips.parent, 0, tmp_path / "folds")
+    alone = same_group(tables, names, "", near_bits=0)
+    assert len(set(alone.tolist())) > len(set(same_group(tables, names, "").tolist()))
     with pytest.raises(InputError, match="has no folder three"):
         fold_flags(DataSet("three"), clips.parent, 0, tmp_path / "folds")
 

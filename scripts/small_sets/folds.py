@@ -22,7 +22,8 @@ def fold_flags(data: DataSet, root: Path, fold: int, folder: Path) -> tuple[str,
     Raises:
         InputError: the set cannot be read, or has too few groups of images.
     """
-    place = folder / f"{data.name}-{data.folds}{f'-{data.images}' if data.images else ''}"
+    own = [str(data.images)] * bool(data.images) + [f"near{data.near_bits}"] * (data.near_bits != MAX_BITS)
+    place = folder / "-".join([data.name, str(data.folds), *own])
     files = {split: place / f"{split}-{fold}.json" for split in ("train", "val")}
     if not all(path.exists() for path in files.values()):
         write_folds(data, root, place)
@@ -36,8 +37,11 @@ def write_folds(data: DataSet, root: Path, place: Path) -> None:
     path = data.path(root)
     tables = list(load_tables(DataOptions(data=path, val_share=0.0)).values())
     names = [os.path.relpath(table.path(row), path) for table in tables for row in range(len(table))]
-    groups = same_group(tables, names, data.group)
-    fold_of = assign(groups, data.folds, names)
+    groups = same_group(tables, names, data.group, data.near_bits)
+    try:
+        fold_of = assign(groups, data.folds, names)
+    except InputError as error:
+        raise InputError(f"set {data.name}: {error}; give it fewer folds, or a lower near_bits") from error
     place.mkdir(parents=True, exist_ok=True)
     whole = _joined(tables, names)
     for fold in range(data.folds):
@@ -56,14 +60,14 @@ def write_folds(data: DataSet, root: Path, place: Path) -> None:
             write_json(place / f"{split}-{fold}.json", part)
 
 
-def same_group(tables: list[AnnotationTable], names: list[str], pattern: str) -> np.ndarray:
+def same_group(tables: list[AnnotationTable], names: list[str], pattern: str, near_bits: int = MAX_BITS) -> np.ndarray:
     """[N] the group of each image: near-duplicates, and images whose names match `pattern` alike, share one."""
     rows = [(table, row) for table in tables for row in range(len(table))]
     hashes = np.stack([np.unpackbits(perceptual_hash(table.read_image(row))) for table, row in rows]).astype(np.int16)
     group = np.arange(len(rows))
     keys: dict[str, int] = {}
     for number, name in enumerate(names):
-        near = np.flatnonzero((hashes != hashes[number]).sum(axis=1) <= MAX_BITS)
+        near = np.flatnonzero((hashes != hashes[number]).sum(axis=1) <= near_bits)
         found = re.search(pattern, name) if pattern else None
         same = [keys.setdefault(found.group(), number)] if found else []
         joined = group[[number, *near.tolist(), *same]]

@@ -10,6 +10,7 @@ from typing import Any
 
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular
+from direct_pt.reports.duplicates import MAX_BITS
 from small_sets.factorial import MAX_FACTORS, combinations
 
 PEERS = "peers"  # the stage of an arm that is another project's trainer: see peers.py
@@ -29,6 +30,8 @@ class DataSet:
         images: training images of each fold that are used, chosen at random; 0 for all.
         folds: that it is divided into.
         group: regular expression; images whose file names match it alike stay in one fold.
+        near_bits: near-duplicates, whose perceptual hashes differ in no more of 256 bits, stay in one fold, too. Of a
+            camera that does not move all images are near each other, unless this is low.
     """
 
     name: str
@@ -36,6 +39,7 @@ class DataSet:
     images: int = 0
     folds: int = 5
     group: str = ""
+    near_bits: int = MAX_BITS
 
     def path(self, root: Path) -> Path:
         """Where it is. Raises InputError where it is not."""
@@ -179,8 +183,13 @@ def read_plan(path: Path) -> Plan:
     sets = {}
     for name, values in content.get("sets", {}).items():
         sets[name] = DataSet(name, **reader.table(DataSet, values, f"sets.{name}"))
+        for one in fields(DataSet)[1:]:  # all have a default
+            if type(getattr(sets[name], one.name)) is not type(one.default):
+                raise reader.fail(f"sets.{name}", f"{one.name} must be of the kind of {one.default!r}")
         if sets[name].folds < 2:
             raise reader.fail(f"sets.{name}", "folds must be 2 or more")
+        if not 0 <= sets[name].near_bits <= 256:
+            raise reader.fail(f"sets.{name}", "near_bits must be from 0 to 256")
     if not isinstance(content.get("experiments"), list):
         raise reader.fail("experiments", "declare some, as [[experiments]]")
     experiments = tuple(_experiment(values, common, sets, reader) for values in content["experiments"])
