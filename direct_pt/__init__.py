@@ -6,7 +6,8 @@ if TYPE_CHECKING:
     from direct_pt.checkpoint import from_pretrained
     from direct_pt.models.detector import build_detector
 
-__all__ = ["build_detector", "from_pretrained"]
+__version__ = "0.1.0"
+__all__ = ["__version__", "build_detector", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

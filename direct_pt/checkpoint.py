@@ -12,46 +12,36 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
 
 from direct_pt.errors import InputError, printable
-from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors, write_json, write_tensors
-from direct_pt.models.detector import Detector, DetectorConfig, build_detector
+from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors
+from direct_pt.models.config import DetectorConfig
+from direct_pt.models.detector import Detector, build_detector
+from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, Tensors, write_model
 from direct_pt.models.saved_config import config_from_json
 from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
 from direct_pt.schema import anything, fail, list_of, mapping, number, optional, table, text, whole
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 AVERAGE = "average.safetensors"  # of a checkpoint: the weights' moving average
-History = list[dict[str, Any]]
-Tensors = dict[str, Tensor]
 KINDS = ("best", "last")  # of a run's weights
 WEIGHTS_HELP = "of a run: those of the highest AP on its validation split, or the last (best)"
 CHECK_THRESHOLDS = table({"all": number(0, 1), "per_class": mapping(optional(number(0, 1)))})
-CHECK_STAGE = {"stage": text(), "steps": whole(), "AP": number(-1, 1), "thresholds": CHECK_THRESHOLDS}
+CHECK_AP = number(-1, 1)
+CHECK_STAGE = {
+    "stage": text(), "steps": whole(), "AP": CHECK_AP, "AP50": CHECK_AP, "mask_AP": CHECK_AP,
+    "thresholds": CHECK_THRESHOLDS,
+}  # fmt: skip
 CHECK_HISTORY = list_of(table({}, CHECK_STAGE, is_open=True))
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
-    """Write a model folder. Each file is replaced as a whole: a reader never sees half a model.
-
-    Args:
-        folder: created if it does not exist.
-        detector: unwrapped.
-        history: one dictionary for each stage of training so far; "AP" in the last is that of these weights, and
-            "thresholds" the scores above which their detections are shown: {"all": x, "per_class": {name: x or None}}.
-
-    Raises:
-        OSError: the folder cannot be written; its earlier content is unchanged.
-    """
+    """`write_model` of an unwrapped detector. Raises OSError; what was there is unchanged then."""
     save_weights(folder, detector.config, detector.state_dict(), history)
 
 
 def save_weights(folder: Path, config: DetectorConfig, weights: Tensors, history: History) -> None:
     """`save_model` for weights without their detector."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, weights)
-    write_json(folder / CONFIG, model_facts(config, history))
+    write_model(folder, config.to_dict(), weights, history)
 
 
 def model_facts(config: DetectorConfig, history: History) -> dict[str, Any]:
@@ -63,6 +53,7 @@ def from_pretrained(
     path_or_hub_id: str | Path,
     change: Callable[[DetectorConfig], DetectorConfig] | None = None,
     weights: str = "best",
+    revision: str | None = None,
 ) -> Detector:
     """The detector of a run's folder, a model folder, or a model on the Hugging Face hub, in eval mode.
 
@@ -70,11 +61,12 @@ def from_pretrained(
         path_or_hub_id: each checkpoints/step-N of a run is a model folder, too.
         change: maps the saved configuration to the one to build; it must keep the shapes of the weights.
         weights: of a run, see `model_folder`.
+        revision: of a model on the hub.
 
     Raises:
         InputError: there is no such model, or it is damaged.
     """
-    folder = model_folder(path_or_hub_id, weights)
+    folder = model_folder(path_or_hub_id, weights, revision)
     config, history = _read_config(folder)
     config = change(config) if change else config
     try:
@@ -92,6 +84,7 @@ def from_pretrained(
         raise InputError(str(error)) from error
     detector = build_detector(config.name, config=config)
     detector.load_state_dict(tensors)
+    detector.history = history
     if thresholds := next(iter(history[-1:]), {}).get("thresholds"):
         detector.score_threshold, per_class = thresholds["all"], thresholds["per_class"]
         detector.class_thresholds = tuple(per_class.get(name) or thresholds["all"] for name in config.class_names)
@@ -103,13 +96,14 @@ def read_history(path: str | Path, weights: str = "best") -> History:
     return _read_config(model_folder(path, weights))[1]
 
 
-def model_folder(path_or_hub_id: str | Path, weights: str = "best") -> Path:
+def model_folder(path_or_hub_id: str | Path, weights: str = "best", revision: str | None = None) -> Path:
     """The folder of a model, downloaded if it is on the hub.
 
     Args:
         path_or_hub_id: of a run, of a model, or on the hub.
         weights: of a run, "best" (of the highest AP on its validation split; the last ones where nothing was found yet)
             or "last".
+        revision: a branch, tag or commit on the hub; None for its newest.
 
     Raises:
         InputError: there is no such model.
@@ -126,7 +120,7 @@ def model_folder(path_or_hub_id: str | Path, weights: str = "best") -> Path:
         raise InputError(f"{path_or_hub_id}: {reason}; give a run's folder, its model/, or a hub id such as user/name")
     print(printable(f"{path}: no such folder, asking the Hugging Face hub"), file=sys.stderr, flush=True)
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(str(path_or_hub_id), revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = f"{' '.join(str(error).split()):.300}"
         raise InputError(f"{path_or_hub_id}: no such folder, and the hub gives no such model ({reason})") from error

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import evaluation_loader
+from direct_pt.data.evaluation_loader import evaluation_loader
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
 from direct_pt.models.detector import Detector
 from direct_pt.models.mask_encoding import mask_run_lengths
+from direct_pt.models.mean_losses import MeanLosses
 from direct_pt.transforms import TestPreset
 
 IMAGES_AT_ONCE = 100  # scored together: their objects and detections take many times the room of the arrays
@@ -99,28 +100,34 @@ def predict_split(
     accelerator: Accelerator,
     num_workers: int,
     between_batches: Callable[[], None] = lambda: None,
+    losses: MeanLosses | None = None,
 ) -> Predictions:
     """Run the detector over every image of the table once, shared between the processes.
 
     The detector and the table list the same category ids, in any order. Every process must call it; the main
-    one gets all predictions, in terms of the table's rows, the others none.
+    one gets all predictions, in terms of the table's rows, the others none. `losses` gets those of this process.
     """
-    loader = evaluation_loader(
-        table, preset, micro_batch_size, accelerator.process_index, accelerator.num_processes, num_workers
-    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    targets = "" if losses is None else "masks" if detector.has_masks else "boxes"
+    loader = evaluation_loader(table, preset, micro_batch_size, rank, world, num_workers, targets)
+    class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
+    own_labels = torch.from_numpy(np.argsort(class_rows))  # of each of the table's classes
     was_training = detector.training
     detector.eval()
     parts = []
     quiet = not accelerator.is_main_process
-    total = math.ceil(len(table) / (micro_batch_size * accelerator.num_processes))
+    total = math.ceil(len(table) / (micro_batch_size * world))
     with torch.no_grad(), autocast(accelerator), contextlib.closing(iter(loader)) as batches:
         for batch in tqdm(batches, desc="evaluate", total=total, unit="batch", disable=quiet, leave=False):
             between_batches()
-            found = detector.detect(batch.to(accelerator.device)).to("cpu")
+            moved = replace(batch, labels=own_labels[batch.labels]).to(accelerator.device)
+            features = detector.features(moved)
+            if losses is not None:
+                losses.add(detector, features, moved)
+            found = detector.detections(features, moved).to("cpu")
             parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
     detector.train(was_training)
     predictions = Predictions.concatenate(gather_to_main(Predictions.concatenate(parts), accelerator))
-    class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
     return replace(predictions, labels=class_rows[predictions.labels])
 
 
@@ -132,18 +139,24 @@ def evaluate(
     accelerator: Accelerator,
     num_workers: int,
     between_batches: Callable[[], None] = lambda: None,
+    with_losses: bool = False,
 ) -> tuple[dict[str, Any], Predictions]:
     """A split's metrics, the same on every process, and its predictions, on the main one. Every process must call it.
 
-    `between_batches` is called before each batch, and may raise to end the evaluation.
+    `between_batches` is called before each batch, and may raise to end the evaluation. `with_losses` adds the split's
+    mean losses to the metrics: those of training, of the test images.
 
     Raises:
         InputError: the detector finds masks, and objects of the split have none to compare with.
     """
     if detector.has_masks:
         table.require_masks()
-    predictions = predict_split(detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches)
-    metrics = [coco_metrics(table, predictions) if accelerator.is_main_process else None]
+    losses = MeanLosses() if with_losses else None
+    predictions = predict_split(
+        detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches, losses
+    )
+    means = {} if losses is None else MeanLosses().merged(gather_to_main(losses, accelerator)).record()
+    metrics = [{**means, **coco_metrics(table, predictions)} if accelerator.is_main_process else None]
     broadcast_object_list(metrics)
     assert metrics[0] is not None
     return metrics[0], predictions

@@ -33,6 +33,7 @@ def flag(
     many: bool | int = False,
     excludes: str = "",
     on_resume: str = FIXED,
+    alias: str = "",
 ) -> Any:
     """A field of an options class that is a flag of the command line.
 
@@ -46,11 +47,12 @@ def flag(
         many: True if it takes one value or more, a number if it takes so many; `metavar` then names each.
         excludes: flags with the same word here exclude each other.
         on_resume: FIXED, FREE, CHANGEABLE, or LENGTH (a run may be made longer).
+        alias: another flag for the same.
     """
     check = any_path if check is Path else check
     metadata = {
         "text": text, "check": check, "choices": choices, "metavar": metavar, "many": many, "excludes": excludes,
-        "on_resume": on_resume,
+        "on_resume": on_resume, "alias": alias,
     }  # fmt: skip
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
@@ -81,14 +83,16 @@ def add_flags(parser: argparse.ArgumentParser, options: type, title: str = "", *
             group.add_argument(flag_name(one.name), action="store_true", help=text)
             continue
         if one.default is not None and one.default is not MISSING:
-            text += f" ({one.default})"
+            default = " ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+            text += f" ({default})"
         target = group
         if word := spec["excludes"]:
             if word not in exclusive:
                 exclusive[word] = group.add_mutually_exclusive_group()
             target = exclusive[word]
+        aliases = [spec["alias"]] if spec["alias"] else []
         target.add_argument(
-            flag_name(one.name), default=None if one.default is MISSING else one.default, type=spec["check"],
+            flag_name(one.name), *aliases, default=None if one.default is MISSING else one.default, type=spec["check"],
             choices=spec["choices"], metavar=spec["metavar"], nargs=_nargs(spec["many"]), help=text,
         )  # fmt: skip
 

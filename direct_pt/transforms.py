@@ -155,6 +155,11 @@ class TestPreset(ResizePreset):
 
     __test__ = False  # pytest would take a class of this name for a test case
 
+    def labelled_sample(self, size: Size, objects: Objects, read: Callable[[Size], np.ndarray]) -> Sample:
+        """The sample of an image and its objects; arguments as for `image_sample`."""
+        geometry = self.geometry(size, objects, np.random.default_rng(0))
+        return render(read(geometry.resized), objects, geometry, self.padded_size(geometry.size))
+
     def image_sample(self, size: Size, read: Callable[[Size], np.ndarray]) -> Sample:
         """The sample of an image without objects.
 
@@ -162,8 +167,7 @@ class TestPreset(ResizePreset):
             size: (height, width) of the image.
             read: returns the image [h, w, 3] uint8 RGB, or a smaller copy that has at least the given (height, width).
         """
-        geometry = self.geometry(size, Objects.none(), np.random.default_rng(0))
-        return render(read(geometry.resized), Objects.none(), geometry, self.padded_size(geometry.size))
+        return self.labelled_sample(size, Objects.none(), read)
 
     def black_sample(self, size: Size) -> Sample:
         """The sample that stands in for an unreadable image of `size` (height, width)."""

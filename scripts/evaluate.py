@@ -14,6 +14,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
+from accelerate import Accelerator
+
 from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
@@ -93,6 +95,53 @@ def print_result(model: Model, table: AnnotationTable, split: str, judged: Judge
         raise InputError(f"none of the {len(reasons)} images could be read: {few}")
 
 
+def measure(
+    model: Model, table: AnnotationTable, args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[Judged, float] | None:
+    """A model's figures, printed, and images a second; of the main process. Every process must call it."""
+    if accelerator.is_main_process:
+        is_chosen = args.split == "val" and model.folder.name == "best"
+        chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
+        print(printable(f"weights: {describe_model(model.folder)}{chosen * is_chosen}"), flush=True)
+    detector, start = model.detector.to(accelerator.device), perf_counter()
+    metrics, predictions = evaluate(detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers)
+    speed = len(table) / (perf_counter() - start)
+    if not accelerator.is_main_process:
+        return None
+    judged = Judged.of(table, predictions, metrics)
+    print_result(model, table, args.split, judged)  # a disk may fail after this
+    return judged, speed
+
+
+def write_results(
+    files: dict[str, Path], split: str, models: list[Model], measured: list[tuple[Judged, float] | None], device: str
+) -> None:
+    """Write the first model's figures, detections and report, with the second one beside it. Raises OSError."""
+    (judged, speed), *others = [one for one in measured if one is not None]
+    model, table = models[0], judged.table
+    about = {
+        "split": split,
+        "data": table.source,
+        "images": len(table),
+        "unreadable_images": len(judged.predictions.unreadable),
+        "weights": str(model.folder),
+    }
+    write_json(files["metrics.json"], {**judged.metrics, **about})
+    write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
+    head = {
+        "model": describe_model(model.folder),
+        "data": f"{table.source}, {split}",
+        "tested at": f"{model.preset.long_side}x{model.preset.short_side} pixels",
+        "speed": f"{speed:.3g} images a second, from files to figures, on {device}",
+    }
+    figures = analyse(judged)
+    other = others[0][0] if others else None
+    if other is not None:
+        figures["comparison"] = {"weights": str(models[1].folder), **comparison(judged, other)}
+    write_json(files["report.json"], {**about, **figures})
+    write_evaluation_page(files["report.html"], judged, figures, head, other, describe_model(models[-1].folder))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one split."""
     p = make_parser(__doc__ or "")
@@ -104,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
-    p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
+    p.add_argument(
+        "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
+    )
     add_flags(p, DeviceOptions)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="(default: the checkpoint's folder)")
     args = p.parse_args(argv)
@@ -125,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         with writing(f"--output-dir {output}"):
             hold_folder(output, f"evaluate{suffix}")
 
-    processes = join_processes()
+    processes = join_processes(args.device)
     main_decides(check_files, processes)  # only the main process writes
     models = [read_model("--checkpoint", args.checkpoint, args)]
     if args.compare is not None:
@@ -148,45 +199,10 @@ def main(argv: list[str] | None = None) -> None:
 
     main_decides(take_folder, processes)
     accelerator = make_accelerator(args.mixed_precision)
-    measured: list[Judged] = []
-    speeds: list[float] = []
-    for model in models:
-        if accelerator.is_main_process:
-            is_chosen = args.split == "val" and model.folder.name == "best"
-            chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
-            print(printable(f"weights: {describe_model(model.folder)}{chosen * is_chosen}"), flush=True)
-        detector, start = model.detector.to(accelerator.device), perf_counter()
-        metrics, predictions = evaluate(
-            detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers
-        )
-        speeds.append(len(table) / (perf_counter() - start))
-        if accelerator.is_main_process:
-            measured.append(Judged.of(table, predictions, metrics))
-            print_result(model, table, args.split, measured[-1])  # a disk may fail after this
+    measured = [measure(model, table, args, accelerator) for model in models]
     if accelerator.is_main_process:
-        model, judged, other = models[0], measured[0], next(iter(measured[1:]), None)
-        about = {
-            "split": args.split,
-            "data": table.source,
-            "images": len(table),
-            "unreadable_images": len(judged.predictions.unreadable),
-            "weights": str(model.folder),
-        }
         with writing(f"--output-dir {output}"):
-            write_json(files["metrics.json"], {**judged.metrics, **about})
-            write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
-            head = {
-                "model": describe_model(model.folder),
-                "data": f"{table.source}, {args.split}",
-                "tested at": f"{model.preset.long_side}x{model.preset.short_side} pixels",
-                "speed": f"{speeds[0]:.3g} images a second, from files to figures, on {accelerator.device.type}",
-            }
-            figures = analyse(judged)
-            if other is not None:
-                figures["comparison"] = {"weights": str(models[1].folder), **comparison(judged, other)}
-            write_json(files["report.json"], {**about, **figures})
-            other_name = describe_model(models[-1].folder)
-            write_evaluation_page(files["report.html"], judged, figures, head, other, other_name)
+            write_results(files, args.split, models, measured, accelerator.device.type)
         release_folder(output, f"evaluate{suffix}")
         print(printable(f"written: {', '.join(map(str, files.values()))}"))
     accelerator.wait_for_everyone()  # a process that exits first, with its connections open, may abort

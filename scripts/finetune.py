@@ -25,7 +25,7 @@ from direct_pt.transforms import TestPreset
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune."""
     flags = parse_flags(FinetuneFlags, __doc__ or "", argv)
-    processes = join_processes()
+    processes = join_processes(flags.run.device)
     flags, resumption = open_run(flags, processes)
     options, sides = flags.run, (flags.images.short_side, flags.images.long_side)
 

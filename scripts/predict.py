@@ -183,7 +183,9 @@ def main() -> None:
     p.add_argument(
         "--score-threshold", type=threshold, default="model", metavar="X|model|per-class", help=THRESHOLD_HELP
     )
-    p.add_argument("--micro-batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)")
+    p.add_argument(
+        "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
+    )
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
     args = p.parse_args()
@@ -198,7 +200,7 @@ def main() -> None:
     for note, count in notes.summary().items():
         print(f"{printable(note)}: {count}")
     decoding = read_flags(args, DecodingOptions).decoding
-    accelerator = make_accelerator(args.mixed_precision)
+    accelerator = make_accelerator(args.mixed_precision, device=args.device)
     folder = model_folder(args.checkpoint, args.weights)
     print(printable(f"weights: {describe_model(folder)}"))
     detector = from_pretrained(folder).to(accelerator.device)

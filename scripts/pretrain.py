@@ -27,7 +27,7 @@ from direct_pt.transforms import TestPreset
 def main(argv: list[str] | None = None) -> None:
     """Pre-train."""
     flags = parse_flags(PretrainFlags, __doc__ or "", argv)
-    processes = join_processes()
+    processes = join_processes(flags.run.device)
     flags, resumption = open_run(flags, processes)
     options, size = flags.run, flags.images.image_size
 

@@ -1,9 +1,13 @@
-"""The settings of a process on the CPU: freed memory stays with it."""
+"""--device, and the settings of a process on the CPU: freed memory stays with it."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import small_runs as runs
+
+from direct_pt.distributed.launch import device_name
 
 FAULTS = """
 import resource, sys, torch
@@ -29,3 +33,29 @@ def test_freed_memory_is_kept() -> None:
     ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     returned, kept = map(int, ran.stdout.split())
     assert returned > 1000 > 50 > kept
+
+
+def test_names_of_devices() -> None:
+    assert [device_name(text) for text in ("auto", "cpu", "cuda", "cuda:1", "0", "12")] == [
+        "auto", "cpu", "cuda", "cuda:1", "cuda:0", "cuda:12",
+    ]  # fmt: skip
+
+
+def test_a_device_that_is_not_there(pretrained: Path, demo: Path, tmp_path: Path) -> None:
+    """One line from every program; and the CPU by its name."""
+    photos = (demo / "images", "--output-dir", tmp_path / "pictures")
+    started = {
+        "pretrain": ("--data", demo, *runs.PRETRAIN),
+        "finetune": ("--data", demo, "--init", pretrained, *runs.FINETUNE),
+        "evaluate": ("--data", demo, "--checkpoint", pretrained, "--output-dir", tmp_path / "figures"),
+        "predict": ("--checkpoint", pretrained, *photos),
+    }
+    for name, flags in started.items():
+        for device in ("cuda", "1"):
+            process = runs.start_script(name, *flags, "--device", device)
+            _, err = process.communicate()
+            number = "cuda:1" if device == "1" else "cuda"
+            expected = f"error: --device {number}: there is no GPU that PyTorch can use; use --device cpu"
+            assert process.returncode == 2 and err.splitlines()[-1] == expected, (name, err)
+    process = runs.start_script("predict", *started["predict"], "--device", "cpu")
+    assert process.wait() == 0 and (tmp_path / "pictures/predictions.json").exists()

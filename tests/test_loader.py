@@ -14,7 +14,8 @@ from conftest import MakeCocoFolder
 
 from direct_pt.batch import Batch, Objects, PackedMasks, Sample, collate
 from direct_pt.data.annotations import AnnotationTable
-from direct_pt.data.loader import Share, TableFeed, evaluation_loader, unreadable_reason
+from direct_pt.data.evaluation_loader import evaluation_loader
+from direct_pt.data.loader import Share, TableFeed, unreadable_reason
 from direct_pt.data.order import SampleOrder, aspect_groups
 from direct_pt.transforms import FinetunePreset, PretrainPreset, TestPreset
 

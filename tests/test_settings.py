@@ -412,7 +412,8 @@ COUNTS = ("channels", "rois-per-image", "proposals", "max-steps", "global-batch-
         ("--box-head", ("4conv", "")),
         ("--schedule", ("2x", "12x")),
         ("--mixed-precision", ("fp64",)),
-        ("--report-to", ("wandb",)),
+        ("--report-to", ("mlfow", "")),
+        ("--device", ("gpu", "0,1", "cuda:x", "mps", "", "-1")),
     ],
 )
 @pytest.mark.parametrize("stage", STAGES)

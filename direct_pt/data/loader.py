@@ -20,7 +20,7 @@ from direct_pt.data.mixing import Mix, mixed_sample
 from direct_pt.data.order import Key, SampleOrder, aspect_groups, repeat_factors
 from direct_pt.data.reader_processes import Readers
 from direct_pt.images.decoding import UnreadableImage
-from direct_pt.transforms import Preset, TestPreset
+from direct_pt.transforms import Preset
 
 MAX_READ_TRIES = 10  # images that are tried in place of an unreadable one
 
@@ -70,22 +70,6 @@ class TrainingImages(Dataset[Sample]):
         # Almost no image is readable: an empty sample carries the rows to the training loop, which stops.
         blank = np.zeros((64, 64, 3), np.uint8)
         return replace(preset(blank, Objects.none(with_masks), rng), index=image, unreadable=unreadable)
-
-
-class EvaluationImages(Dataset[Sample]):
-    """Samples by key, without objects. An unreadable image becomes a black one, and is listed in the sample."""
-
-    def __init__(self, table: AnnotationTable, preset: TestPreset) -> None:
-        self.table = table
-        self.preset = preset
-
-    def __getitem__(self, key: Key) -> Sample:
-        image, size = key[1], self.table.image_size(key[1])
-        try:
-            sample = self.preset.image_sample(size, lambda least: self.table.read_image(image, least))
-            return replace(sample, index=image)
-        except UnreadableImage:
-            return replace(self.preset.black_sample(size), index=image, unreadable=(image,))
 
 
 @dataclass(frozen=True)
@@ -210,23 +194,6 @@ class TableFeed:
     def unreadable_reason(self, image: int) -> str:
         """The image's file, and why it cannot be read; it is tried again."""
         return unreadable_reason(self.table, image)
-
-
-def evaluation_loader(
-    table: AnnotationTable, preset: TestPreset, micro_batch_size: int, rank: int, world: int, num_workers: int
-) -> Readers[Batch]:
-    """Batches with every image once over all processes.
-
-    Images of similar aspect ratio share a batch. The batches do not depend on the number of processes, so that neither
-    do the detections, which padding influences.
-    """
-    aspect = table.sizes[:, 0] / table.sizes[:, 1]
-    order = np.argsort(aspect, kind="stable")
-    batches = [
-        [(0, int(image)) for image in order[start : start + micro_batch_size]]
-        for start in range(0, len(order), micro_batch_size)
-    ]
-    return make_loader(EvaluationImages(table, preset), partial(iter, batches[rank::world]), num_workers)
 
 
 def unreadable_reason(table: AnnotationTable, image: int) -> str:

@@ -4,9 +4,11 @@ accelerate's launcher passes its settings in environment variables. A setting th
 alternative; nothing is changed silently.
 """
 
+import argparse
 import ctypes
 import datetime
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -29,6 +31,15 @@ MAX_PROCESSES = 100_000
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
+def device_name(text: str) -> str:
+    """The check of --device: "auto", "cpu", "cuda" or "cuda:N", for which a number alone stands too."""
+    name = f"cuda:{text}" if text.isdecimal() else text
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
+        return name
+    several = "; for several GPUs, start it with accelerate launch --num_processes N" if "," in text else ""
+    raise argparse.ArgumentTypeError(f"{text!r:.40} is none of auto, cpu, cuda, or a GPU's number such as 0{several}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
     """How the machine is used."""
@@ -40,6 +51,10 @@ class DeviceOptions:
         choices=PRECISIONS, on_resume=CHANGEABLE,
     )  # fmt: skip
     num_workers: int = flag(2, "processes that read images", worker_count, metavar="N", on_resume=FREE)
+    device: str = flag(
+        "auto", "auto: the launcher's choice, or a GPU if there is one; or cpu, cuda, or one GPU by its number",
+        device_name, metavar="NAME", on_resume=FREE,
+    )  # fmt: skip
 
 
 def _is_set(variable: str) -> bool:
@@ -62,12 +77,16 @@ def on_gpu() -> bool:
 # Processes
 
 
-def join_processes() -> PartialState:
+def join_processes(device: str = "auto") -> PartialState:
     """Connect the processes that the launcher started, and choose this one's device.
 
+    Args:
+        device: the value of --device.
+
     Raises:
-        InputError: the launcher asks for something that this machine cannot do, or a process is missing.
+        InputError: the launcher, or --device, asks for something that this machine cannot do, or a process is missing.
     """
+    _choose(device)
     world_size, local_world_size = (
         environment_number(name, 1, 1, MAX_PROCESSES) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
@@ -93,6 +112,28 @@ def join_processes() -> PartialState:
         )
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate would not start DeepSpeed
     return PartialState(cpu=not on_gpu() and not is_deepspeed(), **options)
+
+
+def _choose(device: str) -> None:
+    """Do what --device says, for this process. Raises InputError."""
+    global _cpu_requested
+    if device == "cpu":
+        _cpu_requested = True
+    if not device.startswith("cuda"):
+        return
+    count = torch.cuda.device_count()
+    number = int(device.partition(":")[2] or 0)
+    if not on_gpu():
+        reason = "the launcher asks for the CPU" if count else "there is no GPU that PyTorch can use"
+        raise InputError(f"--device {device}: {reason}; use --device cpu")
+    if ":" not in device:
+        return
+    if number >= count:
+        raise InputError(f"--device {device}: this machine has {count} GPU(s), numbered from 0")
+    if environment_number("WORLD_SIZE", 1, 1, MAX_PROCESSES) > 1:
+        raise InputError(f"--device {device}: each of several processes has its own GPU; leave it out, or start one")
+    torch.cuda.set_device(number)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device  # accelerate takes it
 
 
 def _check_launch(world_size: int, local_world_size: int) -> None:
@@ -230,7 +271,7 @@ def make_accelerator(
     micro_batch_size: int = 1,
     accumulation: int = 1,
     clip_grad_norm: float | None = None,
-    **options: Any,
+    device: str = "auto",
 ) -> Accelerator:
     """An accelerator for the GPU if there is one, else for all cores of the CPU.
 
@@ -239,12 +280,12 @@ def make_accelerator(
         micro_batch_size: images at once on a device.
         accumulation: micro-batches of an optimizer step on each process.
         clip_grad_norm: the largest gradient norm; larger gradients are scaled down to it.
-        options: for Accelerator.
+        device: the value of --device.
 
     Raises:
         InputError: see `join_processes` and `resolve_precision`.
     """
-    state = join_processes()
+    state = join_processes(device)
     precision = resolve_precision(mixed_precision)
     if not on_gpu():
         _configure_cpu()
@@ -259,7 +300,6 @@ def make_accelerator(
         gradient_accumulation_steps=accumulation,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
-        **options,
     )
 
 

@@ -1,36 +1,26 @@
 """The five detectors: what they have in common, and what each is built from (`build_detector`)."""
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from direct_pt.batch import Batch, Detections, Objects, collate
+from direct_pt.batch import Batch, Detections
 from direct_pt.errors import InputError
-from direct_pt.images.decoding import Images, rgb_images
 from direct_pt.models.anchors import Anchors
+from direct_pt.models.api import DetectorAPI
 from direct_pt.models.backbone import Backbone
+from direct_pt.models.config import MODELS, DetectorConfig
 from direct_pt.models.fpn import FPN
 from direct_pt.models.layers import batchnorms, use_groupnorm
-from direct_pt.models.masks import MaskHead, paste_masks
+from direct_pt.models.masks import MaskHead
 from direct_pt.models.matching import Matching, Sampling
 from direct_pt.models.retinanet import RetinaHead
 from direct_pt.models.roi_align import FINEST_SCALE
 from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
-from direct_pt.transforms import TestPreset
 
-# The paper's five detectors, and the backbone of each.
-MODELS = {
-    "retinanet_r50_fpn": "resnet50",
-    "faster_rcnn_r50_fpn": "resnet50",
-    "cascade_rcnn_r50_fpn": "resnet50",
-    "mask_rcnn_r50_fpn": "resnet50",
-    "mask_rcnn_swin_t_fpn": "swin_tiny_patch4_window7_224",
-}
 BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}  # convolutions and fully connected layers
 # What stage 2 leaves as it is.
 FREEZES = {
@@ -40,81 +30,25 @@ FREEZES = {
 }
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's, RGB
 PIXEL_STD = (58.395, 57.12, 57.375)
-SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
 STRIDES = (4, 8, 16, 32, 64, 128)  # P2..P7
 RATIOS = (0.5, 1.0, 2.0)  # of anchors
 RPN_SCALE, RETINA_SCALE = 8.0, 4.0  # the paper's `anchor_scale`
 
 
-@dataclass(frozen=True)
-class DetectorConfig:
-    """Everything that a detector is built from, and the meaning of its class indices. Saved beside its weights.
-
-    Attributes:
-        name: one of `MODELS`.
-        class_names: in the order of the class indices.
-        category_ids: the data set's own id of each class; predictions carry these.
-        backbone: a timm name.
-        norm: "batch" for the backbone's own, or "group" where batches are too small for BatchNorm: GroupNorm instead,
-            and also after the convolutions of pyramid and heads.
-        box_head: one of `BOX_HEADS`.
-        channels: of the pyramid and the heads.
-        proposals: per image, after NMS. Candidates per level before NMS: twice as many in training, as many in testing.
-        rois_per_image: how many RoIs are sampled for the second stage's loss.
-        anchor_scale: side of a level's smallest anchors at ratio 1, in strides; None for the paper's, see `anchors_of`.
-        short_side: test images are resized to fit into (long_side, short_side), in pixels.
-        long_side: see above.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    backbone: str
-    norm: str = "batch"
-    box_head: str = "4conv1fc"
-    channels: int = 256
-    proposals: int = 1000
-    rois_per_image: int = 512
-    anchor_scale: float | None = None
-    short_side: int = 800
-    long_side: int = 1333
-
-    @classmethod
-    def from_paper(cls, name: str, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> "DetectorConfig":
-        """The paper's configuration of detector `name`. Raises InputError for an unknown name."""
-        if name not in MODELS:
-            raise InputError(f"--model {name}: no such detector; choose one of {', '.join(MODELS)}")
-        box_head = "2fc" if name == "cascade_rcnn_r50_fpn" else "4conv1fc"
-        return cls(name, class_names, category_ids, MODELS[name], box_head=box_head)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; `saved_config.config_from_json` reads it back."""
-        return asdict(self)
-
-
-class Detector(nn.Module, ABC):
-    """Images to losses (`forward`) or to detections (`detect`, `predict`).
+class Detector(DetectorAPI, ABC):
+    """Images to losses (`forward`) or to detections (`detect`, and `predict` of its base class).
 
     Both kinds of detector, `TwoStage` and `RetinaNet`, share backbone and pyramid; each adds its heads.
 
     Attributes:
-        config: what it was built from.
-        has_masks: whether it learns and predicts masks.
         frozen: what does not train, one of FREEZES.
-        score_threshold: above it, detections are shown.
-        class_thresholds: [C] the same for each class.
     """
 
-    has_masks = False
-
     def __init__(self, config: DetectorConfig, backbone: Backbone, fpn: FPN) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.backbone = backbone
         self.fpn = fpn
         self.frozen = "none"
-        self.score_threshold = SCORE_THRESHOLD
-        self.class_thresholds = (SCORE_THRESHOLD,) * len(config.class_names)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -154,45 +88,6 @@ class Detector(nn.Module, ABC):
         rows = torch.arange(height, device=images.device)[None, :] < batch.sizes[:, :1]
         columns = torch.arange(width, device=images.device)[None, :] < batch.sizes[:, 1:]
         return images * (rows[:, None, :, None] & columns[:, None, None, :])
-
-    def above(self, found: Detections, threshold: float | str) -> Detections:
-        """The detections above a score, or above its own: "model", or "per-class" for each class's."""
-        if threshold == "per-class":
-            return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
-        if isinstance(threshold, str) and threshold != "model":
-            raise ValueError(f"score_threshold is {threshold!r}: give a number, 'model' or 'per-class'")
-        return found.above(self.score_threshold if isinstance(threshold, str) else threshold)
-
-    def predict(self, images: Images, score_threshold: float | str = "model") -> list[dict[str, Any]]:
-        """Detections in whole images.
-
-        Args:
-            images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors
-                (`direct_pt.images.decoding.as_rgb`).
-            score_threshold: of what is returned: a number, or as for `above`.
-
-        Returns:
-            For each image, also a single one, a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class
-            names) and "category_ids" (the data set's own), best first, and of mask detectors "masks" [n, h, w] bool.
-        """
-        config, was_training, results = self.config, self.training, []
-        self.eval()
-        try:
-            for image in rgb_images(images):
-                preset = TestPreset(config.short_side, config.long_side)
-                sample = preset(image, Objects.none(), np.random.default_rng(0))
-                found = self.detect(collate([sample]).to(self.pixel_mean.device)).to("cpu")
-                found = self.above(found, score_threshold)
-                labels = found.labels.tolist()
-                result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
-                result["labels"] = [config.class_names[label] for label in labels]
-                result["category_ids"] = [config.category_ids[label] for label in labels]
-                if found.masks is not None:
-                    result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), image.shape[:2])
-                results.append(result)
-        finally:
-            self.train(was_training)
-        return results
 
     def freeze_for_finetuning(self, kind: str = "paper") -> None:
         """Freeze what stage 2 does not train, one of FREEZES.

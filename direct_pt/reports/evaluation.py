@@ -13,7 +13,7 @@ from hotcoco import COCO, COCOeval, compare
 from direct_pt.coco_eval import METRICS, Predictions, scorer_categories, scorer_input
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.files import valid_unicode
-from direct_pt.models.detector import SCORE_THRESHOLD
+from direct_pt.models.api import SCORE_THRESHOLD
 
 IOU = 0.5  # from which on a box is right
 RESAMPLES = 200  # of the images, for the intervals

@@ -102,4 +102,9 @@ def data_uri(image: Image.Image) -> str:
     """An image as an address that holds it."""
     content = io.BytesIO()
     image.save(content, "WEBP", quality=QUALITY)
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+    return file_uri(content.getvalue(), "webp")
+
+
+def file_uri(content: bytes, kind: str) -> str:
+    """The content of an image file, "webp" or "png", as an address that holds it."""
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()

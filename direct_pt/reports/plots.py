@@ -20,10 +20,15 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     for name in logged[0]["losses"] if logged else []:
         losses.plot(steps, [record["losses"].get(name) for record in logged], label=name, linewidth=1)
     losses.plot(steps, [record["loss"] for record in logged], label="sum", color="black", linewidth=1)
+    held_out = [record for record in evaluated if record.get("val_loss") is not None]
+    losses.plot(
+        [record["step"] for record in held_out], [record["val_loss"] for record in held_out], label="sum, validation",
+        color="black", linestyle="--", marker="o", markersize=3, linewidth=1,
+    )  # fmt: skip
     rate = losses.twinx()
     rate.plot(steps, [record["lr"] for record in logged], color="grey", linestyle=":", linewidth=1)
     rate.set_ylabel("learning rate (dotted)")
-    losses.set(xlabel="optimizer step", ylabel="loss", yscale="log" if logged else "linear", title="training losses")
+    losses.set(xlabel="optimizer step", ylabel="loss", yscale="log" if logged else "linear", title="losses")
     losses.legend(fontsize=8)
     steps = [record["step"] for record in evaluated]
     for name in ("AP", "AP50", "AP75"):

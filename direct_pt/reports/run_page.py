@@ -1,6 +1,5 @@
 """run.html: what a run is, how far it has come and what it finds, in one file, written anew at each evaluation."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from direct_pt.errors import printable
 from direct_pt.files import replacing, write_text
 from direct_pt.images.decoding import UnreadableImage
 from direct_pt.reports.evaluation import Judged
-from direct_pt.reports.overlays import QUALITY, detections, draw_overlay, ground_truth, window_around
+from direct_pt.reports.overlays import QUALITY, detections, draw_overlay, file_uri, ground_truth, window_around
 from direct_pt.reports.page import render
 from direct_pt.reports.samples import picture
 
@@ -71,6 +70,12 @@ class RunPage:
                     self._save(draw_overlay(photo, window, ground_truth(judged, row)), f"truth-{number}")
                 self._save(draw_overlay(photo, window, detections(judged, row)), f"step-{step}-{number}")
 
+    def pictures(self, step: int) -> dict[str, Path]:
+        """The files of the training samples, at step 0, or of what was found at a later one, by their names."""
+        kind, name = ("sample", "sample") if step == 0 else ("validation", f"step-{step}")
+        named = {f"{kind}/{number}": self._path(f"{name}-{number}") for number in range(MAX_SAMPLES)}
+        return {title: path for title, path in named.items() if path.exists()}
+
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """The page, from the records of metrics.jsonl. Raises OSError."""
         evaluations = [record for record in records if "bbox" in record]
@@ -92,7 +97,7 @@ class RunPage:
             banner=self.banner,
             command=self.command,
             folder=printable(str(self.folder)),
-            curves=_png(curves) if curves.exists() else "",
+            curves=file_uri(curves.read_bytes(), "png") if curves.exists() else "",
             samples=list(filter(None, (self._stored(f"sample-{number}") for number in range(MAX_SAMPLES)))),
             columns=[record["step"] for record in shown],
             rows=[row for row in rows if any(row)],
@@ -125,10 +130,6 @@ class RunPage:
     def _stored(self, name: str) -> str:
         """A picture as the page holds it; empty if there is none."""
         try:
-            return "data:image/webp;base64," + base64.b64encode(self._path(name).read_bytes()).decode()
+            return file_uri(self._path(name).read_bytes(), "webp")
         except OSError:
             return ""
-
-
-def _png(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

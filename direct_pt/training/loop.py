@@ -39,6 +39,7 @@ from direct_pt.training.progress import Progress
 from direct_pt.training.run_folder import RunFolder
 from direct_pt.training.run_log import RunLog, duration
 from direct_pt.training.settings import RunOptions
+from direct_pt.training.trackers import Trackers
 from direct_pt.training.unreadable import UnreadableImages
 from direct_pt.transforms import TestPreset
 
@@ -120,8 +121,9 @@ class Trainer:
         run.history[-1]["steps"] = run.progress.step
         self.signals.catch(run.options.max_hours)
 
-    def train(self) -> None:
+    def train(self, trackers: Trackers) -> None:
         """Train from the step reached to the last one."""
+        self.trackers = trackers
         total, options = self.plan.total_steps, self.options
         self.model.model.train()
         with closing(self._batches()) as batches, tqdm(
@@ -155,6 +157,8 @@ class Trainer:
                 recompute_statistics(self._result(), self.run.feed, self.plan, self.accelerator)
                 self.saved_step = -1
                 self._save()
+                if done > self.first_step:  # else it was evaluated so before
+                    self._evaluate()
         self.folder.must_be_saved(done)
         if self.accelerator.is_main_process:
             skipped = f"; {self.progress.skipped} of {done} steps were skipped" if self.progress.skipped else ""
@@ -305,7 +309,7 @@ class Trainer:
             f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
         )
         self.folder.add(record)
-        self._track(record)
+        self.trackers.log(record)
         if some_unreadable:
             self._report_unreadable()
 
@@ -331,18 +335,18 @@ class Trainer:
         detector, start = self._result(), time.monotonic()
         metrics, predictions = evaluate(
             detector, self.run.val, self.run.test_preset, self.plan.micro_batch_size, self.accelerator,
-            self.options.num_workers, self._exit_if_signalled,
+            self.options.num_workers, self._exit_if_signalled, with_losses=True,
         )  # fmt: skip
         epoch = self.progress.step * self.plan.global_batch_size / self.plan.images
         record = {"step": self.progress.step, "epoch": epoch, **metrics}
         judged = Judged.of(self.run.val, predictions, metrics) if self.accelerator.is_main_process else None
         self.folder.add_evaluation(record, detector, self.run.history, judged)
-        self._track(record)
+        self.trackers.log(record)
+        self.trackers.log_pictures(self.folder.pictures(record["step"]), record["step"])
         seconds = time.monotonic() - start
         if self.accelerator.is_main_process:
-            self.bar.write(
-                f"step {self.progress.step} ({duration(seconds)}): {printable_lines(metrics_table(metrics))}"
-            )
+            loss = f"validation loss {metrics.get('val_loss') or math.nan:.3f}, {duration(seconds)}"
+            self.bar.write(f"step {self.progress.step} ({loss}): {printable_lines(metrics_table(metrics))}")
             for image in predictions.unreadable:
                 self.bar.write(f"unreadable image, no detections: {printable(unreadable_reason(self.run.val, image))}")
         self.log.exclude(seconds)
@@ -371,15 +375,6 @@ class Trainer:
         self.saved_step = self.progress.step
         self.folder.save(state, result, self.run.history)
         self.accelerator.wait_for_everyone()  # a process that exits first makes the launcher kill the one that saves
-
-    def _track(self, record: dict[str, Any]) -> None:
-        """Give a record to the trackers."""
-        if self.options.report_to == "none":
-            return
-        masks = {f"mask {name}": value for name, value in record.get("segm", {}).items()}
-        figures = {**record, **record.get("losses", {}), **record.get("bbox", {}), **masks}
-        numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-        self.accelerator.log(numbers, record["step"])
 
     def _exit_if_signalled(self) -> None:
         """Between the batches of an evaluation, each process for itself: the state is saved already."""

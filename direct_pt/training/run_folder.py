@@ -81,7 +81,10 @@ class RunFolder:
     ) -> None:
         """Write the metrics of a step, also to the model saved of it, and the detector where it is the best."""
         thresholds = judged and judged.best_thresholds()  # only the main process's is not None
-        stage = {**history[-1], "AP": record["bbox"]["AP"]} | ({"thresholds": thresholds} if thresholds else {})
+        figures = {"AP": record["bbox"]["AP"], "AP50": record["bbox"]["AP50"]}
+        if "segm" in record:
+            figures["mask_AP"] = record["segm"]["AP"]
+        stage = {**history[-1], **figures} | ({"thresholds": thresholds} if thresholds else {})
         measured = [*history[:-1], stage]
         if self.is_main and record["bbox"]["AP"] > self.best_ap:
             self.best_ap = record["bbox"]["AP"]
@@ -162,6 +165,10 @@ class RunFolder:
         if not page.has_samples():
             self._try(lambda: page.add_samples(samples, class_names))
         self._try(lambda: page.write(self.records))
+
+    def pictures(self, step: int) -> dict[str, Path]:
+        """The page's pictures of a step by their names, on the main process: of detections, or at 0 of samples."""
+        return {} if self.page is None else self.page.pictures(step)
 
     def must_be_saved(self, step: int) -> None:
         """Raise TrainingStopped where the last save failed. Called whenever a run ends."""

@@ -46,6 +46,7 @@ from direct_pt.recipes import (
 )
 from direct_pt.training.detector_flags import FinetuneDetectorOptions, InitOptions
 from direct_pt.training.image_flags import FinetuneImageOptions, PretrainImageOptions
+from direct_pt.training.tracker_flags import NO_TRACKER, TRACKERS, check_trackers
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 MAX_PREVIEW = 1000  # samples
@@ -98,7 +99,7 @@ class ScheduleOptions:
         None,
         "images per optimizer step, over all processes (paper: {paper.global_batch_size}, small: "
         "{small[global_batch_size]})",
-        batch_size, metavar="N",
+        batch_size, metavar="N", alias="--batch-size",
     )  # fmt: skip
     micro_batch_size: int | str | None = flag(
         None,
@@ -180,7 +181,10 @@ class RunOptions(DeviceOptions):
         None, "write N training samples, as the detector will see them, to RUN/samples.jpg, and end",
         whole_number(1, MAX_PREVIEW), metavar="N", on_resume=FREE,
     )  # fmt: skip
-    report_to: str = flag("none", "also log to this tracker", choices=["none", "tensorboard"], on_resume=FREE)
+    report_to: tuple[str, ...] = flag(
+        (NO_TRACKER,), "also give settings, figures and pictures to these trackers", choices=(NO_TRACKER, *TRACKERS),
+        many=True, on_resume=FREE,
+    )  # fmt: skip
 
     @property
     def resumes(self) -> bool:
@@ -192,6 +196,12 @@ class RunOptions(DeviceOptions):
             raise InputError("--compile and --gradient-checkpointing exclude each other: use one of them")
         if self.min_delta and self.patience is None:
             raise InputError("--min-delta says how much --patience waits for: give that too, or leave it out")
+        check_trackers(self.report_to)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that --report-to names."""
+        return check_trackers(self.report_to)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +41,7 @@ from direct_pt.training.prepared import PreparedModel
 from direct_pt.training.progress import Progress
 from direct_pt.training.resume import Resumption, data_record, launcher_id, longer_plan, resumed_plan
 from direct_pt.training.settings import Flags, RunOptions, TrainingDataOptions
+from direct_pt.training.trackers import open_trackers
 from direct_pt.transforms import Preset, TestPreset
 
 if TYPE_CHECKING:
@@ -246,8 +248,6 @@ def start_run(
         plan.micro_batch_size,
         plan.accumulation,
         flags.schedule.clip_grad_norm,
-        log_with=None if options.report_to == "none" else options.report_to,
-        project_dir=str(options.output_dir),
     )
     if resumption is not None:
         resumption.load_weights(detector, accelerator)
@@ -274,8 +274,9 @@ def start_run(
         "global_batch_size": plan.global_batch_size,
         "lr": plan.lr,
         "images": plan.images,
+        "recipe": recipe.name,
         "init": flags.to_dict().get("init", "none"),
-    }
+    } | ({} if data["train"] is None else {"objects": data["train"]["objects"]})
     return Run(
         title=flags.stage.name,
         options=options,
@@ -350,24 +351,26 @@ def train_run(
     """
     try:
         trainer = Trainer(run)  # from here on a stop signal ends the run after its next step
-        if run.accelerator.is_main_process:
-            survey = []
-            if isinstance(train, AnnotationTable):
-                tables = {"train": train} | ({} if run.val is None else {"val": run.val})
-                survey = summary(tables, survey_preset)
-            detector = run.model.detector
-            paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
-            recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
-            text = printable_lines(banner(run, images, origin, recipe, survey))
-            print(text, flush=True)
-            page = RunPage(run.options.output_dir, run.title, text, shlex.join(sys.argv), run.plan.total_steps, run.val)
-            samples: Iterator[Batch] = iter(())
-            if isinstance(run.feed, TableFeed):  # a stream would be read twice
-                samples = replace(run.feed, num_workers=0).batches(Share(1, 0, MAX_SAMPLES))
-            trainer.folder.show(page, samples, detector.config.class_names)
-        if run.options.report_to != "none":
-            run.accelerator.init_trackers("tensorboard")
-        trainer.train()
+        options, state = run.options, run.accelerator.state
+        trackers = open_trackers(options.trackers, options.output_dir, flags.to_dict(), run.progress.step, state)
+        with closing(trackers):
+            if run.accelerator.is_main_process:
+                survey = []
+                if isinstance(train, AnnotationTable):
+                    tables = {"train": train} | ({} if run.val is None else {"val": run.val})
+                    survey = summary(tables, survey_preset)
+                detector = run.model.detector
+                paper = flags.stage.recipe(detector.config.name, paper_optimizer(detector.backbone.has_layernorm))
+                recipe = recipe_text(run.recipe, paper, run.plan, is_given=flags.schedule.recipe != "auto")
+                text = printable_lines(banner(run, images, origin, recipe, survey))
+                print(text, flush=True)
+                page = RunPage(options.output_dir, run.title, text, shlex.join(sys.argv), run.plan.total_steps, run.val)
+                samples: Iterator[Batch] = iter(())
+                if isinstance(run.feed, TableFeed):  # a stream would be read twice
+                    samples = replace(run.feed, num_workers=0).batches(Share(1, 0, MAX_SAMPLES))
+                trainer.folder.show(page, samples, detector.config.class_names)
+                trackers.log_pictures(trainer.folder.pictures(run.progress.step), run.progress.step)
+            trainer.train(trackers)
         run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
         run.accelerator.end_training()
     finally:

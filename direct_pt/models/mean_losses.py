@@ -1,0 +1,47 @@
+"""The losses of a whole split, averaged over its batches as if it were one."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from direct_pt.batch import Batch
+from direct_pt.models.detector import Detector
+
+
+@dataclass
+class MeanLosses:
+    """Sums of the losses of batches, each by its weight.
+
+    A two-stage detector's losses are means over images, RetinaNet's over positive anchors. Neither the sampled RoIs nor
+    the weights depend on which images share a batch: a mean differs from that of other batches by padding alone.
+
+    Attributes:
+        sums: of each loss times the weight of its batch.
+        weight: of all batches.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    weight: float = 0.0
+
+    def add(self, detector: Detector, features: list[Tensor], batch: Batch) -> None:
+        """Those of a batch, whose labels are the detector's, from its pyramid `features`."""
+        weight = detector.loss_weight(batch)
+        share = len(batch) if weight is None else weight.item()
+        for name, loss in detector.losses(features, batch).items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.item() * share
+        self.weight += share
+
+    def merged(self, others: list["MeanLosses"]) -> "MeanLosses":
+        """With those of other processes."""
+        parts = [self, *others]
+        names = dict.fromkeys(name for part in parts for name in part.sums)
+        sums = {name: math.fsum(part.sums.get(name, 0.0) for part in parts) for name in names}
+        return MeanLosses(sums, math.fsum(part.weight for part in parts))
+
+    def record(self) -> dict[str, object]:
+        """{"val_loss": their sum, "val_losses": {name: mean}}; a loss that is not finite is None, empty without any."""
+        means = {name: value / self.weight for name, value in self.sums.items() if self.weight}
+        finite: dict[str, float | None] = {name: m if math.isfinite(m) else None for name, m in means.items()}
+        total = sum(means.values())
+        return {"val_loss": total if math.isfinite(total) else None, "val_losses": finite} if means else {}
