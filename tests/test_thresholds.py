@@ -11,7 +11,7 @@ from PIL import Image
 from direct_pt.batch import Detections
 from direct_pt.checkpoint import from_pretrained, save_model
 from direct_pt.errors import InputError
-from direct_pt.models.detector import SCORE_THRESHOLD
+from direct_pt.models.api import SCORE_THRESHOLD
 
 
 def with_thresholds(run: Path, folder: Path, thresholds: object) -> Path:
