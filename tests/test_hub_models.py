@@ -20,9 +20,9 @@ from direct_pt.models.detector import DetectorConfig, build_detector
 
 TRAINED = [
     {"stage": "pretrain", "steps": 100, "images": 300, "objects": 900, "global_batch_size": 8, "lr": 0.01,
-     "recipe": "small", "init": "none"},
+     "init": "none"},
     {"stage": "finetune", "steps": 50, "images": 300, "objects": 900, "global_batch_size": 16, "lr": 0.02,
-     "recipe": "small", "init": "runs/pretrain", "AP": 0.5, "AP50": 0.75, "mask_AP": 0.45,
+     "init": "runs/pretrain", "AP": 0.5, "AP50": 0.75, "mask_AP": 0.45,
      "thresholds": {"all": 0.42, "per_class": {"cat|dog": 0.25, "bird": None}}},
 ]  # fmt: skip
 
@@ -77,8 +77,8 @@ def test_the_card(model: Path, tmp_path: Path) -> None:
         "above a score of 0.42, which has the highest F1",
         "| 0 | 7 | cat\\|dog | 0.25 |",
         "| 1 | 2 | bird | 0.42 |",
-        "| pretrain | 300 | 900 | 100 | 8 | 0.01 | small | none |",
-        "| finetune | 300 | 900 | 50 | 16 | 0.02 | small | runs/pretrain |",
+        "| pretrain | 300 | 900 | 100 | 8 | 0.01 | none |",
+        "| finetune | 300 | 900 | 50 | 16 | 0.02 | runs/pretrain |",
     ):
         assert line in text, line
 

@@ -125,9 +125,9 @@ def test_stopped_in_an_evaluation(
     flags, run, reference = SETTINGS["paper's"], tmp_path / "run", tmp_path / "reference"
     train(reference, demo, *flags)
 
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **more: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        evaluate(*arguments)  # type: ignore[arg-type]
+        evaluate(*arguments, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched, pytest.raises(StopSignal, match="the state of step 6 is saved"):
         patched.setattr("direct_pt.training.loop.evaluate", interrupted)

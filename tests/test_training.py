@@ -171,7 +171,7 @@ def test_the_time_that_a_run_will_take(demo: Path, tmp_path: Path, capsys: pytes
     runs.train("pretrain", "--data", demo, *flags)
     output = capsys.readouterr().out
     assert len(re.findall(line + r" steps, which comes on top, the next one after step 21 in \d+ s", output)) == 1
-    assert re.search(r"step 21 \(\d+ s\): AP", output)
+    assert re.search(r"step 21 \(validation loss \d+\.\d+, \d+ s\): AP", output)
 
 
 # Accumulation and processes

@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 FIGURES = {"AP": "box AP", "AP50": "box AP50", "mask_AP": "mask AP"}  # of a stage in the history
 STAGE = {
     "stage": "stage", "images": "training images", "objects": "objects", "steps": "steps", "global_batch_size": "batch",
-    "lr": "learning rate", "recipe": "recipe", "init": "started from",
+    "lr": "learning rate", "init": "started from",
 }  # fmt: skip
 
 

@@ -115,15 +115,15 @@ class Trainer:
         self.log = RunLog(run.plan, run.accelerator, run.progress.step, run.saved_log)
         self.signals = StopSignals()
         self.unreadable = UnreadableImages(run.feed)
+        self.trackers = Trackers({})  # set where there are some
         self.saved_statistics: list[tuple[Tensor, Tensor]] = []  # restored if the step under way is skipped
         self.in_step = False  # whether a step has begun that has not updated the weights yet
         self.saved_step = self.first_step = run.progress.step
         run.history[-1]["steps"] = run.progress.step
         self.signals.catch(run.options.max_hours)
 
-    def train(self, trackers: Trackers) -> None:
+    def train(self) -> None:
         """Train from the step reached to the last one."""
-        self.trackers = trackers
         total, options = self.plan.total_steps, self.options
         self.model.model.train()
         with closing(self._batches()) as batches, tqdm(

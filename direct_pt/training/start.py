@@ -274,7 +274,6 @@ def start_run(
         "global_batch_size": plan.global_batch_size,
         "lr": plan.lr,
         "images": plan.images,
-        "recipe": recipe.name,
         "init": flags.to_dict().get("init", "none"),
     } | ({} if data["train"] is None else {"objects": data["train"]["objects"]})
     return Run(
@@ -352,7 +351,9 @@ def train_run(
     try:
         trainer = Trainer(run)  # from here on a stop signal ends the run after its next step
         options, state = run.options, run.accelerator.state
-        trackers = open_trackers(options.trackers, options.output_dir, flags.to_dict(), run.progress.step, state)
+        trainer.trackers = trackers = open_trackers(
+            options.trackers, options.output_dir, flags.to_dict(), run.progress.step, state
+        )
         with closing(trackers):
             if run.accelerator.is_main_process:
                 survey = []
@@ -370,7 +371,7 @@ def train_run(
                     samples = replace(run.feed, num_workers=0).batches(Share(1, 0, MAX_SAMPLES))
                 trainer.folder.show(page, samples, detector.config.class_names)
                 trackers.log_pictures(trainer.folder.pictures(run.progress.step), run.progress.step)
-            trainer.train(trackers)
+            trainer.train()
         run.accelerator.wait_for_everyone()  # no process closes its connections while another still writes
         run.accelerator.end_training()
     finally:
