@@ -10,6 +10,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "build_detector", "from_pretrained"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Both are loaded when they are asked for: PyTorch's launchers look into this package, and want neither."""
     if name == "from_pretrained":

@@ -108,6 +108,8 @@ def model_folder(path_or_hub_id: str | Path, weights: str = "best", revision: st
     Raises:
         InputError: there is no such model.
     """
+    if weights not in KINDS:
+        raise InputError(f"weights is {weights!r}: give one of {', '.join(KINDS)}")
     path = Path(path_or_hub_id)
     if weights == "best" and _is_model(path / "best") and _last_stage(path / "best").get("AP", 1) > 0:
         return path / "best"

@@ -82,9 +82,8 @@ def print_result(model: Model, table: AnnotationTable, split: str, judged: Judge
     """Figures, and images that could not be read. Raises InputError where none could."""
     size = f"{len(table)} images at {model.preset.long_side}x{model.preset.short_side}"
     print(printable_lines(f"{split}: {size}\n{metrics_table(judged.metrics)}"))
-    if at := judged.thresholds["all"]:
-        worth = f"precision {at['precision']:.3f}, recall {at['recall']:.3f}, F1 {at['f1']:.3f}"
-        print(f"best score threshold {at['threshold']:g}: {worth}")
+    if text := threshold_text(judged):
+        print(text)
     if not any(row["objects"] for row in judged.metrics["per_class"].values()):
         print("there is no object to find in these images, but for crowd regions: the figures are -1, unknown")
     reasons = [unreadable_reason(table, image) for image in judged.predictions.unreadable]
@@ -95,13 +94,21 @@ def print_result(model: Model, table: AnnotationTable, split: str, judged: Judge
         raise InputError(f"none of the {len(reasons)} images could be read: {few}")
 
 
+def threshold_text(judged: Judged, start: str = "") -> str:
+    """The best threshold and what it gives, behind `start`; empty where nothing was found."""
+    if not (at := judged.thresholds["all"]):
+        return ""
+    worth = f"precision {at['precision']:.3f}, recall {at['recall']:.3f}, F1 {at['f1']:.3f}"
+    return f"{start}best score threshold {at['threshold']:g}: {worth}"
+
+
 def measure(
     model: Model, table: AnnotationTable, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[Judged, float] | None:
     """A model's figures, printed, and images a second; of the main process. Every process must call it."""
     if accelerator.is_main_process:
         is_chosen = args.split == "val" and model.folder.name == "best"
-        chosen = "; chosen by their AP on this split, which is a little high for that: --weights last are not"
+        chosen = "; they were chosen by their AP on this split, so it is a little high; --weights last were not"
         print(printable(f"weights: {describe_model(model.folder)}{chosen * is_chosen}"), flush=True)
     detector, start = model.detector.to(accelerator.device), perf_counter()
     metrics, predictions = evaluate(detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers)
@@ -139,7 +146,12 @@ def write_results(
     if other is not None:
         figures["comparison"] = {"weights": str(models[1].folder), **comparison(judged, other)}
     write_json(files["report.json"], {**about, **figures})
-    write_evaluation_page(files["report.html"], judged, figures, head, other, describe_model(models[-1].folder))
+    other_about = ""
+    if other is not None:
+        size = models[1].preset
+        other_about = f"the other at {size.long_side}x{size.short_side} pixels{threshold_text(other, '; its ')}"
+    name = describe_model(models[-1].folder)
+    write_evaluation_page(files["report.html"], judged, figures, head, other, name, other_about)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -279,7 +279,7 @@ def test_predict_images_of_several_sizes(demo: Path, name: str) -> None:
     pictures = [photo, photo[:40], photo[:, :7], np.tile(photo, (2, 4, 1)), np.zeros((1, 1, 3), np.uint8)]
     results = detector.predict(pictures, score_threshold=0.05)
     assert len(results) == len(pictures) and detector.training
-    keys = {"boxes", "scores", "labels", "category_ids"} | ({"masks"} if name in (MASK, SWIN) else set())
+    keys = {"boxes", "scores", "labels", "class_ids", "category_ids"} | ({"masks"} if name in (MASK, SWIN) else set())
     for picture, result in zip(pictures, results, strict=True):
         count = len(result["scores"])
         assert set(result) == keys

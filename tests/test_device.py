@@ -1,5 +1,6 @@
 """--device, and the settings of a process on the CPU: freed memory stays with it."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,11 @@ def test_freed_memory_is_kept() -> None:
 
 
 def test_names_of_devices() -> None:
-    assert [device_name(text) for text in ("auto", "cpu", "cuda", "cuda:1", "0", "12")] == [
-        "auto", "cpu", "cuda", "cuda:1", "cuda:0", "cuda:12",
-    ]  # fmt: skip
+    for text in ("auto", "cpu", "cuda", "cuda:1", "0", "12"):
+        assert device_name(text) == text
+    for text in ("gpu", "cuda:", "cuda:x", "0,1", "-1", ""):
+        with pytest.raises(argparse.ArgumentTypeError):
+            device_name(text)
 
 
 def test_a_device_that_is_not_there(pretrained: Path, demo: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from small_detectors import small_detector
 
 import direct_pt
 from direct_pt.checkpoint import from_pretrained, save_model
+from direct_pt.errors import InputError
 from direct_pt.models.detector import DetectorConfig, build_detector
 
 TRAINED = [
@@ -78,7 +79,7 @@ def test_the_card(model: Path, tmp_path: Path) -> None:
         "| 0 | 7 | cat\\|dog | 0.25 |",
         "| 1 | 2 | bird | 0.42 |",
         "| pretrain | 300 | 900 | 100 | 8 | 0.01 | none |",
-        "| finetune | 300 | 900 | 50 | 16 | 0.02 | runs/pretrain |",
+        "| finetune | 300 | 900 | 50 | 16 | 0.02 | other weights |",
     ):
         assert line in text, line
 
@@ -164,3 +165,68 @@ def test_batches(pretrained: Path, demo: Path, tmp_path: Path) -> None:
     for wrong in (0, -1, 2.5, "4"):
         with pytest.raises(ValueError, match=r"batch_size is .*: give a whole number above 0"):
             detector.predict(paths, batch_size=wrong)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_holds_something_else(model: Path, pretrained: Path, tmp_path: Path) -> None:
+    """A run, or another library's model, is not written over; a model may be."""
+    detector = from_pretrained(model)
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(InputError, match="run: is a run's folder; choose another folder for the model"):
+        detector.save_pretrained(run)
+    assert (run / "config.json").read_bytes() == before and not (run / "README.md").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "detr"}')
+    with pytest.raises(InputError, match=r"holds another config\.json"):
+        detector.save_pretrained(other)
+    (other / "config.json").unlink()
+    (other / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(InputError, match=r"holds model\.safetensors of something else"):
+        detector.save_pretrained(other)
+    assert (other / "model.safetensors").read_bytes() == b"theirs"
+    detector.save_pretrained(model)
+    assert from_pretrained(model).history == TRAINED
+
+
+def test_thresholds_that_were_set_are_saved(model: Path, tmp_path: Path) -> None:
+    detector = from_pretrained(model)
+    detector.score_threshold, detector.class_thresholds = 0.9, (0.8, 0.7)
+    detector.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    assert (again.score_threshold, again.class_thresholds) == (0.9, (0.8, 0.7))
+    assert [stage["stage"] for stage in again.history] == ["pretrain", "finetune"]
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "above a score of 0.9, which was chosen by hand." in card and "highest F1" not in card
+
+    built = small_detector()
+    built.score_threshold = 0.6
+    built.save_pretrained(tmp_path / "built")
+    assert from_pretrained(tmp_path / "built").score_threshold == 0.6
+
+
+def test_wrong_values_in_python(model: Path) -> None:
+    """In one sentence, at once."""
+    image = np.zeros((40, 50, 3), np.uint8)
+    detector = from_pretrained(model)
+    for wrong in (60, -0.1, 1, "best"):
+        with pytest.raises(ValueError, match=r"score_threshold is .*: give a number from 0 to below 1"):
+            detector.predict(image, score_threshold=wrong)  # type: ignore[arg-type]
+    for name, value in (("score_threshold", 5), ("class_thresholds", (0.5,)), ("class_thresholds", (0.5, 2))):
+        detector = from_pretrained(model)
+        setattr(detector, name, value)
+        with pytest.raises(ValueError, match="class_thresholds one for each class, in the order of id2label"):
+            detector.predict(image)
+    for wrong, message in (
+        ({"a": 1}, "images: is a dict; give paths"),
+        (b"content", "images: is a bytes; give paths"),
+        ("https://example.org/a.jpg", r"images\[0\]: https://example.org/a.jpg is an address: download"),
+    ):
+        with pytest.raises(InputError, match=message):
+            from_pretrained(model).predict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="weights is 'first': give one of best, last"):
+        from_pretrained(model, weights="first")
+    with pytest.raises(InputError, match=r"^mask_rcnn: no such detector; choose one of"):
+        build_detector("mask_rcnn", 3)
+    assert {"from_pretrained", "build_detector", "__version__"} <= set(dir(direct_pt))

@@ -102,6 +102,9 @@ def test_longer_schedules(schedule: str, times: int) -> None:
         (2, ("--global-batch-size", 8, "--micro-batch-size", 2), 2),
         (2, ("--global-batch-size", 8, "--micro-batch-size", 4), 1),
         (3, ("--global-batch-size", 12, "--micro-batch-size", 1), 4),
+        (1, ("--batch-size", 4), 1),  # not the default micro-batches of 8, which do not divide it
+        (1, ("--batch-size", 12), 2),
+        (2, ("--batch-size", 12), 1),
     ],
 )
 def test_accumulation_keeps_the_global_batch(processes: int, flags: tuple[object, ...], accumulation: int) -> None:
@@ -115,7 +118,7 @@ def test_accumulation_keeps_the_global_batch(processes: int, flags: tuple[object
     ("stage", "processes", "flags", "remedy"),
     [
         ("pretrain", 3, (), "use --global-batch-size 48 or 72"),
-        ("pretrain", 1, ("--global-batch-size", 4), "use --global-batch-size 8, or --micro-batch-size 2 or 4"),
+        ("pretrain", 1, ("--global-batch-size", 11), "use --global-batch-size 8 or 16, or --micro-batch-size 1 or 11"),
         ("pretrain", 1, ("--global-batch-size", 12, "--micro-batch-size", 5),
          "use --global-batch-size 10 or 15, or --micro-batch-size 4 or 6"),
         ("finetune", 2, ("--micro-batch-size", 3),

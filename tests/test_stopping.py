@@ -49,7 +49,8 @@ def test_patience(demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert evaluated(run) == [1, 2, 3, 4] and runs.steps_saved(run)[-1] == "step-4"
     ap = runs.records(run)[-1]["bbox"]["AP"]
     out = capfd.readouterr().out
-    assert f"done: {run / 'model'}; stopped at step 4 of 9, as no later AP was higher than {ap:.3f}, of step 1" in out
+    why = f"no AP of the last 3 evaluations was higher than before (--patience); the best is {ap:.3f}, of step 1"
+    assert f"done: {run / 'model'}; stopped at step 4 of 9, as {why}" in out
     assert runs.read_json(run / "model/config.json")["history"][-1]["steps"] == 4
 
     before = runs.records(run)
@@ -189,3 +190,16 @@ def test_a_signal_before_the_first_step(demo: Path, tmp_path: Path, number: sign
     process.send_signal(number)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 143 and f"{number.name}: the state of step 1 is saved" in err
+
+
+def test_evaluations_may_be_more_or_fewer(demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A resumed run looks as often as it is told now, and trains as if it always had."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    pretrain(whole, demo, *SMALL, "--max-steps", 4, "--eval-every", 100)
+    pretrain(whole, demo, *SMALL, "--max-steps", 8, "--eval-every", 100, "--resume")
+    pretrain(run, demo, *SMALL, "--max-steps", 4, "--eval-every", 100)
+    capfd.readouterr()
+    pretrain(run, demo, *SMALL, "--max-steps", 8, "--eval-every", "0.67", "--resume")
+    assert "resumed with --eval-every 0.67, before 100.0" in capfd.readouterr().out
+    assert (evaluated(whole), evaluated(run)) == ([4, 8], [4, 6, 8])
+    assert_same_state(run, whole, 8)

@@ -39,7 +39,9 @@ def test_the_names_are_accelerates() -> None:
 
 
 def test_a_package_that_is_missing_is_asked_for() -> None:
-    with pytest.raises(InputError, match="--report-to aim: its package is not installed: pip install aim"):
+    with pytest.raises(
+        InputError, match="--report-to aim: its package is not installed: pip install aim, or --report-to none"
+    ):
         check_trackers(("tensorboard", "aim"))
     with pytest.raises(InputError, match="--report-to none tensorboard: none excludes the others"):
         check_trackers(("none", "tensorboard"))

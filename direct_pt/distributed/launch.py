@@ -33,11 +33,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 def device_name(text: str) -> str:
     """The check of --device: "auto", "cpu", "cuda" or "cuda:N", for which a number alone stands too."""
-    name = f"cuda:{text}" if text.isdecimal() else text
-    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
-        return name
+    if re.fullmatch(r"auto|cpu|cuda|(cuda:)?[0-9]{1,4}", text):
+        return text
     several = "; for several GPUs, start it with accelerate launch --num_processes N" if "," in text else ""
-    raise argparse.ArgumentTypeError(f"{text!r:.40} is none of auto, cpu, cuda, or a GPU's number such as 0{several}")
+    raise argparse.ArgumentTypeError(
+        f"{text!r:.40} is none of auto, cpu, cuda, or one GPU, such as cuda:1 or 1{several}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class DeviceOptions:
     )  # fmt: skip
     num_workers: int = flag(2, "processes that read images", worker_count, metavar="N", on_resume=FREE)
     device: str = flag(
-        "auto", "auto: the launcher's choice, or a GPU if there is one; or cpu, cuda, or one GPU by its number",
+        "auto", "auto: the launcher's choice, or a GPU if there is one; or cpu, cuda, or one GPU, such as cuda:1 or 1",
         device_name, metavar="NAME", on_resume=FREE,
     )  # fmt: skip
 
@@ -117,6 +118,7 @@ def join_processes(device: str = "auto") -> PartialState:
 def _choose(device: str) -> None:
     """Do what --device says, for this process. Raises InputError."""
     global _cpu_requested
+    device = f"cuda:{device}" if device.isdecimal() else device
     if device == "cpu":
         _cpu_requested = True
     if not device.startswith("cuda"):

@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import re
 import struct
 import threading
 import warnings
@@ -149,6 +150,8 @@ def decode_image(
 
 def rgb_images(images: Images) -> Iterator[np.ndarray]:
     """`as_rgb` of one image, or of each of several, one after another. Raises InputError with the place in the list."""
+    if isinstance(images, bytes | bytearray | dict):
+        raise InputError(f"images: is a {type(images).__name__}; give paths, PIL images, RGB arrays or tensors")
     is_one = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", None) in (0, 2, 3)
     listed: Iterable[Any] = images if isinstance(images, Iterable) and not is_one else [images]
     for place, image in enumerate(listed):
@@ -169,6 +172,8 @@ def as_rgb(image: AnyImage, name: str) -> np.ndarray:
     Raises:
         InputError: it is empty or unreadable, or its shape, type or values may mean several things.
     """
+    if isinstance(image, str) and re.match(r"[a-z]+://", image):
+        raise InputError(f"{name}: {image:.80} is an address: download the image first")
     if isinstance(image, str | os.PathLike):
         try:
             return read_image(Path(image))

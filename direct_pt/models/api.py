@@ -17,7 +17,7 @@ from direct_pt.images.decoding import Images, rgb_images
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.masks import paste_masks
 from direct_pt.models.model_card import model_card
-from direct_pt.models.model_folder import History, write_model
+from direct_pt.models.model_folder import History, check_model_folder, write_model
 from direct_pt.transforms import TestPreset
 
 SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
@@ -60,12 +60,25 @@ class DetectorAPI(nn.Module):
         """The detections of a batch, in the original images' frames. Call it in eval mode."""
 
     def above(self, found: Detections, threshold: float | str) -> Detections:
-        """The detections above a score, or above its own: "model", or "per-class" for each class's."""
+        """The detections above a score, or above its own: "model", or "per-class" for each class's.
+
+        Raises:
+            ValueError: that is none, or the detector's own are none.
+        """
+        own = (self.score_threshold, *self.class_thresholds)
+        if len(own) != 1 + len(self.config.class_names) or not all(0 <= score < 1 for score in own):
+            raise ValueError(
+                "score_threshold must be a number from 0 to below 1, and class_thresholds one for each class, in the "
+                f"order of id2label: they are {own[0]!r} and {own[1:]!r:.60}"
+            )
         if threshold == "per-class":
             return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
-        if isinstance(threshold, str) and threshold != "model":
-            raise ValueError(f"score_threshold is {threshold!r}: give a number, 'model' or 'per-class'")
-        return found.above(self.score_threshold if isinstance(threshold, str) else threshold)
+        score = self.score_threshold if threshold == "model" else threshold
+        if isinstance(score, str) or not 0 <= score < 1:
+            raise ValueError(
+                f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
+            )
+        return found.above(score)
 
     def predict(
         self, images: Images, score_threshold: float | str = "model", batch_size: int = 1
@@ -125,14 +138,29 @@ class DetectorAPI(nn.Module):
             license: for the card, by the hub's identifiers, such as "apache-2.0". Its data's licences decide it.
 
         Raises:
+            InputError: the folder holds something else, such as a run.
             OSError: the folder cannot be written; its earlier content is unchanged.
         """
-        folder = Path(folder)
-        write_model(folder, self.config.to_dict(), self.state_dict(), self.history)
-        if not (folder / CARD).exists():
+        folder, card = Path(folder), Path(folder) / CARD
+        check_model_folder(folder)
+        history = self._history_to_save()
+        write_model(folder, self.config.to_dict(), self.state_dict(), history)
+        if not card.exists():
             thresholds = (self.score_threshold, self.class_thresholds)
-            name = repo_id or str(folder)
-            write_text(folder / CARD, model_card(name, self.config, self.history, thresholds, self.has_masks, license))
+            name = repo_id or folder.name
+            write_text(card, model_card(name, self.config, history, thresholds, self.has_masks, license))
+
+    def _history_to_save(self) -> History:
+        """The history, with thresholds that were set since."""
+        last = self.history[-1] if self.history else {}
+        names = self.config.class_names
+        known = last.get("thresholds", {"all": SCORE_THRESHOLD, "per_class": {}})
+        measured = [known["all"], *(known["per_class"].get(name) or known["all"] for name in names)]
+        if measured == [self.score_threshold, *self.class_thresholds]:
+            return self.history
+        per_class = dict(zip(names, self.class_thresholds, strict=True))
+        own = {"thresholds": {"all": self.score_threshold, "per_class": per_class}, "thresholds_set_by_hand": True}
+        return [*self.history[:-1], {**last, **own}]
 
     def push_to_hub(
         self,

@@ -169,6 +169,8 @@ def build_detector(
     Raises:
         InputError: `name` or the backbone's name is unknown.
     """
+    if name not in MODELS:
+        raise InputError(f"{name}: no such detector; choose one of {', '.join(MODELS)}")
     if config is None:
         if num_classes is None:
             raise InputError("build_detector needs num_classes or config")
@@ -215,8 +217,6 @@ def build_detector(
             refinement = Refinement(Matching(0.5, 0.5, low_quality=0.5))
             roi_head = _roi_head(config, [refinement], mask_head=MaskHead(channels, num_classes))
             detector = TwoStage(config, network, FPN(network.channels, channels), _rpn(config), roi_head)
-        case _:
-            raise InputError(f"{name}: no such detector; choose one of {', '.join(MODELS)}")
     if config.norm == "group":
         use_groupnorm(detector)
     return detector

@@ -13,9 +13,10 @@ from direct_pt.models.model_folder import History
 TEMPLATE = Path(__file__).with_suffix(".md")
 FIGURES = {"AP": "box AP", "AP50": "box AP50", "mask_AP": "mask AP"}  # of a stage in the history
 STAGE = {
-    "stage": "stage", "images": "training images", "objects": "objects", "steps": "steps", "global_batch_size": "batch",
-    "lr": "learning rate", "init": "started from",
+    "stage": "stage", "classes": "classes", "images": "training images", "objects": "objects", "steps": "steps so far",
+    "global_batch_size": "batch", "lr": "base learning rate", "init": "started from",
 }  # fmt: skip
+NAMED_STARTS = ("none", "imagenet")  # others are paths, which say nothing elsewhere
 
 
 def model_card(
@@ -38,14 +39,13 @@ def model_card(
     """
     last = history[-1] if history else {}
     figures = {title: last[key] for key, title in FIGURES.items() if last.get(key, -1) >= 0}
-    title = printable(Path(name).name if Path(name).is_absolute() else name)
     task = "image-segmentation" if has_masks else "object-detection"
     data = ModelCardData(
         library_name="direct-pt",
         pipeline_tag=task,
         license=license,
         tags=["direct-pt", config.name],
-        model_name=title,
+        model_name=printable(name),
         eval_results=None
         if not figures
         else [
@@ -58,19 +58,25 @@ def model_card(
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=title,
+        name=printable(name),
         quoted_name=json.dumps(name),
         config=config,
         task=task.replace("-", " "),
         figures=[f"{title} {value:.3f}" for title, value in figures.items()],
         threshold=thresholds[0],
         measured="thresholds" in last,
+        by_hand=last.get("thresholds_set_by_hand", False),
         classes=list(zip(config.category_ids, names, thresholds[1], strict=True)),
         columns=[STAGE[key] for key in columns],
-        stages=[[_cell(stage.get(key, "")) for key in columns] for stage in history],
+        stages=[[_stage_cell(key, stage.get(key, "")) for key in columns] for stage in history],
         license=license,
     )
     return str(card)
+
+
+def _stage_cell(key: str, value: object) -> str:
+    """A value of a stage in the table."""
+    return "other weights" if key == "init" and value and value not in NAMED_STARTS else _cell(value)
 
 
 def _cell(value: object) -> str:

@@ -5,11 +5,30 @@ from typing import Any
 
 from torch import Tensor
 
-from direct_pt.files import write_json, write_tensors
+from direct_pt.errors import InputError
+from direct_pt.files import DamagedFile, read_json, write_json, write_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 History = list[dict[str, Any]]
 Tensors = dict[str, Tensor]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise InputError where a model written there would take the place of other files."""
+    for path in (folder / WEIGHTS, folder / CONFIG):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{path}: is no regular file; choose another folder")
+    if not (folder / CONFIG).exists():
+        if (folder / WEIGHTS).exists():
+            raise InputError(f"{folder}: holds {WEIGHTS} of something else; choose another folder")
+        return
+    try:
+        content = read_json(folder / CONFIG)
+    except DamagedFile:
+        content = None
+    if not isinstance(content, dict) or not {"detector", "history"} <= set(content):
+        what = "is a run's folder" if isinstance(content, dict) and "settings" in content else "holds another " + CONFIG
+        raise InputError(f"{folder}: {what}; choose another folder for the model")
 
 
 def write_model(folder: Path, config: dict[str, Any], weights: Tensors, history: History) -> None:

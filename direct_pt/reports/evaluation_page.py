@@ -60,6 +60,7 @@ def write_evaluation_page(
     about: Mapping[str, str],
     other: Judged | None = None,
     other_name: str = "",
+    other_about: str = "",
 ) -> None:
     """Write the page.
 
@@ -70,6 +71,7 @@ def write_evaluation_page(
         about: lines of the page's head, text by title.
         other: another detector's detections.
         other_name: what it is called.
+        other_about: at which size it was tested, and its best threshold, in words.
 
     Raises:
         OSError: it cannot be written.
@@ -98,6 +100,7 @@ def write_evaluation_page(
         examples=kinds,
         disagreements=disagreements,
         other_name=other_name,
+        other_about=other_about,
     )
     write_text(path, page)
 

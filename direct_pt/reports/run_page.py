@@ -80,6 +80,7 @@ class RunPage:
         """The page, from the records of metrics.jsonl. Raises OSError."""
         evaluations = [record for record in records if "bbox" in record]
         best = max(evaluations, key=lambda record: record["bbox"]["AP"], default=None)
+        losses = [record for record in evaluations if record.get("val_loss") is not None]
         shown = evaluations[:1] + evaluations[1:][-(MAX_COLUMNS - 1) :]
         rows = [
             [self._stored(f"truth-{number}"), *(self._stored(f"step-{record['step']}-{number}") for record in shown)]
@@ -93,6 +94,7 @@ class RunPage:
             total_steps=self.total_steps,
             last=evaluations[-1] if evaluations else None,
             best=best,
+            lowest=min(losses, key=lambda record: record["val_loss"], default=None),
             classes=self._classes(evaluations),
             banner=self.banner,
             command=self.command,

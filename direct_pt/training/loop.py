@@ -162,7 +162,11 @@ class Trainer:
         self.folder.must_be_saved(done)
         if self.accelerator.is_main_process:
             skipped = f"; {self.progress.skipped} of {done} steps were skipped" if self.progress.skipped else ""
-            early = f"; stopped at step {done} of {total}, {self.folder.describe_best()}" if done < total else ""
+            early = (
+                f"; stopped at step {done} of {total}, {self.folder.describe_best(options.patience, options.min_delta)}"
+                if done < total
+                else ""
+            )
             print(printable(f"done: {options.output_dir / 'model'}{skipped}{early}"), flush=True)
 
     def _batches(self) -> Generator[Batch, None, None]:

@@ -102,6 +102,9 @@ def make_plan(
         micro = fitting_micro_batch_size or int(given or 0)
     elif recipe.name == "small" and options.global_batch_size is None:  # which was made to divide
         micro = next(size for size in micro_batch_sizes(batch, processes) if size <= micro)
+    elif given is None:
+        fitting = [size for size in micro_batch_sizes(batch, processes) if size <= micro][:1]
+        micro = next((size for size in fitting if size >= recipe.min_micro_batch_size), micro)
     unit = micro * processes
     if batch % unit:
         near = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
@@ -112,6 +115,8 @@ def make_plan(
             + (f", or --micro-batch-size {' or '.join(map(str, micros))}" if micros else "")
         )
     notes = []
+    if given is None and options.global_batch_size and micro < recipe.micro_batch_size:
+        notes.append(f"micro-batches of {micro}, as {batch} images do not divide into {recipe.micro_batch_size}")
     if options.max_steps is not None:
         steps = options.max_steps
     elif options.epochs is not None:

@@ -267,8 +267,8 @@ def check_flags(flags: Flags, path: Path) -> None:
         if saved.get(name, defaults.get(name)) != given[name]:
             what = flag_name(name) if name != "stage" else "the stage"
             raise InputError(
-                f"--resume: {what} is {given[name]!r} but the run in {folder} was started with "
-                f"{saved.get(name)!r:.60}; give the same (--config {path} does), or choose another --output-dir"
+                f"--resume: {what} is {_said(given[name])} but the run in {folder} was started with "
+                f"{_said(saved.get(name))}; give the same (--config {path} does), or choose another --output-dir"
             )
 
 
@@ -280,8 +280,8 @@ def has_new_length(flags: Flags, saved: dict[str, Any]) -> bool:
     if differing and all(given[name] == defaults[name] for name in names):
         name, folder = differing[0], flags.run.output_dir
         raise InputError(
-            f"--resume: {flag_name(name)} is {given[name]!r} but the run in {folder} was started with "
-            f"{saved.get(name)!r:.60}; give the same (--config {folder / CONFIG} does), or more to make it longer"
+            f"--resume: {flag_name(name)} is {_said(given[name])} but the run in {folder} was started with "
+            f"{_said(saved.get(name))}; give the same (--config {folder / CONFIG} does), or more to make it longer"
         )
     return bool(differing)
 
@@ -363,6 +363,9 @@ def resumed_plan(
                 f"--micro-batch-size {micro}: the run's batch of {batch} does not divide so on {processes} "
                 f"process(es); use {_one_of([str(size) for size in reversed(sizes)])}"
             )
+    eval_steps = saved.eval_steps
+    if options.eval_every is not None:
+        eval_steps = max(1, round(options.eval_every * saved.images / batch))
     lr = saved.lr if options.lr is None else options.lr
     warmup = saved.warmup_steps if options.warmup_steps is None else options.warmup_steps
     return replace(
@@ -373,6 +376,7 @@ def resumed_plan(
         accumulation=batch // (micro * processes),
         lr=lr,
         warmup_steps=warmup,
+        eval_steps=eval_steps,
         notes=tuple(warmup_notes(warmup, saved.total_steps, lr)),
     )
 
@@ -402,9 +406,15 @@ def longer_plan(plan: Plan, options: ScheduleOptions, recipe: Recipe, step: int)
         return plan
     notes = [f"made longer: {plan.total_steps} steps before"]
     before, now = plan.learning_rate(max(step - 1, 0)), new.learning_rate(step)
-    if step and now > before * 1.001 and step > plan.warmup_steps:
+    usual = plan.learning_rate(step) / before if step and before else 1.0  # of a warm-up
+    if step and now > before * max(usual, 1) * 1.001:
         notes.append(f"lr goes up again, from {before:.3g} to {now:.3g}, as the longer schedule has it at step {step}")
     return replace(new, notes=(*plan.notes, *notes))
+
+
+def _said(value: Any) -> str:
+    """A flag's value in messages."""
+    return "its default" if value is None else f"{value!r:.60}"
 
 
 def _one_of(choices: list[str]) -> str:

@@ -149,10 +149,12 @@ class RunFolder:
             best, since = (ap, 0) if ap > best + min_delta else (best, since + 1)
         return patience is not None and since >= patience
 
-    def describe_best(self) -> str:
-        """The best evaluation in words, on the main process."""
+    def describe_best(self, patience: int | None, min_delta: float) -> str:
+        """Why a run was stale, and its best evaluation, in words, on the main process."""
         best = max((r for r in self.records if "bbox" in r), key=lambda record: record["bbox"]["AP"])
-        return f"as no later AP was higher than {best['bbox']['AP']:.3f}, of step {best['step']} (--patience)"
+        higher = f"more than {min_delta:g} higher than before" if min_delta else "higher than before"
+        count = "the last evaluation's AP was not" if patience == 1 else f"no AP of the last {patience} evaluations was"
+        return f"as {count} {higher} (--patience); the best is {best['bbox']['AP']:.3f}, of step {best['step']}"
 
     def newest_checkpoint(self) -> str:
         """Which checkpoint is the newest, in words."""

@@ -135,8 +135,9 @@ class ScheduleOptions:
         None, "evaluate and keep a moving average of the weights, such as 0.999 (paper: none)", decay, metavar="DECAY"
     )
     eval_every: float | None = flag(
-        None, "epochs between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS"
-    )
+        None, "epochs between two evaluations (a twelfth of the run)", epoch_count, metavar="EPOCHS",
+        on_resume=CHANGEABLE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +183,8 @@ class RunOptions(DeviceOptions):
         whole_number(1, MAX_PREVIEW), metavar="N", on_resume=FREE,
     )  # fmt: skip
     report_to: tuple[str, ...] = flag(
-        (NO_TRACKER,), "also give settings, figures and pictures to these trackers", choices=(NO_TRACKER, *TRACKERS),
-        many=True, on_resume=FREE,
+        (NO_TRACKER,), f"also give settings, figures and pictures to these trackers: {', '.join(TRACKERS)}",
+        choices=(NO_TRACKER, *TRACKERS), metavar="NAME", many=True, on_resume=FREE,
     )  # fmt: skip
 
     @property

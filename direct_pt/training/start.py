@@ -24,7 +24,7 @@ from direct_pt.data.mixing import Mix
 from direct_pt.data.sources import load_tables, spot_check
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
 from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides, sampled
-from direct_pt.errors import InputError, printable_lines
+from direct_pt.errors import InputError, first_names, printable_lines
 from direct_pt.files import write_json, writing
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
@@ -273,6 +273,7 @@ def start_run(
         "steps": plan.total_steps,
         "global_batch_size": plan.global_batch_size,
         "lr": plan.lr,
+        "classes": first_names(detector.config.class_names, 5),
         "images": plan.images,
         "init": flags.to_dict().get("init", "none"),
     } | ({} if data["train"] is None else {"objects": data["train"]["objects"]})

@@ -30,5 +30,7 @@ def check_trackers(names: tuple[str, ...]) -> tuple[str, ...]:
     chosen = tuple(name for name in chosen if name != NO_TRACKER)
     for name in chosen:
         if find_spec(name) is None:
-            raise InputError(f"--report-to {name}: its package is not installed: pip install {name}")
+            raise InputError(
+                f"--report-to {name}: its package is not installed: pip install {name}, or --report-to none"
+            )
     return chosen
