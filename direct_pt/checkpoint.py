@@ -67,8 +67,8 @@ def from_pretrained(
         InputError: there is no such model, or it is damaged.
     """
     folder = model_folder(path_or_hub_id, weights, revision)
-    config, history = _read_config(folder)
-    config = change(config) if change else config
+    saved, history = _read_config(folder)
+    config = change(saved) if change else saved
     try:
         expected = layouts(outline_of(config).state_dict())
     except InputError as error:
@@ -82,12 +82,15 @@ def from_pretrained(
             raise DamagedFile(f"{path}: {reason}; take the model again from where it was trained")
     except DamagedFile as error:
         raise InputError(str(error)) from error
+    if _read_config(folder)[0] != saved:  # another model was written there meanwhile
+        return from_pretrained(path_or_hub_id, change, weights, revision)
     detector = build_detector(config.name, config=config)
     detector.load_state_dict(tensors)
     detector.history = history
     if thresholds := next(iter(history[-1:]), {}).get("thresholds"):
         detector.score_threshold, per_class = thresholds["all"], thresholds["per_class"]
-        detector.class_thresholds = tuple(per_class.get(name) or thresholds["all"] for name in config.class_names)
+        own = (per_class.get(name) for name in config.class_names)
+        detector.class_thresholds = tuple(thresholds["all"] if score is None else score for score in own)
     return detector.eval()
 
 
@@ -111,6 +114,8 @@ def model_folder(path_or_hub_id: str | Path, weights: str = "best", revision: st
     if weights not in KINDS:
         raise InputError(f"weights is {weights!r}: give one of {', '.join(KINDS)}")
     path = Path(path_or_hub_id)
+    if path.exists() and revision is not None:
+        raise InputError(f"{path}: is a folder here, which has no revision {revision!r}; leave it out")
     if weights == "best" and _is_model(path / "best") and _last_stage(path / "best").get("AP", 1) > 0:
         return path / "best"
     for folder in (path / "model", path):

@@ -150,6 +150,8 @@ def write_results(
     if other is not None:
         size = models[1].preset
         other_about = f"the other at {size.long_side}x{size.short_side} pixels{threshold_text(other, '; its ')}"
+        if len({one.detector.has_masks for one in models}) > 1:
+            other_about += "; as only one of them finds masks, boxes alone are compared"
     name = describe_model(models[-1].folder)
     write_evaluation_page(files["report.html"], judged, figures, head, other, name, other_about)
 

@@ -249,6 +249,7 @@ def test_preview(stage: str, demo: Path, pretrained: Path, tmp_path: Path, capsy
         (("--data", "x", "--streaming", "--mix", "mosaic"), "--streaming excludes --mix, which looks at all images"),
         (("--data", "x", "--streaming", "--canvas", "auto"), "--streaming excludes --canvas auto"),
         (("--data", "x", "--streaming", "--anchor-scale", "auto"), "--streaming excludes --anchor-scale auto"),
+        (("--data", "x", "--patience", 2, "--recompute-norm"), "--patience excludes --recompute-norm"),
         (("--data", "x", "--streaming", "--recompute-norm"), "--streaming excludes --recompute-norm"),
     ],
 )

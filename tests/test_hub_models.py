@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_runs as runs
+import torch
 import yaml
 from hub_server import running_hub
+from PIL import Image
 from small_detectors import small_detector
 
 import direct_pt
@@ -76,7 +78,7 @@ def test_the_card(model: Path, tmp_path: Path) -> None:
     for line in (
         "box AP 0.500, box AP50 0.750, mask AP 0.450",
         "above a score of 0.42, which has the highest F1",
-        "| 0 | 7 | cat\\|dog | 0.25 |",
+        "| 0 | 7 | cat&#124;dog | 0.25 |",
         "| 1 | 2 | bird | 0.42 |",
         "| pretrain | 300 | 900 | 100 | 8 | 0.01 | none |",
         "| finetune | 300 | 900 | 50 | 16 | 0.02 | other weights |",
@@ -95,8 +97,6 @@ def test_the_cards_snippet_runs(model: Path, tmp_path: Path) -> None:
     from_pretrained(model).save_pretrained(tmp_path / "saved")
     _, text = card_parts((tmp_path / "saved/README.md").read_text())
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    from PIL import Image
-
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "image.jpg")
     command = [sys.executable, "-c", snippet]
     result = subprocess.run(command, cwd=tmp_path, env=runs.ENVIRONMENT, capture_output=True, text=True)
@@ -141,8 +141,6 @@ def test_to_the_hub_and_back(model: Path, tmp_path: Path) -> None:
 
         image = tmp_path / "images/image.jpg"
         image.parent.mkdir()
-        from PIL import Image
-
         Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(image)
         flags = ("--checkpoint", "user/boards", image, "--output-dir", tmp_path / "pictures", "--num-workers", 0)
         assert "score threshold: 0.42, the model's own" in call(runs.SCRIPTS / "predict.py", *flags)
@@ -162,7 +160,7 @@ def test_batches(pretrained: Path, demo: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(one["boxes"], other["boxes"], atol=1e-2)
             np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-4)
     assert sum(len(found["labels"]) for found in alone) > 20
-    for wrong in (0, -1, 2.5, "4"):
+    for wrong in (0, -1, 2.5, "4", True, 10**30):
         with pytest.raises(ValueError, match=r"batch_size is .*: give a whole number above 0"):
             detector.predict(paths, batch_size=wrong)  # type: ignore[arg-type]
 
@@ -230,3 +228,68 @@ def test_wrong_values_in_python(model: Path) -> None:
     with pytest.raises(InputError, match=r"^mask_rcnn: no such detector; choose one of"):
         build_detector("mask_rcnn", 3)
     assert {"from_pretrained", "build_detector", "__version__"} <= set(dir(direct_pt))
+
+
+def test_nothing_is_written_before_all_is_checked(model: Path, tmp_path: Path) -> None:
+    """What cannot be saved leaves a good model, and its card, as they are."""
+    folder = tmp_path / "saved"
+    from_pretrained(model).save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, value in (
+        ("score_threshold", float("nan")), ("score_threshold", "x"), ("score_threshold", None),
+        ("score_threshold", True), ("score_threshold", 1.0), ("score_threshold", 10**400), ("class_thresholds", (0.5,)),
+        ("class_thresholds", (float("nan"), 0.5)),
+    ):  # fmt: skip
+        bad = from_pretrained(model)
+        setattr(bad, name, value)
+        with torch.no_grad():
+            for parameter in bad.parameters():
+                parameter.zero_()
+        with pytest.raises(ValueError, match="score_threshold must be a number from 0 to below 1"):
+            bad.save_pretrained(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, (name, value)
+    twice = from_pretrained(model)
+    twice.config = replace(twice.config, class_names=("one", "one"))
+    with pytest.raises(InputError, match=r"save_pretrained: config\.class_names"):
+        twice.save_pretrained(folder)
+    with pytest.raises(InputError, match="the folder's name is empty"):
+        twice.save_pretrained("")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(InputError, match="is a folder here, which has no revision 'v1'"):
+        from_pretrained(model, revision="v1")
+
+
+def test_thresholds_of_numpy_and_of_zero(model: Path, tmp_path: Path) -> None:
+    detector = from_pretrained(model)
+    detector.score_threshold, detector.class_thresholds = np.float32(0.5), (0.0, torch.tensor(0.25))  # type: ignore[assignment]
+    detector.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    assert (again.score_threshold, again.class_thresholds) == (0.5, (0.0, 0.25))
+
+
+def test_a_card_follows_its_model(model: Path, tmp_path: Path) -> None:
+    """One that this project wrote, and nobody edited, is written anew; in its cells nothing is markup."""
+    folder, detector = tmp_path / "saved", from_pretrained(model)
+    detector.save_pretrained(folder)
+    detector.config = replace(detector.config, class_names=("a|b", "<b>`x`"))
+    detector.score_threshold = 0.77
+    detector.save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert "| 0 | 7 | a&#124;b |" in card and "| 1 | 2 | &lt;b&gt;&#96;x&#96; |" in card and "score of 0.77" in card
+    (folder / "README.md").write_text(card.replace("## Use", "## How I use it"))
+    detector.score_threshold = 0.5
+    detector.save_pretrained(folder)
+    assert "score of 0.77" in (folder / "README.md").read_text()
+
+
+def test_batches_of_several_shapes(pretrained: Path, demo: Path, tmp_path: Path) -> None:
+    """Upright and lying images share no batch: padding would change what is found."""
+    detector = from_pretrained(runs.make_eager(pretrained, tmp_path / "eager"))
+    photos = [Image.open(path).convert("RGB") for path in sorted((demo / "images").glob("val_*"))[:3]]
+    images = [turned for photo in photos for turned in (photo.resize((96, 48)), photo.resize((48, 96)))]
+    alone = detector.predict(images, score_threshold=0.05)
+    together = detector.predict(images, score_threshold=0.05, batch_size=np.int64(6))  # type: ignore[arg-type]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one["boxes"], other["boxes"], atol=1e-3)
+        np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-5)
+    assert sum(len(found["labels"]) for found in alone) > 10

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_detectors as small
 import small_runs as runs
@@ -142,6 +143,34 @@ def test_validation_losses(training_table: AnnotationTable, accelerator: Acceler
         assert one["val_losses"] == pytest.approx(whole, rel=1e-4), name
 
 
+def test_unreadable_images_have_no_loss(
+    training_table: AnnotationTable, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """The mean is that of the others."""
+    detector, preset = small.small_detector().eval(), TestPreset(small.SIDE, small.SIDE)
+    table = renamed(training_table, detector.config.category_ids)
+    shutil.copytree(table.folder, tmp_path / "images")
+    table = replace(table, folder=tmp_path / "images")
+    others, _ = evaluate(detector, table.select(np.arange(5)), preset, 3, accelerator, 0, with_losses=True)
+    table.path(5).write_bytes(b"no image")
+    found, predictions = evaluate(detector, table, preset, 3, accelerator, 0, with_losses=True)
+    assert predictions.unreadable == (5,)
+    assert found["val_losses"] == pytest.approx(others["val_losses"], rel=1e-4)
+
+
+def test_one_that_cannot_begin_leaves_the_folder_free(demo: Path, tmp_path: Path) -> None:
+    """A file where TensorBoard's folder would be: one line, and the same command works once that is gone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").write_text("a file")
+    flags = ("--data", demo, *FLAGS, "--max-steps", 1, "--report-to", "tensorboard", "--output-dir", run)
+    with pytest.raises(InputError, match=r"--report-to tensorboard: .*leave it out, or see its documentation"):
+        runs.train("pretrain", *flags)
+    (run / "tensorboard").unlink()
+    runs.train("pretrain", *flags)
+    assert [point["step"] for point in tensorboard_records(run)] == [1]
+
+
 def test_labels_follow_the_detector(training_table: AnnotationTable, accelerator: Accelerator) -> None:
     """A detector and a table with the same ids in another order have the same losses."""
     detector = small.small_detector().eval()
@@ -169,8 +198,6 @@ def test_of_several_processes() -> None:
 @pytest.fixture
 def training_table(demo: Path) -> AnnotationTable:
     """Six images of the demo set."""
-    import numpy as np
-
     return load_split(find_coco(demo)["train"]).select(np.arange(6))
 
 

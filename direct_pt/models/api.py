@@ -12,16 +12,19 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
+from direct_pt.errors import InputError
 from direct_pt.files import write_text
 from direct_pt.images.decoding import Images, rgb_images
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.masks import paste_masks
-from direct_pt.models.model_card import model_card
-from direct_pt.models.model_folder import History, check_model_folder, write_model
+from direct_pt.models.model_card import is_own_card, model_card
+from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, check_model_folder, write_model
+from direct_pt.models.saved_config import check_config
 from direct_pt.transforms import TestPreset
 
 SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
 CARD = "README.md"
+MAX_BATCH = 10**6
 
 
 class DetectorAPI(nn.Module):
@@ -65,20 +68,24 @@ class DetectorAPI(nn.Module):
         Raises:
             ValueError: that is none, or the detector's own are none.
         """
+        self._check_thresholds()
+        if threshold == "per-class":
+            return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
+        score = self.score_threshold if threshold == "model" else threshold
+        if not is_threshold(score):
+            raise ValueError(
+                f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
+            )
+        return found.above(float(score))
+
+    def _check_thresholds(self) -> None:
+        """Raise ValueError where the detector's own are none."""
         own = (self.score_threshold, *self.class_thresholds)
-        if len(own) != 1 + len(self.config.class_names) or not all(0 <= score < 1 for score in own):
+        if len(own) != 1 + len(self.config.class_names) or not all(map(is_threshold, own)):
             raise ValueError(
                 "score_threshold must be a number from 0 to below 1, and class_thresholds one for each class, in the "
                 f"order of id2label: they are {own[0]!r} and {own[1:]!r:.60}"
             )
-        if threshold == "per-class":
-            return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
-        score = self.score_threshold if threshold == "model" else threshold
-        if isinstance(score, str) or not 0 <= score < 1:
-            raise ValueError(
-                f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
-            )
-        return found.above(score)
 
     def predict(
         self, images: Images, score_threshold: float | str = "model", batch_size: int = 1
@@ -89,7 +96,7 @@ class DetectorAPI(nn.Module):
             images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors
                 (`direct_pt.images.decoding.as_rgb`).
             score_threshold: of what is returned: a number, or as for `above`.
-            batch_size: images at once. Those of a batch are padded to its largest, which changes last digits.
+            batch_size: images at once, of which those of one shape, once resized, are computed together.
 
         Returns:
             For each image, also a single one, a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class
@@ -99,38 +106,43 @@ class DetectorAPI(nn.Module):
         Raises:
             TypeError, ValueError, UnreadableImage: see `as_rgb`; or a threshold or `batch_size` that is none.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}: give a whole number above 0")
+        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(f"batch_size is {batch_size!r:.40}: give a whole number above 0")
         was_training, results, waiting = self.training, [], iter(rgb_images(images))
         self.eval()
         try:
-            while arrays := list(islice(waiting, batch_size)):
+            while arrays := list(islice(waiting, int(batch_size))):
                 results += self._predict_batch(arrays, score_threshold)
         finally:
             self.train(was_training)
         return results
 
     def _predict_batch(self, images: list[np.ndarray], score_threshold: float | str) -> list[dict[str, Any]]:
-        """`predict` for RGB arrays [h, w, 3] uint8, at once."""
+        """`predict` for RGB arrays [h, w, 3] uint8. Padding changes what is found: batches are of one shape."""
         config = self.config
         preset = TestPreset(config.short_side, config.long_side)
         samples = [preset(image, Objects.none(), np.random.default_rng(0)) for image in images]
-        everything = self.detect(collate(samples).to(self.pixel_mean.device)).to("cpu")
-        results = []
-        for position, image in enumerate(images):
-            found = self.above(everything.of_image(position), score_threshold)
-            labels = found.labels.tolist()
-            result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
-            result["labels"] = [config.class_names[label] for label in labels]
-            result["class_ids"] = labels
-            result["category_ids"] = [config.category_ids[label] for label in labels]
-            if found.masks is not None:
-                result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), image.shape[:2])
-            results.append(result)
-        return results
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for place, sample in enumerate(samples):
+            shapes.setdefault(tuple(sample.image.shape), []).append(place)
+        results: dict[int, dict[str, Any]] = {}
+        for places in shapes.values():
+            batch = collate([samples[place] for place in places])
+            everything = self.detect(batch.to(self.pixel_mean.device)).to("cpu")
+            for position, place in enumerate(places):
+                found = self.above(everything.of_image(position), score_threshold)
+                labels = found.labels.tolist()
+                result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
+                result["labels"] = [config.class_names[label] for label in labels]
+                result["class_ids"] = labels
+                result["category_ids"] = [config.category_ids[label] for label in labels]
+                if found.masks is not None:
+                    result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), images[place].shape[:2])
+                results[place] = result
+        return [results[place] for place in range(len(images))]
 
     def save_pretrained(self, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> None:
-        """Write a model folder, with a model card unless it has a README.md. `from_pretrained` and the scripts read it.
+        """Write a model folder, with a model card unless it has one by hand. `from_pretrained` and the scripts read it.
 
         Args:
             folder: created if it does not exist.
@@ -141,25 +153,34 @@ class DetectorAPI(nn.Module):
             InputError: the folder holds something else, such as a run.
             OSError: the folder cannot be written; its earlier content is unchanged.
         """
-        folder, card = Path(folder), Path(folder) / CARD
+        if not str(folder):
+            raise InputError("save_pretrained: the folder's name is empty")
+        self._check_thresholds()
+        try:
+            check_config(self.config, "config")  # else nobody could load it
+        except ValueError as error:
+            raise InputError(f"save_pretrained: {error}") from error
+        folder, history = Path(folder), self._history_to_save()
         check_model_folder(folder)
-        history = self._history_to_save()
+        thresholds = (float(self.score_threshold), [float(score) for score in self.class_thresholds])
+        name = repo_id or folder.resolve().name
+        text = model_card(name, self.config, history, thresholds, self.has_masks, license)
         write_model(folder, self.config.to_dict(), self.state_dict(), history)
-        if not card.exists():
-            thresholds = (self.score_threshold, self.class_thresholds)
-            name = repo_id or folder.name
-            write_text(card, model_card(name, self.config, history, thresholds, self.has_masks, license))
+        if not (folder / CARD).exists() or is_own_card(folder / CARD):
+            write_text(folder / CARD, text)
 
     def _history_to_save(self) -> History:
         """The history, with thresholds that were set since."""
         last = self.history[-1] if self.history else {}
         names = self.config.class_names
         known = last.get("thresholds", {"all": SCORE_THRESHOLD, "per_class": {}})
-        measured = [known["all"], *(known["per_class"].get(name) or known["all"] for name in names)]
-        if measured == [self.score_threshold, *self.class_thresholds]:
+        measured = [known["all"], *(known["per_class"].get(name) for name in names)]
+        measured = [known["all"] if score is None else score for score in measured]
+        now, *per_class = map(float, (self.score_threshold, *self.class_thresholds))
+        if measured == [now, *per_class]:
             return self.history
-        per_class = dict(zip(names, self.class_thresholds, strict=True))
-        own = {"thresholds": {"all": self.score_threshold, "per_class": per_class}, "thresholds_set_by_hand": True}
+        thresholds = {"all": now, "per_class": dict(zip(names, per_class, strict=True))}
+        own = {"thresholds": thresholds, "thresholds_set_by_hand": True}
         return [*self.history[:-1], {**last, **own}]
 
     def push_to_hub(
@@ -172,7 +193,7 @@ class DetectorAPI(nn.Module):
     ) -> str:
         """Upload what `save_pretrained` writes to the Hugging Face hub; the commit's address.
 
-        Files of other names stay there, and so does a model card.
+        Files of other names stay there, and so does a model card that was written by hand.
 
         Args:
             repo_id: "user/name", created if it does not exist.
@@ -182,15 +203,25 @@ class DetectorAPI(nn.Module):
             license: see `save_pretrained`.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses it.
+            Exception: of huggingface_hub, or of its connection: the hub refuses it, or cannot be reached.
         """
         hub = HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
+            if hub.file_exists(repo_id, CARD):
+                hub.hf_hub_download(repo_id, CARD, local_dir=folder)
             self.save_pretrained(folder, repo_id, license)
-            kept = [CARD] if hub.file_exists(repo_id, CARD) else None
+            files = [WEIGHTS, CONFIG, CARD]
             return str(
                 hub.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=kept
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, allow_patterns=files
                 )
             )
+
+
+def is_threshold(score: Any) -> bool:
+    """Whether it is a number from 0 to below 1."""
+    try:
+        return not isinstance(score, bool | str) and 0 <= float(score) < 1
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -13,6 +13,7 @@ MODELS = {
     "mask_rcnn_r50_fpn": "resnet50",
     "mask_rcnn_swin_t_fpn": "swin_tiny_patch4_window7_224",
 }
+BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}  # convolutions and fully connected layers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from direct_pt.errors import InputError
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.api import DetectorAPI
 from direct_pt.models.backbone import Backbone
-from direct_pt.models.config import MODELS, DetectorConfig
+from direct_pt.models.config import BOX_HEADS, MODELS, DetectorConfig
 from direct_pt.models.fpn import FPN
 from direct_pt.models.layers import batchnorms, use_groupnorm
 from direct_pt.models.masks import MaskHead
@@ -21,7 +21,6 @@ from direct_pt.models.roi_align import FINEST_SCALE
 from direct_pt.models.roi_heads import BoxHead, Refinement, RoIHead
 from direct_pt.models.rpn import RPN, ProposalCounts
 
-BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}  # convolutions and fully connected layers
 # What stage 2 leaves as it is.
 FREEZES = {
     "paper": "BatchNorm, stem and first stage frozen",

@@ -1,8 +1,10 @@
 """The losses of a whole split, averaged over its batches as if it were one."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from direct_pt.batch import Batch
@@ -25,7 +27,15 @@ class MeanLosses:
     weight: float = 0.0
 
     def add(self, detector: Detector, features: list[Tensor], batch: Batch) -> None:
-        """Those of a batch, whose labels are the detector's, from its pyramid `features`."""
+        """Those of a batch, whose labels are the detector's, from its pyramid `features`; not of unreadable images."""
+        if batch.unreadable:
+            kept = ~torch.isin(batch.indices, torch.tensor(batch.unreadable, device=batch.indices.device))
+            tensors: dict[str, Any] = {
+                f.name: v[kept] for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)
+            }
+            features, batch = [feature[kept] for feature in features], replace(batch, unreadable=(), **tensors)
+        if not len(batch):
+            return
         weight = detector.loss_weight(batch)
         share = len(batch) if weight is None else weight.item()
         for name, loss in detector.losses(features, batch).items():

@@ -1,6 +1,9 @@
 """The model card of a detector, README.md in its folder: what it is, how it was trained, how to use it."""
 
+import hashlib
+import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from direct_pt.errors import printable
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.model_folder import History
 
+MARK = "\n<!-- written by direct_pt: {} -->\n"  # by which a card is known as not edited since
 TEMPLATE = Path(__file__).with_suffix(".md")
 FIGURES = {"AP": "box AP", "AP50": "box AP50", "mask_AP": "mask AP"}  # of a stage in the history
 STAGE = {
@@ -71,7 +75,21 @@ def model_card(
         stages=[[_stage_cell(key, stage.get(key, "")) for key in columns] for stage in history],
         license=license,
     )
-    return str(card)
+    text = str(card).rstrip() + "\n"
+    return text + MARK.format(_digest(text))
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a file is a card of `model_card`, as it was written."""
+    try:
+        text, mark, rest = path.read_text().rpartition(MARK.partition("{")[0])
+    except (OSError, ValueError):
+        return False
+    return bool(mark) and mark + rest == MARK.format(_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _stage_cell(key: str, value: object) -> str:
@@ -80,6 +98,6 @@ def _stage_cell(key: str, value: object) -> str:
 
 
 def _cell(value: object) -> str:
-    """A value in a table."""
-    text = f"{value:g}" if isinstance(value, float) else printable(str(value))
-    return text.replace("|", "\\|")
+    """A value in a table, without what Markdown or HTML would read."""
+    text = f"{value:g}" if isinstance(value, float) else html.escape(printable(str(value)), quote=False)
+    return re.sub(r"[|`*\[\]\\]", lambda found: f"&#{ord(found[0])};", text)

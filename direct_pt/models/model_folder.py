@@ -1,12 +1,13 @@
 """A model folder, as it is written: `model.safetensors` and `config.json`. `direct_pt.checkpoint` reads it back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from direct_pt.errors import InputError
-from direct_pt.files import DamagedFile, read_json, write_json, write_tensors
+from direct_pt.files import DamagedFile, read_json, replacing, write_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 History = list[dict[str, Any]]
@@ -32,7 +33,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def write_model(folder: Path, config: dict[str, Any], weights: Tensors, history: History) -> None:
-    """Write a model folder. Each file is replaced as a whole: a reader never sees half a model.
+    """Write a model folder. Each file is replaced as a whole, one right after the other.
 
     Args:
         folder: created if it does not exist.
@@ -43,7 +44,10 @@ def write_model(folder: Path, config: dict[str, Any], weights: Tensors, history:
 
     Raises:
         OSError: the folder cannot be written; its earlier content is unchanged.
+        ValueError, TypeError: JSON cannot hold a value; the same.
     """
+    text = json.dumps({"detector": config, "history": history}, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, weights)
-    write_json(folder / CONFIG, {"detector": config, "history": history})
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(text)
+        write_tensors(folder / WEIGHTS, weights)

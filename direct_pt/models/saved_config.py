@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from direct_pt.models.detector import BOX_HEADS, MODELS, DetectorConfig
+from direct_pt.models.config import BOX_HEADS, MODELS, DetectorConfig
 from direct_pt.schema import WrongValue, fail, list_of, number, one_of, optional, table, text, whole
 
 # (lowest, highest), of flags too

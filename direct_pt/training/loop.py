@@ -63,6 +63,7 @@ class Run:
         progress: how far it has come.
         recompute_norm: whether BatchNorm's statistics are computed anew at the end.
         history: one dictionary a stage of training, this one the last.
+        trackers: that get its figures.
         saved_log: what this process had gathered since the last log line of a resumed run.
     """
 
@@ -80,6 +81,7 @@ class Run:
     progress: Progress
     recompute_norm: bool
     history: History
+    trackers: Trackers
     saved_log: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,7 +117,6 @@ class Trainer:
         self.log = RunLog(run.plan, run.accelerator, run.progress.step, run.saved_log)
         self.signals = StopSignals()
         self.unreadable = UnreadableImages(run.feed)
-        self.trackers = Trackers({})  # set where there are some
         self.saved_statistics: list[tuple[Tensor, Tensor]] = []  # restored if the step under way is skipped
         self.in_step = False  # whether a step has begun that has not updated the weights yet
         self.saved_step = self.first_step = run.progress.step
@@ -153,13 +154,7 @@ class Trainer:
                     self._exit(stop)
                 if self._evaluation_due():
                     self._evaluate()
-            if (done := self.progress.step) < total and self.run.recompute_norm:
-                recompute_statistics(self._result(), self.run.feed, self.plan, self.accelerator)
-                self.saved_step = -1
-                self._save()
-                if done > self.first_step:  # else it was evaluated so before
-                    self._evaluate()
-        self.folder.must_be_saved(done)
+        self.folder.must_be_saved(done := self.progress.step)
         if self.accelerator.is_main_process:
             skipped = f"; {self.progress.skipped} of {done} steps were skipped" if self.progress.skipped else ""
             early = (
@@ -313,7 +308,7 @@ class Trainer:
             f"{record['images_per_second']:.1f} images/s, {record['memory_gib']:.1f} GiB"
         )
         self.folder.add(record)
-        self.trackers.log(record)
+        self.run.trackers.log(record)
         if some_unreadable:
             self._report_unreadable()
 
@@ -345,8 +340,8 @@ class Trainer:
         record = {"step": self.progress.step, "epoch": epoch, **metrics}
         judged = Judged.of(self.run.val, predictions, metrics) if self.accelerator.is_main_process else None
         self.folder.add_evaluation(record, detector, self.run.history, judged)
-        self.trackers.log(record)
-        self.trackers.log_pictures(self.folder.pictures(record["step"]), record["step"])
+        self.run.trackers.log(record)
+        self.run.trackers.log_pictures(self.folder.pictures(record["step"]), record["step"])
         seconds = time.monotonic() - start
         if self.accelerator.is_main_process:
             loss = f"validation loss {metrics.get('val_loss') or math.nan:.3f}, {duration(seconds)}"

@@ -228,6 +228,10 @@ class Flags:
             raise InputError(f"--init {init}: no such file of weights")
         if self.detector.norm == "group" and kind in ("imagenet", "file"):
             raise InputError(f"--norm group with --init {init}: such weights are trained with their own norms")
+        if self.run.patience is not None and self.to_dict().get("recompute_norm"):
+            raise InputError(
+                "--patience excludes --recompute-norm, which changes what the last evaluation has measured"
+            )
         if self.data.streaming:
             if self.data.data is None:
                 raise InputError("--streaming needs --data: a data set on the hub, or a folder of parquet files")

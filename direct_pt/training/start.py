@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -264,8 +265,12 @@ def start_run(
     if resumption is not None:
         resumption.load_state(model, average, accelerator)
     progress = resumption.progress if resumption else Progress()
-    if progress.step < plan.total_steps:
-        main_decides(lambda: write_config(flags, choices, plan, data), accelerator.state)
+    is_new, state = progress.step < plan.total_steps, accelerator.state
+    if is_new:
+        main_decides(lambda: take_folder(options.output_dir), state)
+    trackers = open_trackers(options.trackers, options.output_dir, flags.to_dict(), progress.step, state)
+    if is_new:
+        main_decides(lambda: write_config(flags, choices, plan, data), state)
     else:  # its model came out of the flags that stand there
         plan = replace(plan, notes=(*plan.notes, "the run has ended: nothing is trained, config.json stays as it is"))
     stage = {
@@ -292,6 +297,7 @@ def start_run(
         progress=progress,
         recompute_norm=recompute_norm,
         history=[*history, stage],
+        trackers=trackers,
         saved_log=resumption.process_log(accelerator) if resumption else {},
     )
 
@@ -308,17 +314,21 @@ def check_same_start(
         check_same(sampled(detector.state_dict()), "weights that training starts from", processes)
 
 
-def write_config(flags: Flags, choices: Choices, plan: Plan, data: dict[str, Any]) -> None:
-    """Write a run's config.json, with the folder's lock, which stays.
+def take_folder(folder: Path) -> None:
+    """Take the lock of a run's folder, which stays with this process.
 
     Raises:
-        InputError: another run writes there, or began to since this one was started; or the file cannot be written:
-            where the disk is full now, it will be at the first save.
+        InputError: another run writes there, or began to since this one was started; or it cannot be written.
     """
+    with writing(str(folder / CONFIG)):
+        if hold_folder(folder) and (folder / CONFIG).exists():
+            raise InputError(f"--output-dir {folder}: another run began there meanwhile; choose another folder")
+
+
+def write_config(flags: Flags, choices: Choices, plan: Plan, data: dict[str, Any]) -> None:
+    """Write a run's config.json. Raises InputError where the disk is full now: it will be at the first save."""
     path = flags.run.output_dir / CONFIG
     with writing(str(path)):
-        if hold_folder(path.parent) and path.exists():
-            raise InputError(f"--output-dir {path.parent}: another run began there meanwhile; choose another folder")
         write_json(
             path,
             {
@@ -351,10 +361,7 @@ def train_run(
     """
     try:
         trainer = Trainer(run)  # from here on a stop signal ends the run after its next step
-        options, state = run.options, run.accelerator.state
-        trainer.trackers = trackers = open_trackers(
-            options.trackers, options.output_dir, flags.to_dict(), run.progress.step, state
-        )
+        options, trackers = run.options, run.trackers
         with closing(trackers):
             if run.accelerator.is_main_process:
                 survey = []
