@@ -1,5 +1,6 @@
 """An experiment for real: calibrated, killed, gone on with, and not repeated."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(checkout: Path, demo: Path, folder: Path, what: str, *flags: str) -> "subprocess.Popen[str]":
     command = [sys.executable, str(checkout / "scripts/experiments.py"), what, *flags, "--runs", str(folder)]
     command += ["--file", str(checkout / "experiments.toml"), "--data-root", str(demo.parent)]
+    command += ["--cores", str(min(os.sched_getaffinity(0)))]  # this worker's, as another works on the first
     environment = {**runs.ENVIRONMENT, "PYTHONPATH": str(checkout)}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -103,6 +103,7 @@ def test_the_cards_snippet_runs(model: Path, tmp_path: Path) -> None:
     assert result.returncode == 0 and result.stdout.startswith("["), result.stderr
 
 
+@pytest.mark.slow
 def test_to_the_hub_and_back(model: Path, tmp_path: Path) -> None:
     """By the hub's own protocol: the same weights; a card that was edited there stays; the scripts take its id."""
     push = (
