@@ -37,10 +37,12 @@ class MeanLosses:
         if not len(batch):
             return
         weight = detector.loss_weight(batch)
-        share = len(batch) if weight is None else weight.item()
-        for name, loss in detector.losses(features, batch).items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss.item() * share
-        self.weight += share
+        losses = detector.losses(features, batch)
+        share = torch.as_tensor(len(batch) if weight is None else weight, device=features[0].device).double()
+        *products, total = torch.stack([*(loss.double() * share for loss in losses.values()), share]).tolist()
+        for name, product in zip(losses, products, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + product
+        self.weight += total
 
     def merged(self, others: list["MeanLosses"]) -> "MeanLosses":
         """With those of other processes."""
