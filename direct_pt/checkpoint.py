@@ -41,12 +41,7 @@ def save_model(folder: Path, detector: Detector, history: History) -> None:
 
 def save_weights(folder: Path, config: DetectorConfig, weights: Tensors, history: History) -> None:
     """`save_model` for weights without their detector."""
-    write_model(folder, config.to_dict(), weights, history)
-
-
-def model_facts(config: DetectorConfig, history: History) -> dict[str, Any]:
-    """A model folder's config.json: what its weights mean."""
-    return {"detector": config.to_dict(), "history": history}
+    write_model(folder, config, weights, history)
 
 
 def from_pretrained(

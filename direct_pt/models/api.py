@@ -165,7 +165,7 @@ class DetectorAPI(nn.Module):
         thresholds = (float(self.score_threshold), [float(score) for score in self.class_thresholds])
         name = repo_id or folder.resolve().name
         text = model_card(name, self.config, history, thresholds, self.has_masks, license)
-        write_model(folder, self.config.to_dict(), self.state_dict(), history)
+        write_model(folder, self.config, self.state_dict(), history)
         if not (folder / CARD).exists() or is_own_card(folder / CARD):
             write_text(folder / CARD, text)
 

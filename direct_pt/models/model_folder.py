@@ -8,6 +8,7 @@ from torch import Tensor
 
 from direct_pt.errors import InputError
 from direct_pt.files import DamagedFile, read_json, replacing, write_tensors
+from direct_pt.models.config import DetectorConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 History = list[dict[str, Any]]
@@ -32,12 +33,17 @@ def check_model_folder(folder: Path) -> None:
         raise InputError(f"{folder}: {what}; choose another folder for the model")
 
 
-def write_model(folder: Path, config: dict[str, Any], weights: Tensors, history: History) -> None:
+def model_facts(config: DetectorConfig, history: History) -> dict[str, Any]:
+    """A model folder's config.json: what its weights mean."""
+    return {"detector": config.to_dict(), "history": history}
+
+
+def write_model(folder: Path, config: DetectorConfig, weights: Tensors, history: History) -> None:
     """Write a model folder. Each file is replaced as a whole, one right after the other.
 
     Args:
         folder: created if it does not exist.
-        config: `DetectorConfig.to_dict` of the detector.
+        config: of the detector.
         weights: its state.
         history: one dictionary for each stage of training so far; "AP" in the last is that of these weights, and
             "thresholds" the scores above which their detections are shown: {"all": x, "per_class": {name: x or None}}.
@@ -46,7 +52,7 @@ def write_model(folder: Path, config: dict[str, Any], weights: Tensors, history:
         OSError: the folder cannot be written; its earlier content is unchanged.
         ValueError, TypeError: JSON cannot hold a value; the same.
     """
-    text = json.dumps({"detector": config, "history": history}, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(model_facts(config, history), indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(text)

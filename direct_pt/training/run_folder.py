@@ -14,10 +14,11 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from direct_pt.batch import Batch
-from direct_pt.checkpoint import CONFIG, History, model_facts, read_history, save_model, save_weights
+from direct_pt.checkpoint import CONFIG, History, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
 from direct_pt.files import replacing, unfinished, write_json, write_text, writing
 from direct_pt.models.detector import Detector
+from direct_pt.models.model_folder import model_facts
 from direct_pt.reports.evaluation import Judged
 from direct_pt.reports.plots import plot_curves
 from direct_pt.reports.run_page import RunPage
