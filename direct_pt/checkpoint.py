@@ -6,24 +6,28 @@ is pickled.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors
+from direct_pt.models.api import DetectorAPI
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.detector import Detector, build_detector
 from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, Tensors, write_model
 from direct_pt.models.saved_config import config_from_json
 from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
+from direct_pt.onnx_detector import PROVIDERS
 from direct_pt.schema import anything, fail, list_of, mapping, number, optional, table, text, whole
 
 AVERAGE = "average.safetensors"  # of a checkpoint: the weights' moving average
 KINDS = ("best", "last")  # of a run's weights
+PROVIDER_HELP = "of onnxruntime, for an exported detector, such as CUDAExecutionProvider (its CPU)"
+CHECKPOINT_HELP = "a run, its model/ or best/, a hub id, or an exported file *.onnx"
 WEIGHTS_HELP = "of a run: those of the highest AP on its validation split, or the last (best)"
 CHECK_THRESHOLDS = table({"all": number(0, 1), "per_class": mapping(optional(number(0, 1)))})
 CHECK_AP = number(-1, 1)
@@ -32,6 +36,14 @@ CHECK_STAGE = {
     "thresholds": CHECK_THRESHOLDS,
 }  # fmt: skip
 CHECK_HISTORY = list_of(table({}, CHECK_STAGE, is_open=True))
+
+
+class Loaded(NamedTuple):
+    """A detector to predict with, the folder or file of its model, and both in words."""
+
+    detector: DetectorAPI
+    place: Path
+    description: str
 
 
 def save_model(folder: Path, detector: Detector, history: History) -> None:
@@ -89,6 +101,40 @@ def from_pretrained(
     return detector.eval()
 
 
+def load_detector(path_or_hub_id: str | Path, weights: str = "best", provider: str | None = None) -> Loaded:
+    """A detector to predict with: as for `from_pretrained`, or an exported one, which onnxruntime computes.
+
+    Args:
+        path_or_hub_id: see `from_pretrained`; or a file *.onnx that `scripts/export.py` wrote.
+        weights: see `from_pretrained`.
+        provider: of onnxruntime, for exported ones; None for the CPU.
+
+    Raises:
+        InputError: there is no such model, it is damaged, or cannot be run here.
+    """
+    path = Path(path_or_hub_id)
+    if is_exported(path):
+        from direct_pt.models.onnx_model import OnnxModel  # not everybody has onnxruntime
+
+        exported = OnnxModel(path, (provider,) if provider else PROVIDERS)
+        return Loaded(exported, path, _described(path, exported.history))
+    folder = model_folder(path_or_hub_id, weights)
+    return Loaded(from_pretrained(folder), folder, describe_model(folder))
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a path names an exported detector."""
+    return Path(path).suffix.lower() == ".onnx"
+
+
+def check_provider(provider: str | None, paths: Iterable[str | Path]) -> None:
+    """Raise InputError where --provider is given for detectors none of which is exported."""
+    if provider is not None and not any(map(is_exported, paths)):
+        raise InputError(
+            f"--provider {provider}: is for exported detectors (a file *.onnx); leave it out, or see --device"
+        )
+
+
 def read_history(path: str | Path, weights: str = "best") -> History:
     """The stages of training that led to a model, "AP" in the last where it was measured. Raises InputError."""
     return _read_config(model_folder(path, weights))[1]
@@ -130,10 +176,14 @@ def model_folder(path_or_hub_id: str | Path, weights: str = "best", revision: st
 
 def describe_model(folder: Path) -> str:
     """A model folder in words, with the step that it is of and its AP, where they are known."""
-    stage = _last_stage(folder)
+    return _described(folder, _read_config(folder)[1])
+
+
+def _described(place: Path, history: History) -> str:
+    stage = next(iter(history[-1:]), {})
     step = [f"step {stage['steps']}"] if "steps" in stage else []
     ap = [f"AP {stage['AP']:.3f} on its validation split"] if "AP" in stage else []
-    return f"{folder} ({', '.join(step + ap)})" if step + ap else str(folder)
+    return f"{place} ({', '.join(step + ap)})" if step + ap else str(place)
 
 
 def _is_model(folder: Path) -> bool:

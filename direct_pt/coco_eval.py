@@ -19,6 +19,7 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.evaluation_loader import evaluation_loader
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
+from direct_pt.models.api import DetectorAPI
 from direct_pt.models.detector import Detector
 from direct_pt.models.mask_encoding import mask_run_lengths
 from direct_pt.models.mean_losses import MeanLosses
@@ -93,7 +94,7 @@ class Predictions:
 
 
 def predict_split(
-    detector: Detector,
+    detector: DetectorAPI,
     table: AnnotationTable,
     preset: TestPreset,
     micro_batch_size: int,
@@ -120,11 +121,14 @@ def predict_split(
     with torch.no_grad(), autocast(accelerator), contextlib.closing(iter(loader)) as batches:
         for batch in tqdm(batches, desc="evaluate", total=total, unit="batch", disable=quiet, leave=False):
             between_batches()
-            moved = replace(batch, labels=own_labels[batch.labels]).to(accelerator.device)
-            features = detector.features(moved)
-            if losses is not None:
+            moved = replace(batch, labels=own_labels[batch.labels]).to(detector.device)
+            if losses is None:
+                found = detector.detect(moved).to("cpu")
+            else:
+                assert isinstance(detector, Detector)
+                features = detector.features(moved)
                 losses.add(detector, features, moved)
-            found = detector.detections(features, moved).to("cpu")
+                found = detector.detections(features, moved).to("cpu")
             parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
     detector.train(was_training)
     predictions = Predictions.concatenate(gather_to_main(Predictions.concatenate(parts), accelerator))
@@ -132,7 +136,7 @@ def predict_split(
 
 
 def evaluate(
-    detector: Detector,
+    detector: DetectorAPI,
     table: AnnotationTable,
     preset: TestPreset,
     micro_batch_size: int,

@@ -16,7 +16,15 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
+from direct_pt.checkpoint import (
+    CHECKPOINT_HELP,
+    KINDS,
+    PROVIDER_HELP,
+    WEIGHTS_HELP,
+    Loaded,
+    check_provider,
+    load_detector,
+)
 from direct_pt.coco_eval import evaluate, metrics_table
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.loader import unreadable_reason
@@ -35,7 +43,6 @@ from direct_pt.flags import (
     pixels,
     read_flags,
 )
-from direct_pt.models.detector import Detector
 from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.reports.evaluation import Judged, analyse, comparison
 from direct_pt.reports.evaluation_page import write_evaluation_page
@@ -48,33 +55,32 @@ class Model(NamedTuple):
     """A detector that is measured, and the size of its images."""
 
     flag: str  # that names it, with its value
-    folder: Path
-    detector: Detector
+    loaded: Loaded
     preset: TestPreset
 
 
 def read_model(flag: str, checkpoint: Path | str, args: argparse.Namespace) -> Model:
-    """A detector from a run, a model folder or the hub. Raises InputError."""
-    folder = model_folder(checkpoint, args.weights)
-    detector = from_pretrained(folder)
-    preset = TestPreset(args.short_side or detector.config.short_side, args.long_side or detector.config.long_side)
+    """A detector from a run, a model folder, an exported file or the hub. Raises InputError."""
+    loaded = load_detector(checkpoint, args.weights, args.provider)
+    config = loaded.detector.config
+    preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
     if preset.short_side > preset.long_side:
         raise InputError(
             f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
         )
-    return Model(f"{flag} {checkpoint}", folder, detector, preset)
+    return Model(f"{flag} {checkpoint}", loaded, preset)
 
 
 def check_model(model: Model, table: AnnotationTable) -> None:
     """Raise InputError unless the split can be measured with it."""
-    config = model.detector.config
+    config = model.loaded.detector.config
     trained, listed = (dict(zip(part.category_ids, part.class_names, strict=True)) for part in (config, table))
     if trained != listed:
         raise InputError(
             f"{table.source} lists other classes than {model.flag} was trained for: "
             f"{class_differences(listed, trained)}; give the data that it was trained on, with the same --classes"
         )
-    if model.detector.has_masks:
+    if model.loaded.detector.has_masks:
         table.require_masks()
 
 
@@ -107,10 +113,10 @@ def measure(
 ) -> tuple[Judged, float] | None:
     """A model's figures, printed, and images a second; of the main process. Every process must call it."""
     if accelerator.is_main_process:
-        is_chosen = args.split == "val" and model.folder.name == "best"
+        is_chosen = args.split == "val" and model.loaded.place.name == "best"
         chosen = "; they were chosen by their AP on this split, so it is a little high; --weights last were not"
-        print(printable(f"weights: {describe_model(model.folder)}{chosen * is_chosen}"), flush=True)
-    detector, start = model.detector.to(accelerator.device), perf_counter()
+        print(printable(f"weights: {model.loaded.description}{chosen * is_chosen}"), flush=True)
+    detector, start = model.loaded.detector.to(accelerator.device), perf_counter()
     metrics, predictions = evaluate(detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers)
     speed = len(table) / (perf_counter() - start)
     if not accelerator.is_main_process:
@@ -131,12 +137,12 @@ def write_results(
         "data": table.source,
         "images": len(table),
         "unreadable_images": len(judged.predictions.unreadable),
-        "weights": str(model.folder),
+        "weights": str(model.loaded.place),
     }
     write_json(files["metrics.json"], {**judged.metrics, **about})
     write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
     head = {
-        "model": describe_model(model.folder),
+        "model": model.loaded.description,
         "data": f"{table.source}, {split}",
         "tested at": f"{model.preset.long_side}x{model.preset.short_side} pixels",
         "speed": f"{speed:.3g} images a second, from files to figures, on {device}",
@@ -144,23 +150,22 @@ def write_results(
     figures = analyse(judged)
     other = others[0][0] if others else None
     if other is not None:
-        figures["comparison"] = {"weights": str(models[1].folder), **comparison(judged, other)}
+        figures["comparison"] = {"weights": str(models[1].loaded.place), **comparison(judged, other)}
     write_json(files["report.json"], {**about, **figures})
     other_about = ""
     if other is not None:
         size = models[1].preset
         other_about = f"the other at {size.long_side}x{size.short_side} pixels{threshold_text(other, '; its ')}"
-        if len({one.detector.has_masks for one in models}) > 1:
+        if len({one.loaded.detector.has_masks for one in models}) > 1:
             other_about += "; as only one of them finds masks, boxes alone are compared"
-    name = describe_model(models[-1].folder)
+    name = models[-1].loaded.description
     write_evaluation_page(files["report.html"], judged, figures, head, other, name, other_about)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one split."""
     p = make_parser(__doc__ or "")
-    run_help = "a run, its model/ or best/, or a hub id"
-    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=run_help)
+    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=CHECKPOINT_HELP)
     p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--compare", type=path_or_name, metavar="RUN", help="another one, measured beside it in report.html")
     add_flags(p, DataOptions, "data")
@@ -171,12 +176,13 @@ def main(argv: list[str] | None = None) -> None:
         "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
     )
     add_flags(p, DeviceOptions)
+    p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="(default: the checkpoint's folder)")
     args = p.parse_args(argv)
 
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
-        text = "no such folder; for a model from the hub, say with --output-dir where to write its metrics"
+        text = "no such folder; for a model from the hub or a file, say with --output-dir where to write its metrics"
         raise InputError(f"--checkpoint {args.checkpoint}: {text}")
     options, suffix = read_flags(args, DataOptions), "" if args.split == "val" else f"_{args.split}"
     names = ("metrics.json", "predictions.json", "report.json", "report.html")
@@ -190,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         with writing(f"--output-dir {output}"):
             hold_folder(output, f"evaluate{suffix}")
 
+    check_provider(args.provider, [args.checkpoint, *([] if args.compare is None else [args.compare])])
     processes = join_processes(args.device)
     main_decides(check_files, processes)  # only the main process writes
     models = [read_model("--checkpoint", args.checkpoint, args)]
@@ -209,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         own |= {"--mixed-precision": args.mixed_precision, **data_record(table, None)}
         check_same(own, "flags and data", processes)
         for model in models:
-            check_same(sampled(model.detector.state_dict()), model.flag.split()[0], processes)
+            check_same(sampled(model.loaded.detector.state_dict()), model.flag.split()[0], processes)
 
     main_decides(take_folder, processes)
     accelerator = make_accelerator(args.mixed_precision)

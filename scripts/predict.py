@@ -22,7 +22,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from direct_pt.batch import Detections, Sample
-from direct_pt.checkpoint import KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
+from direct_pt.checkpoint import (
+    CHECKPOINT_HELP,
+    KINDS,
+    PROVIDER_HELP,
+    WEIGHTS_HELP,
+    check_provider,
+    load_detector,
+)
 from direct_pt.coco_eval import Predictions
 from direct_pt.data.loader import make_loader
 from direct_pt.data.names import walk_images
@@ -46,8 +53,8 @@ from direct_pt.files import (
 from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
 from direct_pt.images.decoding import FORMATS, Decoding, UnreadableImage, image_size, read_image
 from direct_pt.images.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
-from direct_pt.models.detector import Detector
-from direct_pt.models.masks import paste_masks
+from direct_pt.models.api import DetectorAPI
+from direct_pt.onnx_detector import paste_masks
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
@@ -150,7 +157,7 @@ def threshold(text: str) -> float | str:
     return text if text in THRESHOLDS else share(text)
 
 
-def describe_threshold(detector: Detector, threshold: float | str) -> str:
+def describe_threshold(detector: DetectorAPI, threshold: float | str) -> str:
     """In words."""
     if threshold == "per-class":
         pairs = zip(detector.config.class_names, detector.class_thresholds, strict=True)
@@ -175,9 +182,7 @@ def main() -> None:
     p.add_argument(
         "images", nargs="+", type=any_path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
     )
-    p.add_argument(
-        "--checkpoint", required=True, type=path_or_name, metavar="RUN", help="a run, its model/ or best/, or a hub id"
-    )
+    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=CHECKPOINT_HELP)
     p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="where to write (runs/predict, -2 and so on)")
     p.add_argument(
@@ -188,8 +193,10 @@ def main() -> None:
     )
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
+    p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     args = p.parse_args()
 
+    check_provider(args.provider, [args.checkpoint])
     output: Path = args.output_dir or counted_folder(Path("runs/predict"))
     check_output(output)
     notes = Problems()
@@ -201,9 +208,9 @@ def main() -> None:
         print(f"{printable(note)}: {count}")
     decoding = read_flags(args, DecodingOptions).decoding
     accelerator = make_accelerator(args.mixed_precision, device=args.device)
-    folder = model_folder(args.checkpoint, args.weights)
-    print(printable(f"weights: {describe_model(folder)}"))
-    detector = from_pretrained(folder).to(accelerator.device)
+    detector, _, description = load_detector(args.checkpoint, args.weights, args.provider)
+    print(printable(f"weights: {description}"))
+    detector = detector.to(accelerator.device).eval()
     print(printable(f"score threshold: {describe_threshold(detector, args.score_threshold)}"))
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side)
@@ -223,7 +230,7 @@ def main() -> None:
         batches = stack.enter_context(closing(iter(make_loader(images, keys, args.num_workers))))
         for batch in batches:
             with accelerator.autocast():
-                found = detector.detect(batch.to(accelerator.device)).to("cpu")
+                found = detector.detect(batch.to(detector.device)).to("cpu")
             found = detector.above(found, args.score_threshold)
             for result in Predictions.of_batch(batch, found).coco(image_ids, config.category_ids):
                 image_id, category_id = result["image_id"], result["category_id"]

@@ -26,12 +26,13 @@ from direct_pt.models.anchors import Anchors, inside_images
 from direct_pt.models.boxes import best_detections, clip, decode, encode, grouped_nms, overlaps
 from direct_pt.models.detector import STRIDES, Detector, RetinaNet, TwoStage
 from direct_pt.models.layers import batchnorms
-from direct_pt.models.masks import mask_targets, paste_masks, paste_windows
+from direct_pt.models.masks import mask_targets
 from direct_pt.models.matching import Matches, Matching, Sampling, match, sample
 from direct_pt.models.mmdet_weights import detector_from_mmdet, from_mmdet, mmdet_state_dict, to_mmdet
 from direct_pt.models.roi_align import pyramid_roi_align, roi_levels
 from direct_pt.models.roi_heads import BoxHead, RoIHead
 from direct_pt.models.rpn import ProposalCounts, Proposals
+from direct_pt.onnx_detector import paste_masks, paste_windows
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -28,7 +28,7 @@ from direct_pt.images import visualize
 from direct_pt.images.decoding import read_image
 from direct_pt.models.detector import Detector, DetectorConfig, TwoStage, build_detector
 from direct_pt.models.mask_encoding import mask_run_lengths
-from direct_pt.models.masks import paste_masks
+from direct_pt.onnx_detector import paste_masks
 from direct_pt.reports import plots
 from direct_pt.transforms import TestPreset
 

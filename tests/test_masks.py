@@ -19,7 +19,8 @@ from direct_pt.images import rasterize
 from direct_pt.images.geometry import Geometry
 from direct_pt.models import masks
 from direct_pt.models.mask_encoding import encode_masks
-from direct_pt.models.masks import MaskHead, mask_targets, paste_masks, paste_windows
+from direct_pt.models.masks import MaskHead, mask_targets
+from direct_pt.onnx_detector import paste_masks, paste_windows
 from direct_pt.transforms import render
 
 HEIGHT, WIDTH = 480, 640  # of the original images

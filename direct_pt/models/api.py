@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from torch import Tensor, nn
+from torch import nn
 
 from direct_pt.batch import Batch, Detections, Objects, collate
 from direct_pt.errors import InputError
 from direct_pt.files import write_text
 from direct_pt.images.decoding import Images, rgb_images
 from direct_pt.models.config import DetectorConfig
-from direct_pt.models.masks import paste_masks
 from direct_pt.models.model_card import is_own_card, model_card
 from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, check_model_folder, write_model
 from direct_pt.models.saved_config import check_config
+from direct_pt.onnx_detector import paste_masks
 from direct_pt.transforms import TestPreset
 
 SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
@@ -41,7 +41,6 @@ class DetectorAPI(nn.Module):
     """
 
     has_masks = False
-    pixel_mean: Tensor
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
@@ -57,6 +56,11 @@ class DetectorAPI(nn.Module):
     @property
     def label2id(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.config.class_names)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must lie."""
+        return next(self.parameters()).device
 
     @abstractmethod
     def detect(self, batch: Batch) -> Detections:
@@ -128,7 +132,7 @@ class DetectorAPI(nn.Module):
         results: dict[int, dict[str, Any]] = {}
         for places in shapes.values():
             batch = collate([samples[place] for place in places])
-            everything = self.detect(batch.to(self.pixel_mean.device)).to("cpu")
+            everything = self.detect(batch.to(self.device)).to("cpu")
             for position, place in enumerate(places):
                 found = self.above(everything.of_image(position), score_threshold)
                 labels = found.labels.tolist()

@@ -48,8 +48,8 @@ def _centers_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes [B, ..., 4] clipped to the images' `sizes` [B, 2] (h, w)."""
-    limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]]
-    limits = limits.view(len(boxes), *[1] * (boxes.dim() - 2), 4)
+    limits = sizes.to(boxes.dtype).flip(1).repeat(1, 2)
+    limits = limits.view(boxes.shape[0], *[1] * (boxes.dim() - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 

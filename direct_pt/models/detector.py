@@ -79,14 +79,10 @@ class Detector(DetectorAPI, ABC):
         return self.fpn(self.backbone(self.normalize(batch)))
 
     def normalize(self, batch: Batch) -> Tensor:
-        """(pixels - mean) / deviation, and zero in the padding. Floating-point images are returned unchanged."""
+        """`normalized` images. Floating-point images are returned unchanged."""
         if batch.images.is_floating_point():
             return batch.images
-        images = (batch.images - self.pixel_mean) / self.pixel_std
-        height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device)[None, :] < batch.sizes[:, :1]
-        columns = torch.arange(width, device=images.device)[None, :] < batch.sizes[:, 1:]
-        return images * (rows[:, None, :, None] & columns[:, None, None, :])
+        return normalized(batch.images, batch.sizes, self.pixel_mean, self.pixel_std)
 
     def freeze_for_finetuning(self, kind: str = "paper") -> None:
         """Freeze what stage 2 does not train, one of FREEZES.
@@ -152,6 +148,14 @@ class RetinaNet(Detector):
     def loss_weight(self, batch: Batch) -> Tensor:
         """The number of positive anchors, by which the losses are divided."""
         return self.head.loss_weight(batch)
+
+
+def normalized(images: Tensor, sizes: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """(pixels - mean) / deviation of `images` [B, 3, H, W], and zero outside of `sizes` [B, 2] (h, w)."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device)[None, :] < sizes[:, :1]
+    columns = torch.arange(width, device=images.device)[None, :] < sizes[:, 1:]
+    return (images - mean) / deviation * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
 def build_detector(

@@ -38,7 +38,9 @@ class FPN(nn.Module):
             return [*outputs, F.max_pool2d(outputs[-1], kernel_size=1, stride=2)]
         coarse = features[-1]
         for conv in convolutions:
-            if coarse.shape[-1] == 1:  # a CPU's bf16 gradient of such a map is partly uninitialised memory
+            if (
+                self.training and coarse.shape[-1] == 1
+            ):  # a CPU's bf16 gradient of such a map is partly uninitialised memory
                 coarse = F.pad(coarse, (0, 1))  # as the convolution pads it
             coarse = conv(coarse)
             outputs.append(coarse)

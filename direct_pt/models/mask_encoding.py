@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from direct_pt.models.masks import MASK_THRESHOLD, paste_windows
+from direct_pt.onnx_detector import MASK_THRESHOLD, paste_windows
 
 MASKS_AT_ONCE = 64  # pasted and encoded together
 

@@ -1,11 +1,8 @@
-"""Masks: the head, the targets that it learns, and its probabilities pasted into images.
+"""Masks: the head, and the targets that it learns. `onnx_detector.py` pastes its probabilities into images.
 
 Semantics follow MMDetection's FCNMaskHead and BitmapMasks.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +10,10 @@ from torchvision.ops import roi_align
 
 from direct_pt.batch import PackedMasks
 from direct_pt.models.boxes import group_sizes
+from direct_pt.onnx_detector import MASK_THRESHOLD
 
 MAX_CANVAS_PIXELS = 2**22  # of the masks that are unpacked at once
 MAX_SIDE_EXPONENT = 16  # a canvas has a side of at most 2**16 pixels
-MASK_THRESHOLD = 0.5
 
 
 class MaskHead(nn.Module):
@@ -112,64 +109,3 @@ def _unpack(masks: PackedMasks, rows: Tensor, side: int) -> Tensor:
     bit_indices = torch.where(inside, row_offsets[:, :, None] + (x - x1)[:, None, :], 0)
     bits = masks.bits if len(masks.bits) else masks.bits.new_zeros(1)
     return (bits[bit_indices] * inside).float()[:, None]
-
-
-def paste_windows(
-    probabilities: np.ndarray, boxes: np.ndarray, sizes: np.ndarray
-) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Masks in their images: at every pixel's centre, bilinear between the cells' centres.
-
-    Args:
-        probabilities: [D, m, m].
-        boxes: [D, 4] in the images' pixels.
-        sizes: [D, 2] (height, width) of the images.
-
-    Yields:
-        (top, left) of the pixels that a box touches, and [h, w] float32 probabilities there; elsewhere they are under
-        one half.
-    """
-    limits, cells = sizes[:, [1, 0]], probabilities.shape[-1]
-    first = np.clip(np.floor(boxes[:, :2]), 0, limits).astype(np.int64)
-    last = np.clip(np.ceil(boxes[:, 2:]), first, np.maximum(first, limits)).astype(np.int64)
-    x1, y1, x2, y2 = boxes.astype(np.float64).T
-    column_weights = _interpolation(first[:, 0], last[:, 0], x1, x2, cells)
-    row_weights = _interpolation(first[:, 1], last[:, 1], y1, y2, cells)
-    for (left, top), mask, across, down in zip(
-        first.tolist(), probabilities.astype(np.float32, copy=False), column_weights, row_weights, strict=True
-    ):
-        yield (top, left), (across @ (down @ mask).T).T  # columns are contiguous, as run lengths need them
-
-
-def paste_masks(probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[D, height, width] bool: the masks [D, m, m] of `boxes` [D, 4] in a whole image of `size`."""
-    masks = np.zeros((len(boxes), *size), bool)
-    windows = paste_windows(probabilities, boxes, np.tile(size, (len(boxes), 1)))
-    for mask, ((top, left), inside) in zip(masks, windows, strict=True):
-        mask[top : top + inside.shape[0], left : left + inside.shape[1]] = inside >= MASK_THRESHOLD
-    return masks
-
-
-def _interpolation(
-    first: np.ndarray, last: np.ndarray, low: np.ndarray, high: np.ndarray, cells: int
-) -> list[np.ndarray]:
-    """Along one axis, the weights [last - first, cells] of each of D boxes' cells at its pixels.
-
-    Args:
-        first: [D] the first pixel.
-        last: [D] the pixel after the last.
-        low: [D] where the box begins, in pixels.
-        high: [D] where it ends.
-        cells: that it is divided into.
-    """
-    counts = last - first
-    ends = np.cumsum(counts)  # the pixels of all boxes lie in one array, one box after another
-    box = np.repeat(np.arange(len(first)), counts)
-    pixels = np.arange(len(box)) - (ends - counts - first)[box]
-    places = (pixels + 0.5 - low[box]) / np.maximum(high - low, 1e-6)[box] * cells - 0.5  # 0 is the first cell's centre
-    below = np.floor(places)
-    # A pixel lies between two cells. Two more on each side take the weights of pixels beyond the box, then are dropped.
-    column = np.clip(below, -2, cells).astype(np.int64) + 2
-    weights = np.zeros((len(box), cells + 4), np.float32)
-    weights[np.arange(len(box)), column] = 1 - (places - below)
-    weights[np.arange(len(box)), column + 1] = 1 - (below + 1 - places)
-    return [weights[end - count : end, 2:-2] for count, end in zip(counts.tolist(), ends.tolist(), strict=True)]
