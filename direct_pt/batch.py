@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from direct_pt.onnx_detector import Found
+
 
 @dataclass
 class PackedMasks:
@@ -269,6 +271,13 @@ class Detections:
     def of_image(self, position: int) -> "Detections":
         """The detections in one image of the batch."""
         return self.keep(self.image == position)
+
+    def arrays(self, num_images: int) -> list[Found]:
+        """The detections in each image of the batch, as arrays; they must lie on the CPU."""
+        parts = [self.of_image(position) for position in range(num_images)]
+        masks = [None if part.masks is None else part.masks.numpy() for part in parts]
+        columns = [(part.boxes.numpy(), part.scores.numpy(), part.labels.numpy()) for part in parts]
+        return [Found(*values, own) for values, own in zip(columns, masks, strict=True)]
 
     def above(self, score: float | Tensor) -> "Detections":
         """The detections with higher scores than one for all, or [D] float64, one for each."""

@@ -19,10 +19,13 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.evaluation_loader import evaluation_loader
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
+from direct_pt.images.decoding import Size, UnreadableImage
+from direct_pt.images.tiles import Tiling, find_in_tiles
 from direct_pt.models.api import DetectorAPI
 from direct_pt.models.detector import Detector
 from direct_pt.models.mask_encoding import mask_run_lengths
 from direct_pt.models.mean_losses import MeanLosses
+from direct_pt.onnx_detector import Found
 from direct_pt.transforms import TestPreset
 
 IMAGES_AT_ONCE = 100  # scored together: their objects and detections take many times the room of the arrays
@@ -64,6 +67,16 @@ class Predictions:
             masks = mask_run_lengths(found.masks.numpy(), corners, batch.original_sizes[found.image].numpy())
         images, scores = batch.indices[found.image].numpy(), found.scores.numpy().astype(np.float64)
         return Predictions(images, boxes, scores, found.labels.numpy(), batch.unreadable, masks)
+
+    @staticmethod
+    def of_image(row: int, found: Found, size: Size) -> "Predictions":
+        """The detections in one image of `size`, by the detector's labels."""
+        boxes = found.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        count, masks = len(boxes), None
+        if found.masks is not None:
+            masks = mask_run_lengths(found.masks, found.boxes, np.tile(size, (count, 1)))
+        return Predictions(np.full(count, row), boxes, found.scores.astype(np.float64), found.labels, (), masks)
 
     @staticmethod
     def concatenate(parts: list["Predictions"]) -> "Predictions":
@@ -131,6 +144,36 @@ def predict_split(
                 found = detector.detections(features, moved).to("cpu")
             parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
     detector.train(was_training)
+    return _gathered(parts, class_rows, accelerator)
+
+
+def predict_tiles(
+    detector: DetectorAPI,
+    table: AnnotationTable,
+    preset: TestPreset,
+    tiling: Tiling,
+    micro_batch_size: int,
+    accelerator: Accelerator,
+) -> Predictions:
+    """`predict_split` of a detector in eval mode, that looks at tiles of each image as well."""
+    class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
+    rows = range(accelerator.process_index, len(table), accelerator.num_processes)
+    parts = []
+    with torch.no_grad(), autocast(accelerator):
+        for row in tqdm(rows, desc="evaluate", unit="image", disable=not accelerator.is_main_process, leave=False):
+            size = table.image_size(row)
+            try:
+                pixels = table.read_image(row, size)
+            except UnreadableImage:
+                parts.append(replace(Predictions.concatenate([]), unreadable=(row,)))
+                continue
+            found = find_in_tiles(pixels, tiling, lambda crops: detector.find(crops, preset), micro_batch_size)
+            parts.append(Predictions.of_image(row, found, size))
+    return _gathered(parts, class_rows, accelerator)
+
+
+def _gathered(parts: list[Predictions], class_rows: np.ndarray, accelerator: Accelerator) -> Predictions:
+    """Those of all processes, on the main one, with `class_rows` [C] for the detector's labels."""
     predictions = Predictions.concatenate(gather_to_main(Predictions.concatenate(parts), accelerator))
     return replace(predictions, labels=class_rows[predictions.labels])
 
@@ -144,11 +187,13 @@ def evaluate(
     num_workers: int,
     between_batches: Callable[[], None] = lambda: None,
     with_losses: bool = False,
+    tiling: Tiling | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """A split's metrics, the same on every process, and its predictions, on the main one. Every process must call it.
 
     `between_batches` is called before each batch, and may raise to end the evaluation. `with_losses` adds the split's
-    mean losses to the metrics: those of training, of the test images.
+    mean losses to the metrics: those of training, of the test images. With `tiling`, tiles are looked at too, in the
+    process itself, without losses.
 
     Raises:
         InputError: the detector finds masks, and objects of the split have none to compare with.
@@ -156,9 +201,12 @@ def evaluate(
     if detector.has_masks:
         table.require_masks()
     losses = MeanLosses() if with_losses else None
-    predictions = predict_split(
-        detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches, losses
-    )
+    if tiling is None:
+        predictions = predict_split(
+            detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches, losses
+        )
+    else:
+        predictions = predict_tiles(detector, table, preset, tiling, micro_batch_size, accelerator)
     means = {} if losses is None else MeanLosses().merged(gather_to_main(losses, accelerator)).record()
     metrics = [{**means, **coco_metrics(table, predictions)} if accelerator.is_main_process else None]
     broadcast_object_list(metrics)

@@ -56,6 +56,10 @@ class Found:
         masks = None if self.masks is None else self.masks[rows]
         return Found(self.boxes[rows], self.scores[rows], self.labels[rows], masks)
 
+    def above(self, thresholds: np.ndarray) -> "Found":
+        """The detections that score above `thresholds` [C] float64, those of their classes."""
+        return self.keep(self.scores.astype(np.float64) > thresholds[self.labels])
+
 
 @dataclass
 class FoundInBatch:
@@ -148,7 +152,7 @@ class OnnxDetector:
         for first in range(0, len(waiting), batch_size):
             arrays = waiting[first : first + batch_size]
             for image, found in zip(arrays, self.detect(arrays), strict=True):
-                shown = found.keep(found.scores.astype(np.float64) > self._thresholds(score_threshold)[found.labels])
+                shown = found.above(self._thresholds(score_threshold))
                 labels = shown.labels.tolist()
                 result: dict[str, Any] = {"boxes": shown.boxes, "scores": shown.scores}
                 result["labels"] = [self.class_names[label] for label in labels]

@@ -2,7 +2,8 @@
 
   accelerate launch --quiet scripts/evaluate.py --checkpoint RUN --data DIR [--split val] [--output-dir DIR]
 
-Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise.
+Images are tested at the size that the detector was trained for unless --short-side and --long-side say otherwise, and
+--tiles in pieces too.
 Writes metrics.json and predictions.json (COCO results format, with the data set's own ids), for boxes and, where the
 detector finds them, masks; and report.html: curves, thresholds, errors and pictures in one file, its figures in
 report.json. Of another split than val, the files are named metrics_SPLIT.json and so on.
@@ -23,6 +24,7 @@ from direct_pt.checkpoint import (
     WEIGHTS_HELP,
     Loaded,
     check_provider,
+    is_exported,
     load_detector,
 )
 from direct_pt.coco_eval import evaluate, metrics_table
@@ -43,6 +45,7 @@ from direct_pt.flags import (
     pixels,
     read_flags,
 )
+from direct_pt.images.tiles import Tiling, add_tile_flags, tiling_of
 from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.reports.evaluation import Judged, analyse, comparison
 from direct_pt.reports.evaluation_page import write_evaluation_page
@@ -57,6 +60,13 @@ class Model(NamedTuple):
     flag: str  # that names it, with its value
     loaded: Loaded
     preset: TestPreset
+    tiling: Tiling | None
+
+    @property
+    def size(self) -> str:
+        """The size of its images, in words."""
+        tiles = f", and in tiles of {self.tiling.size}, overlap {self.tiling.overlap:g}" if self.tiling else ""
+        return f"{self.preset.long_side}x{self.preset.short_side}{tiles}"
 
 
 def read_model(flag: str, checkpoint: Path | str, args: argparse.Namespace) -> Model:
@@ -68,7 +78,7 @@ def read_model(flag: str, checkpoint: Path | str, args: argparse.Namespace) -> M
         raise InputError(
             f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
         )
-    return Model(f"{flag} {checkpoint}", loaded, preset)
+    return Model(f"{flag} {checkpoint}", loaded, preset, tiling_of(args))
 
 
 def check_model(model: Model, table: AnnotationTable) -> None:
@@ -86,7 +96,7 @@ def check_model(model: Model, table: AnnotationTable) -> None:
 
 def print_result(model: Model, table: AnnotationTable, split: str, judged: Judged) -> None:
     """Figures, and images that could not be read. Raises InputError where none could."""
-    size = f"{len(table)} images at {model.preset.long_side}x{model.preset.short_side}"
+    size = f"{len(table)} images at {model.size}"
     print(printable_lines(f"{split}: {size}\n{metrics_table(judged.metrics)}"))
     if text := threshold_text(judged):
         print(text)
@@ -117,7 +127,9 @@ def measure(
         chosen = "; they were chosen by their AP on this split, so it is a little high; --weights last were not"
         print(printable(f"weights: {model.loaded.description}{chosen * is_chosen}"), flush=True)
     detector, start = model.loaded.detector.to(accelerator.device), perf_counter()
-    metrics, predictions = evaluate(detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers)
+    metrics, predictions = evaluate(
+        detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers, tiling=model.tiling
+    )
     speed = len(table) / (perf_counter() - start)
     if not accelerator.is_main_process:
         return None
@@ -139,12 +151,14 @@ def write_results(
         "unreadable_images": len(judged.predictions.unreadable),
         "weights": str(model.loaded.place),
     }
+    if model.tiling is not None:
+        about["tiles"] = vars(model.tiling)
     write_json(files["metrics.json"], {**judged.metrics, **about})
     write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
     head = {
         "model": model.loaded.description,
         "data": f"{table.source}, {split}",
-        "tested at": f"{model.preset.long_side}x{model.preset.short_side} pixels",
+        "tested at": f"{model.size} pixels",
         "speed": f"{speed:.3g} images a second, from files to figures, on {device}",
     }
     figures = analyse(judged)
@@ -154,8 +168,7 @@ def write_results(
     write_json(files["report.json"], {**about, **figures})
     other_about = ""
     if other is not None:
-        size = models[1].preset
-        other_about = f"the other at {size.long_side}x{size.short_side} pixels{threshold_text(other, '; its ')}"
+        other_about = f"the other at {models[1].size} pixels{threshold_text(other, '; its ')}"
         if len({one.loaded.detector.has_masks for one in models}) > 1:
             other_about += "; as only one of them finds masks, boxes alone are compared"
     name = models[-1].loaded.description
@@ -172,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
+    add_tile_flags(p)
     p.add_argument(
         "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
     )
@@ -182,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
 
     output = args.output_dir or Path(args.checkpoint)
     if args.output_dir is None and not output.is_dir():
-        text = "no such folder; for a model from the hub or a file, say with --output-dir where to write its metrics"
+        what = "is a file" if is_exported(args.checkpoint) else "no such folder; for a model from the hub"
+        text = f"{what}, say with --output-dir where to write its metrics"
         raise InputError(f"--checkpoint {args.checkpoint}: {text}")
     options, suffix = read_flags(args, DataOptions), "" if args.split == "val" else f"_{args.split}"
     names = ("metrics.json", "predictions.json", "report.json", "report.html")
@@ -196,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         with writing(f"--output-dir {output}"):
             hold_folder(output, f"evaluate{suffix}")
 
+    tiling_of(args)  # what is wrong with it is said first
     check_provider(args.provider, [args.checkpoint, *([] if args.compare is None else [args.compare])])
     processes = join_processes(args.device)
     main_decides(check_files, processes)  # only the main process writes
@@ -213,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.num_processes > 1:
         sizes = [[model.preset.short_side, model.preset.long_side] for model in models]
         own = {"--split": args.split, "sizes of images": sizes, "--micro-batch-size": args.micro_batch_size}
+        own |= {"--tiles": args.tiles, "--overlap": args.overlap}
         own |= {"--mixed-precision": args.mixed_precision, **data_record(table, None)}
         check_same(own, "flags and data", processes)
         for model in models:

@@ -1,6 +1,6 @@
 """Detect objects in image files: drawn pictures and COCO results.
 
-  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... [--output-dir DIR] [--score-threshold X]
+  python scripts/predict.py --checkpoint RUN IMAGE_OR_FOLDER... [--output-dir DIR] [--tiles PIXELS]
 
 Folders are searched recursively, but for the output folder. Writes each picture with its detections drawn, and
 predictions.json: COCO results with the data set's own category ids, masks as run lengths; images are numbered from 1 in
@@ -10,18 +10,21 @@ images, or over what predict.py did not make.
 
 from direct_pt.program.run import run_program
 import json
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from direct_pt.batch import Detections, Sample
+from direct_pt.batch import Sample
 from direct_pt.checkpoint import (
     CHECKPOINT_HELP,
     KINDS,
@@ -51,10 +54,11 @@ from direct_pt.files import (
     writing,
 )
 from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
-from direct_pt.images.decoding import FORMATS, Decoding, UnreadableImage, image_size, read_image
+from direct_pt.images.decoding import FORMATS, Decoding, Size, UnreadableImage, image_size, read_image
+from direct_pt.images.tiles import Tiling, add_tile_flags, find_in_tiles, tiling_of
 from direct_pt.images.visualize import MAX_JPEG_SIDE, draw_detections, drawable_name
 from direct_pt.models.api import DetectorAPI
-from direct_pt.onnx_detector import paste_masks
+from direct_pt.onnx_detector import Found, paste_masks
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
@@ -165,19 +169,78 @@ def describe_threshold(detector: DetectorAPI, threshold: float | str) -> str:
     return f"{detector.score_threshold:g}, the model's own" if threshold == "model" else f"{threshold:g}"
 
 
-def draw(photo: Image.Image, found: Detections, names: list[str]) -> Image.Image:
+class Looked(NamedTuple):
+    """What was found in a file.
+
+    Attributes:
+        file: its place in the list.
+        size: of the image.
+        found: the detections to show; None where it cannot be read.
+    """
+
+    file: int
+    size: Size
+    found: Found | None
+
+
+def in_whole_images(
+    detector: DetectorAPI,
+    images: ImageFiles,
+    thresholds: np.ndarray,
+    accelerator: Accelerator,
+    at_once: int,
+    num_workers: int,
+) -> Generator[Looked, None, None]:
+    """The detections of all files, in batches that worker processes read."""
+    keys = partial(iter, runs(0, len(images), at_once))
+    with closing(iter(make_loader(images, keys, num_workers))) as batches:
+        for batch in batches:
+            with accelerator.autocast():
+                everything = detector.detect(batch.to(detector.device)).to("cpu").arrays(len(batch))
+            for index, (height, width), found in zip(
+                batch.indices.tolist(), batch.original_sizes.tolist(), everything, strict=True
+            ):
+                unreadable = index in batch.unreadable
+                yield Looked(index, (height, width), None if unreadable else found.above(thresholds))
+
+
+def in_tiles(
+    detector: DetectorAPI,
+    images: ImageFiles,
+    thresholds: np.ndarray,
+    accelerator: Accelerator,
+    at_once: int,
+    tiling: Tiling,
+) -> Generator[Looked, None, None]:
+    """The same, of overlapping tiles and the whole of each image."""
+
+    def find(crops: list[np.ndarray]) -> list[Found]:
+        with accelerator.autocast():
+            return [found.above(thresholds) for found in detector.find(crops, images.preset)]
+
+    for index, path in enumerate(images.paths):
+        try:
+            pixels = read_image(path, decoding=images.decoding)
+        except UnreadableImage:
+            yield Looked(index, (1, 1), None)
+            continue
+        size = pixels.shape[0], pixels.shape[1]
+        yield Looked(index, size, find_in_tiles(pixels, tiling, find, at_once))
+
+
+def draw(photo: Image.Image, found: Found, names: list[str]) -> Image.Image:
     """One image with its detections; `names` are those of the classes, as they can be drawn."""
     values = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
     captions = [f"{names[label]} {score:.2f}" for label, score in values]
-    boxes, masks = found.boxes.numpy(), None
+    masks = None
     if found.masks is not None:
-        size, pairs = (photo.height, photo.width), zip(found.masks.numpy(), boxes, strict=True)
+        size, pairs = (photo.height, photo.width), zip(found.masks, found.boxes, strict=True)
         masks = (paste_masks(probabilities[None], box[None], size)[0] for probabilities, box in pairs)  # one at a time
-    return draw_detections(photo, boxes, found.labels.numpy(), captions, masks)
+    return draw_detections(photo, found.boxes, found.labels, captions, masks)
 
 
 def main() -> None:
-    """Predict, batch by batch: rows are written and pictures drawn before the next one."""
+    """Predict, image by image: its rows are written and its picture drawn before the next one."""
     p = make_parser(__doc__ or "")
     p.add_argument(
         "images", nargs="+", type=any_path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
@@ -191,12 +254,14 @@ def main() -> None:
     p.add_argument(
         "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
     )
+    add_tile_flags(p)
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
     p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     args = p.parse_args()
 
     check_provider(args.provider, [args.checkpoint])
+    tiling = tiling_of(args)
     output: Path = args.output_dir or counted_folder(Path("runs/predict"))
     check_output(output)
     notes = Problems()
@@ -216,7 +281,11 @@ def main() -> None:
     preset = TestPreset(config.short_side, config.long_side)
     check_images_at_once(min(args.micro_batch_size, len(files)), preset)
     images = ImageFiles([path for path, _ in files], preset, decoding)
-    keys = partial(iter, runs(0, len(files), args.micro_batch_size))
+    thresholds = detector.thresholds(args.score_threshold)
+    if tiling is None:
+        looked_at = in_whole_images(detector, images, thresholds, accelerator, args.micro_batch_size, args.num_workers)
+    else:
+        looked_at = in_tiles(detector, images, thresholds, accelerator, args.micro_batch_size, tiling)
     image_ids = np.arange(1, len(files) + 1)
     class_names = dict(zip(config.category_ids, config.class_names, strict=True))
     drawn_names = [drawable_name(name, category_id) for category_id, name in class_names.items()]
@@ -227,41 +296,36 @@ def main() -> None:
         stack.enter_context(folder_held(output, "predict"))
         file = stack.enter_context(stack.enter_context(replacing(output / RESULTS)).open("w"))
         bar = stack.enter_context(tqdm(total=len(files), desc="predict", unit="image"))
-        batches = stack.enter_context(closing(iter(make_loader(images, keys, args.num_workers))))
-        for batch in batches:
-            with accelerator.autocast():
-                found = detector.detect(batch.to(detector.device)).to("cpu")
-            found = detector.above(found, args.score_threshold)
-            for result in Predictions.of_batch(batch, found).coco(image_ids, config.category_ids):
+        for index, size, found in stack.enter_context(closing(looked_at)):
+            path, picture = files[index]
+            bar.update()
+            try:
+                photo = Image.fromarray(read_image(path, decoding=decoding))
+                if found is None:
+                    raise UnreadableImage(f"{path}: could not be read before, and can now")
+            except UnreadableImage as error:
+                unreadable.append(printable(str(error)))
+                bar.write(f"unreadable, skipped: {unreadable[-1]}")
+                continue
+            for result in Predictions.of_image(index, found, size).coco(image_ids, config.category_ids):
                 image_id, category_id = result["image_id"], result["category_id"]
                 row = {
                     "image_id": image_id,
-                    "file_name": valid_unicode(str(files[image_id - 1][0])),
+                    "file_name": valid_unicode(str(path)),
                     "category_id": category_id,
                     "category_name": class_names[category_id],
                     **result,
                 }
                 file.write((",\n" if rows else "[\n") + json.dumps(row))
                 rows += 1
-            for position, index in enumerate(batch.indices.tolist()):
-                path, picture = files[index]
-                bar.update()
-                try:
-                    photo = Image.fromarray(read_image(path, decoding=decoding))
-                    if index in batch.unreadable:
-                        raise UnreadableImage(f"{path}: could not be read before, and can now")
-                except UnreadableImage as error:
-                    unreadable.append(printable(str(error)))
-                    bar.write(f"unreadable, skipped: {unreadable[-1]}")
-                    continue
-                target = output / picture
-                target.parent.mkdir(parents=True, exist_ok=True)
-                drawn = draw(photo, found.of_image(position), drawn_names)
-                if max(drawn.size) > MAX_JPEG_SIDE:
-                    bar.write(printable(f"drawn smaller, as a JPEG has at most {MAX_JPEG_SIDE} pixels a side: {path}"))
-                    drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
-                with replacing(target, to_disk=False) as temporary:
-                    drawn.save(temporary, "JPEG", quality=92, comment=COMMENT)
+            target = output / picture
+            target.parent.mkdir(parents=True, exist_ok=True)
+            drawn = draw(photo, found, drawn_names)
+            if max(drawn.size) > MAX_JPEG_SIDE:
+                bar.write(printable(f"drawn smaller, as a JPEG has at most {MAX_JPEG_SIDE} pixels a side: {path}"))
+                drawn.thumbnail((MAX_JPEG_SIDE, MAX_JPEG_SIDE))
+            with replacing(target, to_disk=False) as temporary:
+                drawn.save(temporary, "JPEG", quality=92, comment=COMMENT)
         file.write("\n]\n" if rows else "[]\n")
     if len(unreadable) == len(files):
         few = " | ".join(unreadable[:3]) + " | ..." * (len(files) > 3)

@@ -1,6 +1,7 @@
 """What a trained detector offers: predictions, thresholds, class names, saving and sharing."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from direct_pt.models.config import DetectorConfig
 from direct_pt.models.model_card import is_own_card, model_card
 from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, check_model_folder, write_model
 from direct_pt.models.saved_config import check_config
-from direct_pt.onnx_detector import paste_masks
+from direct_pt.onnx_detector import Found, paste_masks
 from direct_pt.transforms import TestPreset
 
 SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
@@ -67,20 +68,27 @@ class DetectorAPI(nn.Module):
         """The detections of a batch, in the original images' frames. Call it in eval mode."""
 
     def above(self, found: Detections, threshold: float | str) -> Detections:
-        """The detections above a score, or above its own: "model", or "per-class" for each class's.
+        """The detections above a score, or above its own: see `thresholds`."""
+        return found.above(torch.from_numpy(self.thresholds(threshold))[found.labels])
+
+    def thresholds(self, threshold: float | str) -> np.ndarray:
+        """[C] float64, the score of each class above which detections are shown.
+
+        Args:
+            threshold: a number for all; or the detector's own: "model", or "per-class" for each class's.
 
         Raises:
             ValueError: that is none, or the detector's own are none.
         """
         self._check_thresholds()
         if threshold == "per-class":
-            return found.above(torch.tensor(self.class_thresholds, dtype=torch.float64)[found.labels])
+            return np.array(self.class_thresholds, np.float64)
         score = self.score_threshold if threshold == "model" else threshold
         if not is_threshold(score):
             raise ValueError(
                 f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
             )
-        return found.above(float(score))
+        return np.full(len(self.config.class_names), float(score))
 
     def _check_thresholds(self) -> None:
         """Raise ValueError where the detector's own are none."""
@@ -122,27 +130,36 @@ class DetectorAPI(nn.Module):
         return results
 
     def _predict_batch(self, images: list[np.ndarray], score_threshold: float | str) -> list[dict[str, Any]]:
-        """`predict` for RGB arrays [h, w, 3] uint8. Padding changes what is found: batches are of one shape."""
-        config = self.config
-        preset = TestPreset(config.short_side, config.long_side)
+        """`predict` for RGB arrays [h, w, 3] uint8."""
+        config, thresholds, results = self.config, self.thresholds(score_threshold), []
+        for image, everything in zip(images, self.find(images), strict=True):
+            found = everything.above(thresholds)
+            labels = found.labels.tolist()
+            result: dict[str, Any] = {"boxes": found.boxes, "scores": found.scores}
+            result["labels"] = [config.class_names[label] for label in labels]
+            result["class_ids"] = labels
+            result["category_ids"] = [config.category_ids[label] for label in labels]
+            if found.masks is not None:
+                result["masks"] = paste_masks(found.masks, found.boxes, (image.shape[0], image.shape[1]))
+            results.append(result)
+        return results
+
+    def find(self, images: Sequence[np.ndarray], preset: TestPreset | None = None) -> list[Found]:
+        """All detections in RGB arrays [h, w, 3] uint8, in their pixels. Call it in eval mode.
+
+        Padding changes what is found: those of one shape, once resized, are computed together, and no others.
+        `preset` resizes them, by default to the detector's own size.
+        """
+        preset = preset or TestPreset(self.config.short_side, self.config.long_side)
         samples = [preset(image, Objects.none(), np.random.default_rng(0)) for image in images]
         shapes: dict[tuple[int, ...], list[int]] = {}
         for place, sample in enumerate(samples):
             shapes.setdefault(tuple(sample.image.shape), []).append(place)
-        results: dict[int, dict[str, Any]] = {}
+        results: dict[int, Found] = {}
         for places in shapes.values():
             batch = collate([samples[place] for place in places])
-            everything = self.detect(batch.to(self.device)).to("cpu")
-            for position, place in enumerate(places):
-                found = self.above(everything.of_image(position), score_threshold)
-                labels = found.labels.tolist()
-                result: dict[str, Any] = {"boxes": found.boxes.numpy(), "scores": found.scores.numpy()}
-                result["labels"] = [config.class_names[label] for label in labels]
-                result["class_ids"] = labels
-                result["category_ids"] = [config.category_ids[label] for label in labels]
-                if found.masks is not None:
-                    result["masks"] = paste_masks(found.masks.numpy(), found.boxes.numpy(), images[place].shape[:2])
-                results[place] = result
+            found = self.detect(batch.to(self.device)).to("cpu")
+            results |= dict(zip(places, found.arrays(len(places)), strict=True))
         return [results[place] for place in range(len(images))]
 
     def save_pretrained(self, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> None:

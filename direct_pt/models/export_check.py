@@ -55,7 +55,8 @@ def check_export(detector: Detector, path: Path, kind: str, precision: str, imag
     detect = OnnxDetector(path).detect if kind == "onnx" else program_detections(path, detector)
     bounds, pairs = BOUNDS[precision], []
     for image in images:
-        pairs.append((detections(detector, image), detect([image])[0]))
+        with torch.inference_mode():
+            pairs.append((detector.find([image])[0], detect([image])[0]))
     measured = compare(pairs, lowest_score(detector) + LOW_SCORES)
     wrong = [
         f"{name} differ by {value:.3g} (at most {most:.3g})"
@@ -81,16 +82,6 @@ def lowest_score(detector: Detector) -> float:
         return detector.head.score_threshold
     assert isinstance(detector, TwoStage)
     return detector.roi_head.score_threshold
-
-
-def detections(detector: Detector, image: np.ndarray) -> Found:
-    """A detector's detections in one image."""
-    config = detector.config
-    sample = TestPreset(config.short_side, config.long_side)(image, Objects.none(), np.random.default_rng(0))
-    with torch.inference_mode():
-        found = detector.detect(collate([sample]).to(detector.device)).to("cpu")
-    masks = None if found.masks is None else found.masks.numpy()
-    return Found(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy(), masks)
 
 
 def program_detections(path: Path, detector: Detector) -> Callable[[list[np.ndarray]], list[Found]]:
