@@ -25,6 +25,7 @@ from direct_pt.models.detector import MODELS, Detector
 from direct_pt.models.export_check import BOUNDS, check_export, compare, lowest_score
 from direct_pt.models.exported import write_onnx, write_program
 from direct_pt.models.inference_graph import InferenceGraph
+from direct_pt.models.layers import batchnorms
 from direct_pt.models.onnx_model import OnnxModel
 from direct_pt.onnx_detector import METADATA, Found, OnnxDetector, read_rgb, resize
 from direct_pt.transforms import TestPreset
@@ -138,8 +139,12 @@ def photographs(demo: Path, count: int) -> list[np.ndarray]:
 
 
 def decided(name: str = small.FASTER, backbone: str | None = None) -> Detector:
-    """A detector whose scores differ clearly, and of whose proposals none are equal, at 1."""
+    """A detector whose scores differ clearly: none are equal, at 1, as its BatchNorm has seen images."""
     detector = small.two_stage(small.small_detector(name, backbone=backbone, proposals=1000))
+    for layer in batchnorms(detector):
+        layer.momentum = 1.0
+    with torch.no_grad():
+        detector.train().features(batch_of(pictures(4, 150, 200)))
     with torch.no_grad():
         detector.rpn.objectness.weight.mul_(0.05)
         detector.roi_head.box_heads[0].get_submodule("class_logits").get_parameter("weight").mul_(3)
