@@ -19,6 +19,7 @@ from direct_pt.models.api import DetectorAPI
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.detector import Detector, build_detector
 from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, Tensors, write_model
+from direct_pt.models.onnx_model import OnnxModel
 from direct_pt.models.saved_config import config_from_json
 from direct_pt.models.weights import bad_values, layouts, misfits, outline_of
 from direct_pt.onnx_detector import PROVIDERS
@@ -114,8 +115,6 @@ def load_detector(path_or_hub_id: str | Path, weights: str = "best", provider: s
     """
     path = Path(path_or_hub_id)
     if is_exported(path):
-        from direct_pt.models.onnx_model import OnnxModel  # not everybody has onnxruntime
-
         exported = OnnxModel(path, (provider,) if provider else PROVIDERS)
         return Loaded(exported, path, _described(path, exported.history))
     folder = model_folder(path_or_hub_id, weights)

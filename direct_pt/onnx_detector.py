@@ -254,8 +254,8 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
         and stored.shape[2] == 4
         and (opacity := stored[..., 3:] / np.iinfo(stored.dtype).max).min() < 1
     ):
-        if stored.shape[:2] != rgb.shape[:2] or (stored.dtype == np.uint8 and (stored[..., :3] != colors).any()):
-            raise ValueError(f"{path}: is transparent, and turned by its EXIF orientation; give an RGB array")
+        if stored.dtype != np.uint8 or stored.shape[:2] != rgb.shape[:2] or (stored[..., :3] != colors).any():
+            raise ValueError(f"{path}: is transparent, and has 16 bits or an EXIF orientation; give an RGB array")
         rgb = (rgb * opacity + 0.5).astype(np.uint8)
     return rgb
 

@@ -11,17 +11,16 @@ from direct_pt.program.run import run_program
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from direct_pt.checkpoint import CONFIG, KINDS, WEIGHTS_HELP, describe_model, from_pretrained, model_folder
 from direct_pt.data.names import walk_images
 from direct_pt.data.problems import Problems
 from direct_pt.errors import InputError, printable
-from direct_pt.files import DamagedFile, check_inputs_kept, read_json, replacing, writing
+from direct_pt.files import DamagedFile, check_inputs_kept, read_json, read_regular, reading, replacing, writing
 from direct_pt.flags import any_path, make_parser, path_or_name
 from direct_pt.images.decoding import UnreadableImage, read_image
 from direct_pt.models.export_check import BOUNDS, check_export
 from direct_pt.models.exported import write_onnx, write_program
+from direct_pt.onnx_detector import METADATA
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 CHECKED_IMAGES = 4
@@ -43,12 +42,18 @@ def find_images(given: list[Path] | None, run: Path) -> list[Path]:
         if not path.exists():
             raise InputError(f"--images {path}: no such image or folder")
         inside = sorted(islice(walk_images(path, Problems()), 1000)) if path.is_dir() else [path]
-        found += inside[:: max(1, len(inside) // CHECKED_IMAGES)]
+        found += inside[:: max(1, len(inside) // CHECKED_IMAGES)][:CHECKED_IMAGES]
     if not found:
         raise InputError(
             "the export is compared with the detector on images, and none are known: name some with --images"
         )
     return found
+
+
+def is_own(path: Path) -> bool:
+    """Whether an existing file is an earlier export: then it is replaced."""
+    with reading(str(path)):
+        return METADATA.encode() in read_regular(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--output {output}: a file of --format {args.format} ends in {ending}")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output {output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}")
+    if output.exists() and not is_own(output):
+        raise InputError(f"--output {output}: was not made by export.py; name another file")
     paths = find_images(args.images, run)
     check_inputs_kept([output], paths, "--output")
     print(printable(f"weights: {describe_model(folder)}"))
@@ -97,5 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode(False):
-        run_program(main)
+    run_program(main)

@@ -50,7 +50,7 @@ def test_wheel_without_torch(tmp_path: Path) -> None:
         wheel,
     ]
     done = subprocess.run(install, capture_output=True, text=True, timeout=600)
-    if done.returncode and re.search(r"connection|resolve host|No matching distribution", done.stderr, re.IGNORECASE):
+    if done.returncode and re.search(r"connection|resolve host", done.stderr, re.IGNORECASE):
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr
     detector = small.small_detector(small.MASK)

@@ -14,6 +14,12 @@ from direct_pt.models.detector import Detector, RetinaNet, TwoStage
 from direct_pt.onnx_detector import Found, OnnxDetector
 from direct_pt.transforms import TestPreset
 
+WORDS = {
+    "boxes": "boxes differ by",
+    "scores": "scores differ by",
+    "masks": "masks differ by",
+    "missing": "the share without a counterpart is",
+}
 SAME_IOU = 0.9  # of the boxes of one detection
 LOW_SCORES = 0.01  # above the lowest score that is a detection: closer to it, rounding decides
 
@@ -59,7 +65,7 @@ def check_export(detector: Detector, path: Path, kind: str, precision: str, imag
             pairs.append((detector.find([image])[0], detect([image])[0]))
     measured = compare(pairs, lowest_score(detector) + LOW_SCORES)
     wrong = [
-        f"{name} differ by {value:.3g} (at most {most:.3g})"
+        f"{WORDS[name]} {value:.3g} (at most {most:.3g})"
         for name, value, most in zip(vars(bounds), vars(measured).values(), vars(bounds).values(), strict=True)
         if not value <= most
     ]
@@ -68,6 +74,11 @@ def check_export(detector: Detector, path: Path, kind: str, precision: str, imag
         raise InputError(
             f"the exported detector does not find what the detector finds: of {count} detections in {len(images)} "
             f"images, {', '.join(wrong)}; nothing was written. Please report it, with the detector's config.json"
+        )
+    if not count:
+        return (
+            f"nothing was found in {len(images)} images, so nothing could be compared: name images with objects of its "
+            "classes with --images"
         )
     masks = f", masks by {measured.masks:.2g}" if detector.has_masks else ""
     return (
