@@ -279,6 +279,11 @@ class Detections:
         columns = [(part.boxes.numpy(), part.scores.numpy(), part.labels.numpy()) for part in parts]
         return [Found(*values, own) for values, own in zip(columns, masks, strict=True)]
 
+    def of_images(self, batch: Batch) -> list[Found | None]:
+        """The same of each image of their batch; None where it is black in place of an unreadable one."""
+        found, indices = self.arrays(len(batch)), batch.indices.tolist()
+        return [None if row in batch.unreadable else part for row, part in zip(indices, found, strict=True)]
+
     def above(self, score: float | Tensor) -> "Detections":
         """The detections with higher scores than one for all, or [D] float64, one for each."""
         return self.keep(self.scores.double() > score)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from direct_pt.errors import InputError, printable
 from direct_pt.files import DamagedFile, read_json, read_layouts, read_tensors
+from direct_pt.images.tiles import MAX_OVERLAP
 from direct_pt.models.api import DetectorAPI
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.detector import Detector, build_detector
@@ -34,7 +35,7 @@ CHECK_THRESHOLDS = table({"all": number(0, 1), "per_class": mapping(optional(num
 CHECK_AP = number(-1, 1)
 CHECK_STAGE = {
     "stage": text(), "steps": whole(), "AP": CHECK_AP, "AP50": CHECK_AP, "mask_AP": CHECK_AP,
-    "thresholds": CHECK_THRESHOLDS,
+    "thresholds": CHECK_THRESHOLDS, "tiles": table({"size": whole(1), "overlap": number(0, MAX_OVERLAP)}),
 }  # fmt: skip
 CHECK_HISTORY = list_of(table({}, CHECK_STAGE, is_open=True))
 
@@ -126,12 +127,24 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix.lower() == ".onnx"
 
 
-def check_provider(provider: str | None, paths: Iterable[str | Path]) -> None:
-    """Raise InputError where --provider is given for detectors none of which is exported."""
+def check_runtime(provider: str | None, device: str, mixed_precision: str, paths: Iterable[str | Path]) -> None:
+    """Raise InputError where a flag would change nothing.
+
+    Args:
+        provider: of --provider, which exported detectors take.
+        device: of --device, which the others take.
+        mixed_precision: of --mixed-precision, the same.
+        paths: of all detectors.
+    """
+    paths = list(paths)
     if provider is not None and not any(map(is_exported, paths)):
         raise InputError(
             f"--provider {provider}: is for exported detectors (a file *.onnx); leave it out, or see --device"
         )
+    for flag, value, usual in (("--device", device, "cpu"), ("--mixed-precision", mixed_precision, "no")):
+        if value not in ("auto", usual) and all(map(is_exported, paths)):
+            remedy = "see --provider" if flag == "--device" else "its precision is that of its export"
+            raise InputError(f"{flag} {value}: is not for exported detectors (a file *.onnx): leave it out; {remedy}")
 
 
 def read_history(path: str | Path, weights: str = "best") -> History:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from direct_pt.batch import Batch, Detections
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.evaluation_loader import evaluation_loader
+from direct_pt.data.tiled_table import tiled
 from direct_pt.distributed.launch import autocast
 from direct_pt.distributed.processes import gather_to_main
-from direct_pt.images.decoding import Size, UnreadableImage
-from direct_pt.images.tiles import Tiling, find_in_tiles
+from direct_pt.images.decoding import Size
+from direct_pt.images.tiles import TileMerger
 from direct_pt.models.api import DetectorAPI
 from direct_pt.models.detector import Detector
 from direct_pt.models.mask_encoding import mask_run_lengths
@@ -69,8 +70,10 @@ class Predictions:
         return Predictions(images, boxes, scores, found.labels.numpy(), batch.unreadable, masks)
 
     @staticmethod
-    def of_image(row: int, found: Found, size: Size) -> "Predictions":
-        """The detections in one image of `size`, by the detector's labels."""
+    def of_image(row: int, found: Found | None, size: Size) -> "Predictions":
+        """The detections in one image of `size`, by the detector's labels; None: it could not be read."""
+        if found is None:
+            return replace(Predictions.concatenate([]), unreadable=(row,))
         boxes = found.boxes.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
         count, masks = len(boxes), None
@@ -119,20 +122,21 @@ def predict_split(
     """Run the detector over every image of the table once, shared between the processes.
 
     The detector and the table list the same category ids, in any order. Every process must call it; the main
-    one gets all predictions, in terms of the table's rows, the others none. `losses` gets those of this process.
+    one gets all predictions, in terms of the table's rows, the others none. `losses` gets those of this process. With
+    the preset's `tiling`, tiles of each image are looked at too.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     targets = "" if losses is None else "masks" if detector.has_masks else "boxes"
-    loader = evaluation_loader(table, preset, micro_batch_size, rank, world, num_workers, targets)
+    seen, origins = (table, None) if preset.tiling is None else tiled(table, preset.tiling)
+    loader = evaluation_loader(seen, preset, micro_batch_size, rank, world, num_workers, targets, origins)
     class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
     own_labels = torch.from_numpy(np.argsort(class_rows))  # of each of the table's classes
     was_training = detector.training
     detector.eval()
-    parts = []
-    quiet = not accelerator.is_main_process
-    total = math.ceil(len(table) / (micro_batch_size * world))
-    with torch.no_grad(), autocast(accelerator), contextlib.closing(iter(loader)) as batches:
-        for batch in tqdm(batches, desc="evaluate", total=total, unit="batch", disable=quiet, leave=False):
+    parts, merger = [], None if preset.tiling is None else TileMerger(preset.tiling)
+    bar = tqdm(total=math.ceil(len(seen) / world), desc="evaluate", unit="image", disable=rank > 0, leave=False)
+    with torch.no_grad(), autocast(accelerator), contextlib.closing(iter(loader)) as batches, bar:
+        for batch in batches:
             between_batches()
             moved = replace(batch, labels=own_labels[batch.labels]).to(detector.device)
             if losses is None:
@@ -142,38 +146,15 @@ def predict_split(
                 features = detector.features(moved)
                 losses.add(detector, features, moved)
                 found = detector.detections(features, moved).to("cpu")
-            parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
+            if merger is None or origins is None:
+                parts.append(Predictions.of_batch(batch, found))  # at once: masks are 28x28 floats until then
+            else:
+                rows = origins[batch.indices.numpy()].tolist()
+                for row, part in zip(rows, found.of_images(batch), strict=True):
+                    size = table.image_size(row)
+                    parts += [Predictions.of_image(row, whole, size) for whole in merger.add(row, size, part)]
+            bar.update(len(batch))
     detector.train(was_training)
-    return _gathered(parts, class_rows, accelerator)
-
-
-def predict_tiles(
-    detector: DetectorAPI,
-    table: AnnotationTable,
-    preset: TestPreset,
-    tiling: Tiling,
-    micro_batch_size: int,
-    accelerator: Accelerator,
-) -> Predictions:
-    """`predict_split` of a detector in eval mode, that looks at tiles of each image as well."""
-    class_rows = np.array([table.category_ids.index(category) for category in detector.config.category_ids])
-    rows = range(accelerator.process_index, len(table), accelerator.num_processes)
-    parts = []
-    with torch.no_grad(), autocast(accelerator):
-        for row in tqdm(rows, desc="evaluate", unit="image", disable=not accelerator.is_main_process, leave=False):
-            size = table.image_size(row)
-            try:
-                pixels = table.read_image(row, size)
-            except UnreadableImage:
-                parts.append(replace(Predictions.concatenate([]), unreadable=(row,)))
-                continue
-            found = find_in_tiles(pixels, tiling, lambda crops: detector.find(crops, preset), micro_batch_size)
-            parts.append(Predictions.of_image(row, found, size))
-    return _gathered(parts, class_rows, accelerator)
-
-
-def _gathered(parts: list[Predictions], class_rows: np.ndarray, accelerator: Accelerator) -> Predictions:
-    """Those of all processes, on the main one, with `class_rows` [C] for the detector's labels."""
     predictions = Predictions.concatenate(gather_to_main(Predictions.concatenate(parts), accelerator))
     return replace(predictions, labels=class_rows[predictions.labels])
 
@@ -187,13 +168,11 @@ def evaluate(
     num_workers: int,
     between_batches: Callable[[], None] = lambda: None,
     with_losses: bool = False,
-    tiling: Tiling | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """A split's metrics, the same on every process, and its predictions, on the main one. Every process must call it.
 
     `between_batches` is called before each batch, and may raise to end the evaluation. `with_losses` adds the split's
-    mean losses to the metrics: those of training, of the test images. With `tiling`, tiles are looked at too, in the
-    process itself, without losses.
+    mean losses to the metrics: those of training, of the test images.
 
     Raises:
         InputError: the detector finds masks, and objects of the split have none to compare with.
@@ -201,12 +180,9 @@ def evaluate(
     if detector.has_masks:
         table.require_masks()
     losses = MeanLosses() if with_losses else None
-    if tiling is None:
-        predictions = predict_split(
-            detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches, losses
-        )
-    else:
-        predictions = predict_tiles(detector, table, preset, tiling, micro_batch_size, accelerator)
+    predictions = predict_split(
+        detector, table, preset, micro_batch_size, accelerator, num_workers, between_batches, losses
+    )
     means = {} if losses is None else MeanLosses().merged(gather_to_main(losses, accelerator)).record()
     metrics = [{**means, **coco_metrics(table, predictions)} if accelerator.is_main_process else None]
     broadcast_object_list(metrics)

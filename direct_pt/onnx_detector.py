@@ -15,8 +15,10 @@ detectors "masks". Normalisation and NMS are inside. Resizing is done here, by O
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ CONTENT = {
     "history": (),
 }
 MASK_THRESHOLD = 0.5
+MAX_BATCH = 10**6
 PROVIDERS = ("CPUExecutionProvider",)
 AnyImage = str | os.PathLike[str] | np.ndarray
 
@@ -146,32 +149,16 @@ class OnnxDetector:
         Raises:
             ValueError: an image cannot be read, or a threshold or `batch_size` is none.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r:.40}: give a whole number above 0")
-        results, waiting = [], list(pixels_of(images))
-        for first in range(0, len(waiting), batch_size):
-            arrays = waiting[first : first + batch_size]
+        if self.facts["history"] and (tiles := self.facts["history"][-1].get("tiles")):
+            text = f"the detector was trained on tiles of {tiles['size']} pixels, and looks at whole images here: "
+            warnings.warn(f"{text}cut large ones, or use scripts/predict.py, which does", stacklevel=2)
+        count, results, waiting = batch_count(batch_size), [], pixels_of(images)
+        thresholds = chosen_thresholds(score_threshold, self.score_threshold, self.class_thresholds)
+        while arrays := list(islice(waiting, count)):
             for image, found in zip(arrays, self.detect(arrays), strict=True):
-                shown = found.above(self._thresholds(score_threshold))
-                labels = shown.labels.tolist()
-                result: dict[str, Any] = {"boxes": shown.boxes, "scores": shown.scores}
-                result["labels"] = [self.class_names[label] for label in labels]
-                result["class_ids"] = labels
-                result["category_ids"] = [self.category_ids[label] for label in labels]
-                if shown.masks is not None:
-                    result["masks"] = paste_masks(shown.masks, shown.boxes, image.shape[:2])
-                results.append(result)
+                shown = found.above(thresholds)
+                results.append(as_result(shown, image.shape[:2], self.class_names, self.category_ids))
         return results
-
-    def _thresholds(self, threshold: float | str) -> np.ndarray:
-        if threshold == "per-class":
-            return np.array(self.class_thresholds, np.float64)
-        value = self.score_threshold if threshold == "model" else threshold
-        if isinstance(value, bool | str) or not 0 <= value < 1:
-            raise ValueError(
-                f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
-            )
-        return np.full(len(self.class_names), value, np.float64)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Found]:
         """All detections in RGB arrays [h, w, 3] uint8, with scores down to those that the detector was built for."""
@@ -197,6 +184,54 @@ class OnnxDetector:
         outputs = dict(zip(self.outputs, values, strict=True))
         found = Found(outputs["boxes"], outputs["scores"], outputs["labels"], outputs.get("masks"))
         return FoundInBatch(outputs["image"], found)
+
+
+def as_result(
+    found: Found, size: tuple[int, int], class_names: Sequence[str], category_ids: Sequence[int]
+) -> dict[str, Any]:
+    """What `predict` returns for an image of `size` (height, width)."""
+    labels = found.labels.tolist()
+    result: dict[str, Any] = {"boxes": found.boxes, "scores": found.scores}
+    result["labels"] = [class_names[label] for label in labels]
+    result["class_ids"] = labels
+    result["category_ids"] = [category_ids[label] for label in labels]
+    if found.masks is not None:
+        result["masks"] = paste_masks(found.masks, found.boxes, size)
+    return result
+
+
+def batch_count(value: Any) -> int:
+    """The argument `batch_size`. Raises ValueError where it is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= MAX_BATCH:
+        raise ValueError(f"batch_size is {value!r:.40}: give a whole number above 0")
+    return int(value)
+
+
+def is_threshold(score: Any) -> bool:
+    """Whether it is a number from 0 to below 1."""
+    try:
+        return not isinstance(score, bool | str) and 0 <= float(score) < 1
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def chosen_thresholds(threshold: float | str, own: float, own_by_class: Sequence[float]) -> np.ndarray:
+    """[C] float64, the score of each class above which detections are shown.
+
+    Args:
+        threshold: a number for all; or the detector's own: "model", or "per-class" for each class's.
+        own: the detector's.
+        own_by_class: [C] its own of each class.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(threshold, str) and threshold == "per-class":
+        return np.array(own_by_class, np.float64)
+    score = own if isinstance(threshold, str) and threshold == "model" else threshold
+    if not is_threshold(score):
+        raise ValueError(f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'")
+    return np.full(len(own_by_class), float(score))
 
 
 def read_facts(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from direct_pt.images.colors import jitter_colors
 from direct_pt.images.decoding import Size
 from direct_pt.images.geometry import Geometry, fit, fit_into, has_extent
 from direct_pt.images.rasterize import rasterize
+from direct_pt.images.tiles import Tiling
 
 SIZE_DIVISOR = 32  # the coarsest stride of the backbone's feature maps
 MAX_CROP_TRIES = 50
@@ -151,9 +152,14 @@ class FinetunePreset(ResizePreset):
 
 @dataclass(frozen=True)
 class TestPreset(ResizePreset):
-    """Testing: as in stage 2, without anything random."""
+    """Testing: as in stage 2, without anything random.
+
+    Attributes:
+        tiling: the tiles that are looked at too, each of them transformed as an image; None for none.
+    """
 
     __test__ = False  # pytest would take a class of this name for a test case
+    tiling: Tiling | None = None
 
     def labelled_sample(self, size: Size, objects: Objects, read: Callable[[Size], np.ndarray]) -> Sample:
         """The sample of an image and its objects; arguments as for `image_sample`."""

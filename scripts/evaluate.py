@@ -23,7 +23,7 @@ from direct_pt.checkpoint import (
     PROVIDER_HELP,
     WEIGHTS_HELP,
     Loaded,
-    check_provider,
+    check_runtime,
     is_exported,
     load_detector,
 )
@@ -45,7 +45,7 @@ from direct_pt.flags import (
     pixels,
     read_flags,
 )
-from direct_pt.images.tiles import Tiling, add_tile_flags, tiling_of
+from direct_pt.images.tiles import TileOptions
 from direct_pt.program.folder_lock import hold_folder, release_folder
 from direct_pt.reports.evaluation import Judged, analyse, comparison
 from direct_pt.reports.evaluation_page import write_evaluation_page
@@ -60,25 +60,24 @@ class Model(NamedTuple):
     flag: str  # that names it, with its value
     loaded: Loaded
     preset: TestPreset
-    tiling: Tiling | None
 
     @property
     def size(self) -> str:
         """The size of its images, in words."""
-        tiles = f", and in tiles of {self.tiling.size}, overlap {self.tiling.overlap:g}" if self.tiling else ""
+        tiles = f", {self.preset.tiling}" if self.preset.tiling else ""
         return f"{self.preset.long_side}x{self.preset.short_side}{tiles}"
 
 
 def read_model(flag: str, checkpoint: Path | str, args: argparse.Namespace) -> Model:
     """A detector from a run, a model folder, an exported file or the hub. Raises InputError."""
     loaded = load_detector(checkpoint, args.weights, args.provider)
-    config = loaded.detector.config
-    preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side)
+    config, tiling = loaded.detector.config, read_flags(args, TileOptions).tiling(loaded.detector.tiling)
+    preset = TestPreset(args.short_side or config.short_side, args.long_side or config.long_side, tiling)
     if preset.short_side > preset.long_side:
         raise InputError(
             f"--short-side {preset.short_side} is above --long-side {preset.long_side}: give a larger --long-side"
         )
-    return Model(f"{flag} {checkpoint}", loaded, preset, tiling_of(args))
+    return Model(f"{flag} {checkpoint}", loaded, preset)
 
 
 def check_model(model: Model, table: AnnotationTable) -> None:
@@ -127,9 +126,7 @@ def measure(
         chosen = "; they were chosen by their AP on this split, so it is a little high; --weights last were not"
         print(printable(f"weights: {model.loaded.description}{chosen * is_chosen}"), flush=True)
     detector, start = model.loaded.detector.to(accelerator.device), perf_counter()
-    metrics, predictions = evaluate(
-        detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers, tiling=model.tiling
-    )
+    metrics, predictions = evaluate(detector, table, model.preset, args.micro_batch_size, accelerator, args.num_workers)
     speed = len(table) / (perf_counter() - start)
     if not accelerator.is_main_process:
         return None
@@ -151,8 +148,8 @@ def write_results(
         "unreadable_images": len(judged.predictions.unreadable),
         "weights": str(model.loaded.place),
     }
-    if model.tiling is not None:
-        about["tiles"] = vars(model.tiling)
+    if model.preset.tiling is not None:
+        about["tiles"] = vars(model.preset.tiling)
     write_json(files["metrics.json"], {**judged.metrics, **about})
     write_json(files["predictions.json"], judged.predictions.coco(table.image_ids, table.category_ids))
     head = {
@@ -185,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--split", choices=SPLITS, default="val", help="the split that is measured (val)")
     p.add_argument("--short-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
     p.add_argument("--long-side", type=pixels, metavar="PIXELS", help="(default: the detector's own)")
-    add_tile_flags(p)
+    add_flags(p, TileOptions)
     p.add_argument(
         "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
     )
@@ -211,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         with writing(f"--output-dir {output}"):
             hold_folder(output, f"evaluate{suffix}")
 
-    tiling_of(args)  # what is wrong with it is said first
-    check_provider(args.provider, [args.checkpoint, *([] if args.compare is None else [args.compare])])
+    paths = [args.checkpoint, *([] if args.compare is None else [args.compare])]
+    check_runtime(args.provider, args.device, args.mixed_precision, paths)
     processes = join_processes(args.device)
     main_decides(check_files, processes)  # only the main process writes
     models = [read_model("--checkpoint", args.checkpoint, args)]
@@ -229,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.num_processes > 1:
         sizes = [[model.preset.short_side, model.preset.long_side] for model in models]
         own = {"--split": args.split, "sizes of images": sizes, "--micro-batch-size": args.micro_batch_size}
-        own |= {"--tiles": args.tiles, "--overlap": args.overlap}
+        own["--tiles"] = [str(model.preset.tiling) for model in models]
         own |= {"--mixed-precision": args.mixed_precision, **data_record(table, None)}
         check_same(own, "flags and data", processes)
         for model in models:

@@ -14,7 +14,7 @@ from direct_pt.distributed.launch import join_processes
 from direct_pt.models.detector import FREEZES
 from direct_pt.reports.samples import write_samples
 from direct_pt.training.choices import choose
-from direct_pt.training.initial_detector import initial_detector
+from direct_pt.training.initial_detector import initial_detector, tiling_of_init
 from direct_pt.training.limits import check_run
 from direct_pt.training.resume import open_run
 from direct_pt.training.settings import FinetuneFlags, parse_flags
@@ -29,11 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     flags, resumption = open_run(flags, processes)
     options, sides = flags.run, (flags.images.short_side, flags.images.long_side)
 
-    # Data: whole images, large.
-    train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
+    # Data: whole images, large; or tiles, as in stage 1.
+    tiling = flags.data.tiling(tiling_of_init(flags.detector))
+    train, val = load_data(
+        flags.data, processes, check_images=not options.resumes, resumption=resumption, tiling=tiling
+    )
     model = None if flags.detector.init_kind == "run" else flags.detector.model
     choices = choose(flags.stage, flags.to_dict(), model, sides, train, resumption.choices if resumption else None)
-    preset, test_preset = choices.finetune_preset(*sides), TestPreset(*sides)
+    preset, test_preset = choices.finetune_preset(*sides), TestPreset(*sides, tiling)
 
     # Detector: a pre-trained one, of which BatchNorm, stem and first stage stay as they are.
     set_seed(options.seed)

@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     options, size = flags.run, flags.images.image_size
 
     # Data: the target set itself, in crops of one small size.
-    train, val = load_data(flags.data, processes, check_images=not options.resumes, resumption=resumption)
+    tiling = flags.data.tiling()
+    train, val = load_data(
+        flags.data, processes, check_images=not options.resumes, resumption=resumption, tiling=tiling
+    )
     model = None if flags.detector.init_kind == "run" else flags.detector.model
     choices = choose(flags.stage, flags.to_dict(), model, size, train, resumption.choices if resumption else None)
     preset = choices.pretrain_preset(size)
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         return write_samples(feed, plan.micro_batch_size, train.class_names, options.preview, options.output_dir)
 
     # Train: on the device, with its precision and processes, from the newest checkpoint if there is one.
-    run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides), resumption, history)
+    run = start_run(flags, choices, plan, recipe, detector, feed, val, TestPreset(*sides, tiling), resumption, history)
     train_run(run, flags, train, f"{size_name(preset)} crops", origin, whole_image(size, preset.canvas))
 
 

@@ -14,7 +14,8 @@ from direct_pt.batch import Objects
 from direct_pt.data.outlines import Segmentations, positions_of, starts_of
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular
-from direct_pt.images.decoding import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed, decode_image
+from direct_pt.images.decoding import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed
+from direct_pt.images.windows import Window, read_whole, read_window
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
 SIZES_FROM_FILES = "image sizes read from the image files"  # a key of `AnnotationTable.repairs`
@@ -59,6 +60,8 @@ class AnnotationTable:
         repairs: kinds of repairs and of notes from reading, and how often each was.
         encoded: the images, if they are not files; `file_names` are then their names in messages.
         decoding: how image files become pixels.
+        places: [N, 4] int64 (x, y, height, width) of images that are parts of files: the corner of each, and the size
+            of what the file holds. None where they are whole.
     """
 
     source: str
@@ -78,6 +81,7 @@ class AnnotationTable:
     repairs: dict[str, int]
     encoded: EncodedImages | None = None
     decoding: Decoding = DEFAULT_DECODING
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -102,12 +106,15 @@ class AnnotationTable:
 
     def read_image(self, image: int, least: Size | None = None) -> np.ndarray:
         """[h, w, 3] uint8 RGB of one image, reduced if `least` allows: see decode_image. Raises UnreadableImage."""
-        name = self.image_name(image)
+        name, (rows, columns) = self.image_name(image), self.image_size(image)
         try:
-            content = self.image_content(image)
+            source = self.path(image) if self.encoded is None else self.encoded.content(image)
         except OSError as error:
             raise UnreadableImage(f"{name}: cannot be read ({blamed(error)})") from error
-        return decode_image(content, name, self.image_size(image), least, self.decoding)
+        if self.places is None:
+            return read_whole(source, name, (rows, columns), least, self.decoding)
+        x, y, height, width = self.places[image].tolist()
+        return read_window(source, name, (height, width), Window(x, y, x + columns, y + rows), least, self.decoding)
 
     def image_of_object(self) -> np.ndarray:
         """[M] int64, the row of each object's image."""
@@ -163,6 +170,7 @@ class AnnotationTable:
         chosen: dict[str, Any] = {name: getattr(self, name)[images] for name in ("file_names", "image_ids", "sizes")}
         chosen |= self._object_columns(objects)
         chosen["starts"] = starts_of(np.diff(self.starts)[images])
+        chosen["places"] = None if self.places is None else self.places[images]
         chosen["encoded"] = None if self.encoded is None else self.encoded.select(images)
         return replace(self, **chosen)
 

@@ -44,16 +44,36 @@ def evaluation_loader(
     world: int,
     num_workers: int,
     targets: str = "",
+    origins: np.ndarray | None = None,
 ) -> Readers[Batch]:
-    """Batches with every image once over all processes; `targets` as for `EvaluationImages`.
+    """Batches with every image once over all processes.
 
-    Images of similar aspect ratio share a batch. The batches do not depend on the number of processes, so that neither
-    do the detections, which padding influences.
+    Images of similar aspect ratio share a batch; tiles do with those of the same shape and image, all of which one
+    process gets. The batches do not depend on the number of processes, so that neither do the detections, which padding
+    influences.
+
+    Args:
+        table: the images.
+        preset: the transform.
+        micro_batch_size: images in a batch.
+        rank: of this process.
+        world: number of processes.
+        num_workers: processes that read images.
+        targets: see `EvaluationImages`.
+        origins: [N] of a tiled table, the images that its images are parts of.
     """
-    aspect = table.sizes[:, 0] / table.sizes[:, 1]
-    order = np.argsort(aspect, kind="stable")
-    batches = [
-        [(0, int(image)) for image in order[start : start + micro_batch_size]]
-        for start in range(0, len(order), micro_batch_size)
-    ]
-    return make_loader(EvaluationImages(table, preset, targets), partial(iter, batches[rank::world]), num_workers)
+    if origins is None:
+        order = np.argsort(table.sizes[:, 0] / table.sizes[:, 1], kind="stable")
+        keys = runs_of(order, micro_batch_size)[rank::world]
+    else:
+        own = np.flatnonzero(origins % world == rank)
+        changes = (np.diff(origins[own]) != 0) | (np.diff(table.sizes[own], axis=0) != 0).any(axis=1)
+        parts = np.split(own, np.flatnonzero(changes) + 1)
+        keys = [run for part in parts for run in runs_of(part, micro_batch_size)]
+    return make_loader(EvaluationImages(table, preset, targets), partial(iter, keys), num_workers)
+
+
+def runs_of(images: np.ndarray, length: int) -> list[list[Key]]:
+    """The keys of images [n], `length` at a time."""
+    rows = images.tolist()
+    return [[(0, row) for row in rows[start : start + length]] for start in range(0, len(rows), length)]

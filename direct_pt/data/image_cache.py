@@ -108,7 +108,8 @@ def open_image_cache(
         _warn(f"{error} The image files are read each time; --cache-dir takes a folder for the cache")
         return None
     made_from = _made_from(table, kind, image_size)
-    location = json.dumps([str(Path(table.source).resolve()), str(table.folder.resolve())])
+    tiles = [] if table.places is None else [hashlib.sha256(table.places.tobytes()).hexdigest()]
+    location = json.dumps([str(Path(table.source).resolve()), str(table.folder.resolve()), *tiles])
     folder = root / f"images-{kind}-{image_size}-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
     if cache := _complete_cache(folder, made_from):
         return cache
@@ -136,6 +137,8 @@ def _made_from(table: AnnotationTable, kind: str, image_size: int) -> Manifest:
     """The manifest: everything that the copies depend on."""
     files = hashlib.sha256(table.sizes.tobytes() + table.file_names.tobytes())
     files.update(repr(table.decoding).encode())
+    if table.places is not None:
+        files.update(table.places.tobytes())
     if table.encoded is not None:
         files.update(table.encoded.fingerprint.encode())
     for row in range(len(table)) if table.encoded is None else ():

@@ -11,16 +11,18 @@ piece: it is `cut`. Detections of one class in two windows are one object where 
 Of an object's detections the best one that is not cut is kept, as NMS does; where all are cut, the box around them.
 """
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
 
 from direct_pt.errors import InputError
-from direct_pt.flags import share, whole_number
+from direct_pt.flags import flag, share, whole_number
 from direct_pt.images.decoding import Size
+from direct_pt.images.windows import Window
 from direct_pt.onnx_detector import Found
 
 SAME_IOU = 0.5  # at least, of what overlaps; NMS's threshold
@@ -28,7 +30,18 @@ COVERED = 0.8  # the share of a cut detection inside another one, from which on 
 EDGE_PIXELS = 3.0  # a box that ends so near to an edge may have been cut there
 MIN_SIDE, MAX_SIDE = 64, 100_000  # pixels of a tile
 MAX_OVERLAP = 0.9
-Window = tuple[int, int, int, int]  # (x1, y1, x2, y2) in the image's pixels
+
+
+def tile_side(text: str) -> int:
+    """The check of --tiles: 0 for none, else no smaller than two of the coarsest strides."""
+    return 0 if text == "0" else whole_number(MIN_SIDE, MAX_SIDE)(text)
+
+
+def tile_overlap(text: str) -> float:
+    """The check of --overlap."""
+    if (value := share(text)) > MAX_OVERLAP:
+        raise ArgumentTypeError(f"{text}: give a number from 0 to {MAX_OVERLAP}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -43,40 +56,67 @@ class Tiling:
     size: int
     overlap: float = 0.2
 
+    def __str__(self) -> str:
+        return f"and in tiles of {self.size}, overlap {self.overlap:g}"
+
     def windows(self, size: Size) -> list[Window]:
         """The tiles of an image of `size` (height, width), row by row, and at the end the whole image."""
         height, width = size
         rows, columns = (tile_starts(side, self.size, self.overlap) for side in size)
-        tiles = [(x, y, min(x + self.size, width), min(y + self.size, height)) for y in rows for x in columns]
-        return [*tiles, (0, 0, width, height)] if len(tiles) > 1 else [(0, 0, width, height)]
+        tiles = [Window(x, y, min(x + self.size, width), min(y + self.size, height)) for y in rows for x in columns]
+        return [*tiles, Window.whole(size)] if len(tiles) > 1 else [Window.whole(size)]
 
 
-def add_tile_flags(parser: ArgumentParser) -> None:
-    """--tiles and --overlap, for `tiling_of`."""
-    tiles_help = "look at overlapping tiles of so many pixels a side, and at the whole image: for small objects (whole)"
-    parser.add_argument("--tiles", type=tile_side, metavar="PIXELS", help=tiles_help)
-    parser.add_argument("--overlap", type=tile_overlap, metavar="X", help="of tiles, as a share of their side (0.2)")
+@dataclass(frozen=True, kw_only=True)
+class TileOptions:
+    """How images are looked at."""
+
+    tiles: int | None = flag(
+        None,
+        "look at overlapping tiles of so many pixels a side, and at the whole image, for small objects; 0: at that "
+        "alone (as in training)",
+        tile_side, metavar="PIXELS",
+    )  # fmt: skip
+    overlap: float | None = flag(None, "of tiles, as a share of their side (0.2)", tile_overlap, metavar="X")
+
+    def tiling(self, own: Tiling | None) -> Tiling | None:
+        """How images are cut, None where they are not; `own` is the detector's. Raises InputError."""
+        return chosen_tiling("--tiles", self.tiles, self.overlap, own)
 
 
-def tiling_of(args: Namespace) -> Tiling | None:
-    """How images are cut, None where they are not. Raises InputError."""
-    if args.tiles is None:
-        if args.overlap is not None:
-            raise InputError(f"--overlap {args.overlap:g} is of tiles: give --tiles PIXELS too, or leave it out")
-        return None
-    return Tiling(args.tiles) if args.overlap is None else Tiling(args.tiles, args.overlap)
+def chosen_tiling(flag_name: str, side: int | None, overlap: float | None, own: Tiling | None) -> Tiling | None:
+    """How images are cut, None where they are not.
+
+    Args:
+        flag_name: that gives the side.
+        side: of a tile; 0 for no tiles, None for those of `own`.
+        overlap: see `Tiling`; None for the usual one.
+        own: where there is no `side`.
+
+    Raises:
+        InputError: there is an overlap without tiles.
+    """
+    chosen = own if side is None else Tiling(side) if side else None
+    if chosen is None and overlap is not None:
+        raise InputError(f"--overlap {overlap:g} is of tiles: give {flag_name} PIXELS too, or leave it out")
+    return chosen if chosen is None or overlap is None else replace(chosen, overlap=overlap)
 
 
-def tile_side(text: str) -> int:
-    """The check of --tiles: no smaller than two of the coarsest strides."""
-    return whole_number(MIN_SIDE, MAX_SIDE)(text)
+def checked_tiling(tiles: Any, overlap: Any, own: Tiling | None) -> Tiling | None:
+    """`chosen_tiling` of values that are no flags. Raises InputError."""
+    for name, value, check in (("tiles", tiles, tile_side), ("overlap", overlap, tile_overlap)):
+        try:
+            if value is not None:
+                check(str(value))
+        except ArgumentTypeError as error:
+            raise InputError(f"{name}: {error}") from error
+    return chosen_tiling("tiles", tiles, overlap, own)
 
 
-def tile_overlap(text: str) -> float:
-    """The check of --overlap."""
-    if (value := share(text)) > MAX_OVERLAP:
-        raise ArgumentTypeError(f"{text}: give a number from 0 to {MAX_OVERLAP}")
-    return value
+def trained_tiling(history: Sequence[dict[str, Any]]) -> Tiling | None:
+    """The tiles that a detector was trained on last, by its `history`; None for whole images."""
+    tiles = next(iter(history[-1:]), {}).get("tiles")
+    return None if tiles is None else Tiling(tiles["size"], tiles["overlap"])
 
 
 def tile_starts(side: int, tile: int, overlap: float) -> list[int]:
@@ -97,6 +137,35 @@ def find_in_tiles(
     for first in range(0, len(windows), at_once):
         parts += find([pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in windows[first : first + at_once]])
     return merged(windows, parts)
+
+
+class TileMerger:
+    """Collects the detections of windows until all of an image are there."""
+
+    def __init__(self, tiling: Tiling) -> None:
+        self.tiling = tiling
+        self.waiting: dict[int, tuple[list[Window], list[Found | None]]] = {}
+
+    def add(self, image: int, size: Size, found: Found | None) -> list[Found | None]:
+        """Add those of an image's next window.
+
+        Args:
+            image: any number that tells it from others.
+            size: of the image.
+            found: None where the window could not be read.
+
+        Returns:
+            With the last window one item: the detections in the image, or None where a window could not be read.
+        """
+        if image not in self.waiting:
+            self.waiting[image] = self.tiling.windows(size), []
+        windows, parts = self.waiting[image]
+        parts.append(found)
+        if len(parts) < len(windows):
+            return []
+        del self.waiting[image]
+        readable = [part for part in parts if part is not None]
+        return [merged(windows, readable) if len(readable) == len(parts) else None]
 
 
 def merged(windows: Sequence[Window], parts: Sequence[Found]) -> Found:

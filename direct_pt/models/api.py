@@ -16,16 +16,16 @@ from direct_pt.batch import Batch, Detections, Objects, collate
 from direct_pt.errors import InputError
 from direct_pt.files import write_text
 from direct_pt.images.decoding import Images, rgb_images
+from direct_pt.images.tiles import Tiling, checked_tiling, find_in_tiles, trained_tiling
 from direct_pt.models.config import DetectorConfig
 from direct_pt.models.model_card import is_own_card, model_card
 from direct_pt.models.model_folder import CONFIG, WEIGHTS, History, check_model_folder, write_model
 from direct_pt.models.saved_config import check_config
-from direct_pt.onnx_detector import Found, paste_masks
+from direct_pt.onnx_detector import Found, as_result, batch_count, chosen_thresholds, is_threshold
 from direct_pt.transforms import TestPreset
 
 SCORE_THRESHOLD = 0.3  # of what is shown, where none was measured
 CARD = "README.md"
-MAX_BATCH = 10**6
 
 
 class DetectorAPI(nn.Module):
@@ -59,6 +59,11 @@ class DetectorAPI(nn.Module):
         return {name: index for index, name in enumerate(self.config.class_names)}
 
     @property
+    def tiling(self) -> Tiling | None:
+        """The tiles that it was trained on; None for whole images."""
+        return trained_tiling(self.history)
+
+    @property
     def device(self) -> torch.device:
         """Where batches must lie."""
         return next(self.parameters()).device
@@ -81,14 +86,7 @@ class DetectorAPI(nn.Module):
             ValueError: that is none, or the detector's own are none.
         """
         self._check_thresholds()
-        if threshold == "per-class":
-            return np.array(self.class_thresholds, np.float64)
-        score = self.score_threshold if threshold == "model" else threshold
-        if not is_threshold(score):
-            raise ValueError(
-                f"score_threshold is {threshold!r}: give a number from 0 to below 1, 'model' or 'per-class'"
-            )
-        return np.full(len(self.config.class_names), float(score))
+        return chosen_thresholds(threshold, self.score_threshold, self.class_thresholds)
 
     def _check_thresholds(self) -> None:
         """Raise ValueError where the detector's own are none."""
@@ -100,15 +98,23 @@ class DetectorAPI(nn.Module):
             )
 
     def predict(
-        self, images: Images, score_threshold: float | str = "model", batch_size: int = 1
+        self,
+        images: Images,
+        score_threshold: float | str = "model",
+        batch_size: int = 1,
+        tiles: int | None = None,
+        overlap: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Detections in whole images.
+        """Detections in images.
 
         Args:
             images: one or several, of any sizes: paths, PIL images, RGB arrays or tensors
                 (`direct_pt.images.decoding.as_rgb`).
             score_threshold: of what is returned: a number, or as for `above`.
             batch_size: images at once, of which those of one shape, once resized, are computed together.
+            tiles: look at overlapping tiles of so many pixels a side too, `batch_size` at once; 0 for none, None for
+                those that it was trained on.
+            overlap: of tiles, as a share of their side; None for 0.2, or that of training.
 
         Returns:
             For each image, also a single one, a dictionary: "boxes" [n, 4] in its pixels, "scores" [n], "labels" (class
@@ -117,31 +123,23 @@ class DetectorAPI(nn.Module):
 
         Raises:
             TypeError, ValueError, UnreadableImage: see `as_rgb`; or a threshold or `batch_size` that is none.
+            InputError: tiles that cannot be.
         """
-        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or not 1 <= batch_size <= MAX_BATCH:
-            raise ValueError(f"batch_size is {batch_size!r:.40}: give a whole number above 0")
+        count, thresholds = batch_count(batch_size), self.thresholds(score_threshold)
+        tiling = checked_tiling(tiles, overlap, self.tiling)
         was_training, results, waiting = self.training, [], iter(rgb_images(images))
+        names, ids = self.config.class_names, self.config.category_ids
         self.eval()
         try:
-            while arrays := list(islice(waiting, int(batch_size))):
-                results += self._predict_batch(arrays, score_threshold)
+            while arrays := list(islice(waiting, count)):
+                if tiling is None:
+                    everything = self.find(arrays)
+                else:
+                    everything = [find_in_tiles(image, tiling, self.find, count) for image in arrays]
+                for image, found in zip(arrays, everything, strict=True):
+                    results.append(as_result(found.above(thresholds), image.shape[:2], names, ids))
         finally:
             self.train(was_training)
-        return results
-
-    def _predict_batch(self, images: list[np.ndarray], score_threshold: float | str) -> list[dict[str, Any]]:
-        """`predict` for RGB arrays [h, w, 3] uint8."""
-        config, thresholds, results = self.config, self.thresholds(score_threshold), []
-        for image, everything in zip(images, self.find(images), strict=True):
-            found = everything.above(thresholds)
-            labels = found.labels.tolist()
-            result: dict[str, Any] = {"boxes": found.boxes, "scores": found.scores}
-            result["labels"] = [config.class_names[label] for label in labels]
-            result["class_ids"] = labels
-            result["category_ids"] = [config.category_ids[label] for label in labels]
-            if found.masks is not None:
-                result["masks"] = paste_masks(found.masks, found.boxes, (image.shape[0], image.shape[1]))
-            results.append(result)
         return results
 
     def find(self, images: Sequence[np.ndarray], preset: TestPreset | None = None) -> list[Found]:
@@ -176,11 +174,7 @@ class DetectorAPI(nn.Module):
         """
         if not str(folder):
             raise InputError("save_pretrained: the folder's name is empty")
-        self._check_thresholds()
-        try:
-            check_config(self.config, "config")  # else nobody could load it
-        except ValueError as error:
-            raise InputError(f"save_pretrained: {error}") from error
+        self._check_saved()
         folder, history = Path(folder), self._history_to_save()
         check_model_folder(folder)
         thresholds = (float(self.score_threshold), [float(score) for score in self.class_thresholds])
@@ -189,6 +183,14 @@ class DetectorAPI(nn.Module):
         write_model(folder, self.config, self.state_dict(), history)
         if not (folder / CARD).exists() or is_own_card(folder / CARD):
             write_text(folder / CARD, text)
+
+    def _check_saved(self) -> None:
+        """Raise InputError where nobody could load what `save_pretrained` would write."""
+        self._check_thresholds()
+        try:
+            check_config(self.config, "config")
+        except ValueError as error:
+            raise InputError(f"save_pretrained: {error}") from error
 
     def _history_to_save(self) -> History:
         """The history, with thresholds that were set since."""
@@ -227,6 +229,7 @@ class DetectorAPI(nn.Module):
             Exception: of huggingface_hub, or of its connection: the hub refuses it, or cannot be reached.
         """
         hub = HfApi(token=token)
+        self._check_saved()
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             if hub.file_exists(repo_id, CARD):
@@ -238,11 +241,3 @@ class DetectorAPI(nn.Module):
                     repo_id=repo_id, folder_path=folder, commit_message=commit_message, allow_patterns=files
                 )
             )
-
-
-def is_threshold(score: Any) -> bool:
-    """Whether it is a number from 0 to below 1."""
-    try:
-        return not isinstance(score, bool | str) and 0 <= float(score) < 1
-    except (TypeError, ValueError, OverflowError):
-        return False

@@ -37,7 +37,7 @@ class OnnxModel(DetectorAPI):
         self.history = runtime.facts["history"]
         self.score_threshold, self.class_thresholds = runtime.score_threshold, tuple(runtime.class_thresholds)
 
-    def save_pretrained(self, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> None:
+    def _check_saved(self) -> None:
         """Raise InputError: there are no weights to train on."""
         raise InputError("save_pretrained: this detector was exported; save the one that it was exported from")
 

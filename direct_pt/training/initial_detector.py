@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from direct_pt.checkpoint import History, describe_model, from_pretrained, model_folder, read_history
 from direct_pt.errors import InputError, first_names
+from direct_pt.images.tiles import Tiling, trained_tiling
 from direct_pt.models.backbone_weights import load_backbone
 from direct_pt.models.detector import Detector, DetectorConfig, build_detector
 from direct_pt.models.transfer import transfer
@@ -41,6 +42,11 @@ def initial_detector(
             loaded = load_backbone(detector.backbone, detector.config.backbone, options.init)
             origin = f"{loaded}; the other {tensors - loaded.tensors} of {tensors} random (seed {seed})"
     return detector.train(), history, origin
+
+
+def tiling_of_init(options: InitOptions) -> Tiling | None:
+    """The tiles that the detector that --init names was trained on, if any. Raises InputError."""
+    return trained_tiling(read_history(options.init, options.weights)) if options.init_kind == "run" else None
 
 
 def _from_run(

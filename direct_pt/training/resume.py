@@ -220,6 +220,8 @@ def data_record(train: "AnnotationTable | Stream", val: AnnotationTable | None) 
         digest = hashlib.blake2b(digest_size=16)
         for name in ("file_names", "sizes", "starts", "boxes", "labels", "crowd"):
             digest.update(np.ascontiguousarray(getattr(table, name)).data)
+        if table.places is not None:
+            digest.update(table.places.data)
         for outlines in (table.segmentations.coordinates, table.segmentations.run_lengths):
             digest.update(np.ascontiguousarray(outlines).data)
         return {"images": len(table), "objects": len(table.boxes), "digest": digest.hexdigest()}

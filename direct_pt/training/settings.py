@@ -34,6 +34,7 @@ from direct_pt.flags import (
     to_json,
     whole_number,
 )
+from direct_pt.images.tiles import Tiling, chosen_tiling, tile_overlap, tile_side
 from direct_pt.models.detector import MODELS
 from direct_pt.recipes import (
     FINETUNE,
@@ -64,6 +65,17 @@ class TrainingDataOptions(DataOptions):
         None, "show images of classes that fewer than this share of the images have more often, such as 0.001 (off)",
         share, metavar="X",
     )  # fmt: skip
+    train_tiles: int | None = flag(
+        None,
+        "train and test on overlapping tiles of so many pixels a side, and on the whole images; 0: on these alone "
+        "(stage 1: 0, stage 2: as --init)",
+        tile_side, metavar="PIXELS",
+    )  # fmt: skip
+    overlap: float | None = flag(None, "of tiles, as a share of their side (0.2)", tile_overlap, metavar="X")
+
+    def tiling(self, own: Tiling | None = None) -> Tiling | None:
+        """How images are cut, None where they are not; `own` where the flags do not say. Raises InputError."""
+        return chosen_tiling("--train-tiles", self.train_tiles, self.overlap, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +250,7 @@ class Flags:
             for name, is_set in (
                 ("--cache", self.to_dict().get("cache", "none") != "none"),
                 ("--repeat-threshold", self.data.repeat_threshold is not None),
+                ("--train-tiles", bool(self.data.train_tiles)),
                 ("--classes", self.data.classes is not None),
                 ("--micro-batch-size auto", self.schedule.micro_batch_size == "auto"),
                 ("--anchor-scale auto", self.detector.anchor_scale == "auto"),

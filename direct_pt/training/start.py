@@ -23,10 +23,12 @@ from direct_pt.data.image_cache import ImageCache
 from direct_pt.data.loader import Feed, Share, TableFeed
 from direct_pt.data.mixing import Mix
 from direct_pt.data.sources import load_tables, spot_check
+from direct_pt.data.tiled_table import training_tiles
 from direct_pt.distributed.launch import is_deepspeed, make_accelerator, resolve_precision
 from direct_pt.distributed.processes import check_same, local_main_process_first, main_decides, sampled
 from direct_pt.errors import InputError, first_names, printable_lines
 from direct_pt.files import write_json, writing
+from direct_pt.images.tiles import Tiling
 from direct_pt.models.detector import Detector
 from direct_pt.models.layers import recompute_blocks
 from direct_pt.program.folder_lock import hold_folder, release_folder
@@ -50,7 +52,11 @@ if TYPE_CHECKING:
 
 
 def load_data(
-    options: TrainingDataOptions, processes: PartialState, check_images: bool, resumption: Resumption | None
+    options: TrainingDataOptions,
+    processes: PartialState,
+    check_images: bool,
+    resumption: Resumption | None,
+    tiling: Tiling | None,
 ) -> "tuple[AnnotationTable | Stream, AnnotationTable | None]":
     """The training and the validation data. Every process must call it.
 
@@ -59,6 +65,7 @@ def load_data(
         processes: that load them together.
         check_images: look at some image files, too; a run that resumes may have copies of them.
         resumption: gets a note where the data are not those that the run was started with.
+        tiling: the tiles that the training data are made of; None for whole images.
 
     Raises:
         InputError: they cannot be read, or there is nothing to learn.
@@ -86,6 +93,7 @@ def load_data(
     if reason := nothing_to_learn(table):
         found = "; ".join(f"{kind}: {count}" for kind, count in table.repairs.items())
         raise InputError(f"{table.source}: {reason}" + (f" (found while reading: {found})" if found else ""))
+    table = table if tiling is None else training_tiles(table, tiling)
     table = table.without_empty_images() if options.drop_empty else table
     if resumption is not None:
         resumption.compare_data(table, tables.get("val"))
@@ -282,6 +290,8 @@ def start_run(
         "images": plan.images,
         "init": flags.to_dict().get("init", "none"),
     } | ({} if data["train"] is None else {"objects": data["train"]["objects"]})
+    if test_preset.tiling is not None:
+        stage["tiles"] = asdict(test_preset.tiling)
     return Run(
         title=flags.stage.name,
         options=options,

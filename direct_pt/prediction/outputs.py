@@ -1,0 +1,73 @@
+"""Which results are written: the flags, and what they stand for."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from direct_pt.errors import InputError
+from direct_pt.flags import flag
+from direct_pt.prediction.annotation_files import (
+    LABEL_STUDIO_SETUP,
+    coco_annotations,
+    coco_results,
+    cvat_images,
+    label_studio_tasks,
+    yolo_set,
+)
+from direct_pt.prediction.inputs import RESULTS
+from direct_pt.prediction.pictures import crops, pictures
+from direct_pt.prediction.seen import Classes, Output
+
+ANNOTATIONS, YOLO, LABEL_STUDIO, CVAT, CROPS = "annotations.json", "yolo", "label_studio.json", "cvat.xml", "crops"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written beside predictions.json."""
+
+    as_annotations: bool = flag(
+        False, f"also as {ANNOTATIONS}, a COCO file to correct and train on; mind --score-threshold"
+    )
+    as_yolo: bool = flag(False, f"also as {YOLO}/, a YOLO data set to correct and train on: boxes alone")
+    as_label_studio: bool = flag(False, f"also as {LABEL_STUDIO}, predictions to import into Label Studio")
+    as_cvat: bool = flag(False, f"also as {CVAT}, to import into CVAT as 'CVAT for images 1.1'")
+    crops: bool = flag(False, f"also cut out each object: {CROPS}/CLASS/IMAGE_N.jpg")
+    no_pictures: bool = flag(False, "draw no pictures")
+
+    def outputs(self, folder: Path, classes: Classes, base: Path) -> list[Output]:
+        """What is written into a folder; files are named as seen from `base`.
+
+        Raises:
+            InputError: it is there already: an annotation file may hold somebody's corrections.
+        """
+        kinds = (
+            (self.crops, CROPS, crops),
+            (self.as_annotations, ANNOTATIONS, partial(coco_annotations, base=base)),
+            (self.as_yolo, YOLO, yolo_set),
+            (self.as_label_studio, LABEL_STUDIO, partial(label_studio_tasks, base=base)),
+            (self.as_cvat, CVAT, partial(cvat_images, base=base)),
+        )
+        found: list[Output] = [] if self.no_pictures else [pictures(folder, classes)]  # first: their files are read
+        for is_asked, name, output in kinds:
+            if not is_asked:
+                continue
+            for place in (name, LABEL_STUDIO_SETUP) if name == LABEL_STUDIO else (name,):
+                if os.path.lexists(folder / place):
+                    text = f"has {place}, which may hold corrections; name another place"
+                    raise InputError(f"--output-dir {folder}: {text}")
+            found.append(output(folder / name, classes))
+        return [*found, coco_results(folder / RESULTS, classes)]
+
+
+def describe(options: OutputOptions, folder: Path, base: Path) -> list[str]:
+    """How to go on with what was written, a line each."""
+    lines = []
+    if options.as_annotations:
+        lines.append(f"train on {ANNOTATIONS}: --train-images {base} --train-annotations {folder / ANNOTATIONS}")
+    if options.as_yolo:
+        lines.append(f"train on {YOLO}: --data {folder / YOLO}")
+    if options.as_label_studio:
+        root = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={base.parent}"
+        lines.append(f"Label Studio: set {root}, and the labelling set-up of {LABEL_STUDIO_SETUP}")
+    return lines
