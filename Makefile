@@ -14,7 +14,7 @@ setup: .venv/.done
 .venv/.done: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt -e .
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trackio gradio_client -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps trackio gradio_client supervision -c constraints.txt
 	touch $@
 
 # Each step goes on where an interrupted one stopped; what is finished is not done again.

@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from direct_pt.checkpoint import from_pretrained
     from direct_pt.models.detector import build_detector
     from direct_pt.onnx_detector import OnnxDetector
+    from direct_pt.prediction.supervision import as_supervision
 
 __version__ = "0.1.0"
 PLACES = {
     "from_pretrained": "direct_pt.checkpoint",
     "build_detector": "direct_pt.models.detector",
     "OnnxDetector": "direct_pt.onnx_detector",
+    "as_supervision": "direct_pt.prediction.supervision",
 }
-__all__ = ["OnnxDetector", "__version__", "build_detector", "from_pretrained"]
+__all__ = ["OnnxDetector", "__version__", "as_supervision", "build_detector", "from_pretrained"]
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables of tiles: pixels, boxes and outlines are those of the images; reading parts of large files; training on them."""
+"""Tables of tiles: pixels, boxes and outlines are those of the images; parts of large files; training on tiles."""
 
 import json
 import multiprocessing

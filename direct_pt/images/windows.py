@@ -134,7 +134,7 @@ def _libvips(process: int) -> Any:
     if "pyvips" in sys.modules:
         return sys.modules["pyvips"] if _owner == [process] else None
     try:
-        import pyvips  # type: ignore[import-untyped]
+        import pyvips
     except (ImportError, OSError):  # OSError: without libvips itself
         return None
     _owner.append(process)

@@ -105,8 +105,16 @@ def program_detections(path: Path, detector: Detector) -> Callable[[list[np.ndar
         found = []
         for image in images:
             batch = collate([preset(image, Objects.none(), np.random.default_rng(0))])
-            with torch.inference_mode():
-                _, boxes, *others = program(batch.images.permute(0, 2, 3, 1).contiguous(), batch.sizes)
+            try:
+                with torch.inference_mode():
+                    _, boxes, *others = program(batch.images.permute(0, 2, 3, 1).contiguous(), batch.sizes)
+            except Exception as error:  # the program's own guards
+                height, width = batch.images.shape[-2:]
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"--format torch-export: such a file takes no image of {width}x{height} pixels, as the detector gets "
+                    f"it ({reason:.200}); it may be too small: use --format onnx"
+                ) from error
             scale = batch.scales.repeat(1, 2)
             found.append(Found((boxes / scale).numpy(), *(values.numpy() for values in others)))
         return found
