@@ -29,33 +29,17 @@ from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, printable
 from direct_pt.files import check_output, counted_folder, writing
-from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags, share
+from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags
 from direct_pt.images.decoding import Decoding, UnreadableImage, read_image
 from direct_pt.images.tiles import TileOptions
-from direct_pt.models.api import DetectorAPI
 from direct_pt.prediction.inputs import check_pictures, find_images
 from direct_pt.prediction.looking import ImageFiles, look_at
 from direct_pt.prediction.outputs import OutputOptions, describe
 from direct_pt.prediction.seen import Classes, Seen, common_folder
+from direct_pt.prediction.thresholds import THRESHOLD_HELP, describe_threshold, threshold
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
-
-THRESHOLDS = ("model", "per-class")
-THRESHOLD_HELP = "of what is drawn and written: a number, the model's own, or its own of each class (model)"
-
-
-def threshold(text: str) -> float | str:
-    """The value of --score-threshold."""
-    return text if text in THRESHOLDS else share(text)
-
-
-def describe_threshold(detector: DetectorAPI, threshold: float | str) -> str:
-    """In words."""
-    if threshold == "per-class":
-        pairs = zip(detector.config.class_names, detector.class_thresholds, strict=True)
-        return ", ".join(f"{name} {score:g}" for name, score in pairs)
-    return f"{detector.score_threshold:g}, the model's own" if threshold == "model" else f"{threshold:g}"
 
 
 def main() -> None:

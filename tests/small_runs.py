@@ -128,7 +128,7 @@ def call_script(name: str, *flags: object) -> None:
     script, arguments = load_script(name), sys.argv
     sys.argv = [f"{name}.py", *map(str, flags)]
     try:
-        with fresh_process(), torch.inference_mode(name == "predict"):
+        with fresh_process(), torch.inference_mode(name.startswith("predict")):
             script.main()
     finally:
         sys.argv = arguments

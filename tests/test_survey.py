@@ -124,7 +124,7 @@ def test_proposed_image_size_and_its_cost(coco_folder: MakeCocoFolder) -> None:
 
 def test_objects_too_small_for_any_size_ask_for_tiles(coco_folder: MakeCocoFolder) -> None:
     lines = advice({"train": of_side(coco_folder, [2] * 9 + [500])}, {})
-    assert "90% still at 1312x1312; cut the images into tiles" in lines[0]
+    assert "90% still at 1312x1312; give --train-tiles" in lines[0]
     assert lines[1].startswith("90% of the training objects are under 8 pixels at 1333x800")
 
 

@@ -15,7 +15,7 @@ from direct_pt.data.outlines import Segmentations, positions_of, starts_of
 from direct_pt.errors import InputError
 from direct_pt.files import read_regular
 from direct_pt.images.decoding import DEFAULT_DECODING, Decoding, Size, UnreadableImage, blamed
-from direct_pt.images.windows import Window, read_whole, read_window
+from direct_pt.images.windows import Window, read_window
 
 MIN_SIDE = 1.0  # pixels; a box that is smaller after clipping is no training target
 SIZES_FROM_FILES = "image sizes read from the image files"  # a key of `AnnotationTable.repairs`
@@ -107,14 +107,14 @@ class AnnotationTable:
     def read_image(self, image: int, least: Size | None = None) -> np.ndarray:
         """[h, w, 3] uint8 RGB of one image, reduced if `least` allows: see decode_image. Raises UnreadableImage."""
         name, (rows, columns) = self.image_name(image), self.image_size(image)
+        is_part_of_file = self.places is not None and self.encoded is None
         try:
-            source = self.path(image) if self.encoded is None else self.encoded.content(image)
+            source = self.path(image) if is_part_of_file else self.image_content(image)
         except OSError as error:
             raise UnreadableImage(f"{name}: cannot be read ({blamed(error)})") from error
-        if self.places is None:
-            return read_whole(source, name, (rows, columns), least, self.decoding)
-        x, y, height, width = self.places[image].tolist()
-        return read_window(source, name, (height, width), Window(x, y, x + columns, y + rows), least, self.decoding)
+        x, y, *full = (0, 0, rows, columns) if self.places is None else self.places[image].tolist()
+        window = Window(x, y, x + columns, y + rows)
+        return read_window(source, name, (full[0], full[1]), window, least, self.decoding)
 
     def image_of_object(self) -> np.ndarray:
         """[M] int64, the row of each object's image."""

@@ -112,8 +112,8 @@ def program_detections(path: Path, detector: Detector) -> Callable[[list[np.ndar
                 height, width = batch.images.shape[-2:]
                 reason = " ".join(str(error).split())
                 raise InputError(
-                    f"--format torch-export: such a file takes no image of {width}x{height} pixels, as the detector gets "
-                    f"it ({reason:.200}); it may be too small: use --format onnx"
+                    f"--format torch-export: such a file takes no image of {width}x{height} pixels, as the detector "
+                    f"gets it ({reason:.200}); it may be too small: use --format onnx"
                 ) from error
             scale = batch.scales.repeat(1, 2)
             found.append(Found((boxes / scale).numpy(), *(values.numpy() for values in others)))

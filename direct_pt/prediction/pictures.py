@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from direct_pt.errors import printable
 from direct_pt.files import replacing, shortened
 from direct_pt.images.visualize import draw_detections, drawable_name
 from direct_pt.images.windows import Window
-from direct_pt.onnx_detector import paste_masks
+from direct_pt.onnx_detector import Found, paste_masks
 from direct_pt.prediction.inputs import COMMENT
 from direct_pt.prediction.seen import Add, Classes, Seen, drawn_share
 
@@ -22,7 +23,7 @@ MAX_NAME = 100  # bytes of a class's folder
 @contextmanager
 def pictures(folder: Path, classes: Classes) -> Iterator[Add]:
     """A JPEG of each image with its detections drawn; large ones are drawn smaller."""
-    names = [drawable_name(name, number) for name, number in zip(classes.names, classes.ids, strict=True)]
+    names = drawable_names(classes)
 
     def add(seen: Seen) -> None:
         target = folder / seen.named(".jpg")
@@ -34,17 +35,27 @@ def pictures(folder: Path, classes: Classes) -> Iterator[Add]:
     yield add
 
 
+def drawable_names(classes: Classes) -> list[str]:
+    """The classes' names as they can be drawn."""
+    return [drawable_name(name, number) for name, number in zip(classes.names, classes.ids, strict=True)]
+
+
 def picture(seen: Seen, names: Sequence[str]) -> Image.Image:
     """The image with its detections; `names` are those of the classes, as they can be drawn."""
     share, whole = drawn_share(seen.size), Window.whole(seen.size)
     if share == 1:
         photo = Image.fromarray(seen.pixels(whole))
     else:
-        height, width = (max(1, int(side * share)) for side in seen.size)
+        height, width = (max(1, round(side * share)) for side in seen.size)
         photo = Image.fromarray(seen.pixels(whole, (height, width)))
         photo.thumbnail((width, height))
-    found = seen.found
-    boxes = found.boxes * np.tile(np.array(photo.size) / seen.size[::-1], 2).astype(np.float32)
+    scale = np.tile(np.array(photo.size) / seen.size[::-1], 2).astype(np.float32)
+    return with_detections(photo, replace(seen.found, boxes=seen.found.boxes * scale), names)
+
+
+def with_detections(photo: Image.Image, found: Found, names: Sequence[str]) -> Image.Image:
+    """A copy of an image with detections in its pixels; `names` are those of the classes, as they can be drawn."""
+    boxes = found.boxes
     values = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
     captions = [f"{names[label]} {score:.2f}" for label, score in values]
     masks = None

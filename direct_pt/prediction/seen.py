@@ -54,8 +54,12 @@ class Seen:
     @property
     def drawn_smaller(self) -> str:
         """Whether its picture is smaller than the image, in words; empty if not."""
-        percent = 100 * drawn_share(self.size)
-        return f"drawn at {percent:.3g} % of its size: {self.path}" if percent < 100 else ""
+        if drawn_share(self.size) == 1:
+            return ""
+        limit = f"a JPEG has at most {MAX_JPEG_SIDE} pixels a side"
+        if max(self.size) <= MAX_JPEG_SIDE:
+            limit = f"a picture here has at most {MAX_DRAWN_PIXELS:,} pixels"
+        return f"drawn smaller, as {limit}: {self.path}"
 
     def pixels(self, window: Window, least: Size | None = None) -> np.ndarray:
         """A part of the image: see `read_window`. Raises UnreadableImage."""

@@ -12,6 +12,7 @@ import numpy as np
 from direct_pt.batch import Objects
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.images.decoding import Size
+from direct_pt.images.tiles import MIN_SIDE, Tiling
 from direct_pt.models.anchors import Anchors
 from direct_pt.models.detector import RetinaNet, TwoStage, build_detector
 from direct_pt.recipes import IMAGE_SIZE, LONG_SIDE
@@ -113,6 +114,19 @@ def fitting_image_size(table: AnnotationTable) -> tuple[int, float]:
         if share <= MAX_SMALL_SHARE:
             break
     return size, share
+
+
+def fitting_tiles(table: AnnotationTable, image_size: int) -> str:
+    """The --train-tiles to use for stage 1's images of `image_size`, and what it does, in words.
+
+    It is the largest multiple of 32 at which at most MAX_SMALL_SHARE of the objects are too small, where there is one.
+    """
+    sides = object_sides(table)
+    fitting = int(np.quantile(sides, MAX_SMALL_SHARE) * image_size / MIN_OBJECT_SIDE) // 32 * 32
+    tile = max(MIN_SIDE, fitting)
+    rest = float((sides * image_size / tile < MIN_OBJECT_SIDE).mean())
+    height, width = np.median(table.sizes, axis=0).astype(int).tolist()
+    return f"--train-tiles {tile} (about {len(Tiling(tile).windows((height, width)))} of an image; leaves {rest:.0%})"
 
 
 def nothing_to_learn(table: AnnotationTable) -> str:
@@ -296,10 +310,10 @@ def _small_objects(table: AnnotationTable, preset: Preset) -> list[str]:
         "learnt: "
     )
     if not isinstance(preset, PretrainPreset):
-        return [f"{line}raise --short-side and --long-side, or cut the images into tiles"]
+        return [f"{line}raise --short-side and --long-side, or give {fitting_tiles(table, IMAGE_SIZE)}"]
     size, rest = fitting_image_size(table)
     if rest > MAX_SMALL_SHARE:
-        return [f"{line}{rest:.0%} still at {size}x{size}; cut the images into tiles"]
+        return [f"{line}{rest:.0%} still at {size}x{size}; give {fitting_tiles(table, preset.image_size)}"]
     cost = (size / preset.image_size) ** 2
     return [f"{line}--image-size {size} leaves {rest:.0%}, at {cost:.1f} times the pixels a step"]
 
