@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from direct_pt.checkpoint import CHECKPOINT_HELP, KINDS, PROVIDER_HELP, WEIGHTS_HELP, check_runtime, load_detector
 from direct_pt.coco_eval import Predictions
-from direct_pt.distributed.launch import DeviceOptions, make_accelerator
+from direct_pt.distributed.launch import ComputeOptions, make_accelerator
 from direct_pt.errors import InputError, StopSignal, printable
 from direct_pt.files import check_output, counted_folder, writing
 from direct_pt.flags import (
@@ -65,9 +65,12 @@ class VideoOptions:
 
     def chosen(self, frames: Iterator[Frame], signals: StopSignals) -> Iterator[Frame]:
         """The frames to look at, until a stop signal comes."""
-        for frame in islice((one for one in frames if one.number % self.every == 0), self.max_frames):
-            yield frame
-            if signals.number:
+        due = count = 0
+        for frame in frames:
+            if frame.number >= due:  # of live sources, those in between may be missing
+                yield frame
+                due, count = frame.number + self.every, count + 1
+            if signals.number or count == self.max_frames:
                 return
 
     def count(self, total: int | None) -> int | None:
@@ -103,7 +106,7 @@ def main() -> None:
     )  # fmt: skip
     add_flags(p, VideoOptions)
     add_flags(p, TileOptions)
-    add_flags(p, DeviceOptions)
+    add_flags(p, ComputeOptions)
     p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     args = p.parse_args()
 
@@ -136,7 +139,7 @@ def main() -> None:
         lines = stack.enter_context((output / LINES).open("w"))
         rate = video.rate / options.every
         writer = None if options.no_video else stack.enter_context(closing(VideoWriter(output / VIDEO, rate)))
-        frames = options.chosen(stack.enter_context(closing(video.frames())), signals)
+        frames = options.chosen(stack.enter_context(closing(video.frames(lambda: bool(signals.number)))), signals)
         bar = stack.enter_context(tqdm(total=options.count(video.total), desc="predict", unit="frame"))
         signals.catch()
         while batch := list(islice(frames, at_once)):

@@ -320,6 +320,15 @@ def test_batches(exports: Path) -> None:
     for image in (images[0].astype(float), images[0][..., :2], np.zeros((0, 5, 3), np.uint8), 5):
         with pytest.raises(ValueError, match="images"):
             detector.predict([image])
+    detector.facts["history"] = [{"tiles": {"size": 64, "overlap": 0.2}}]
+    with pytest.warns(UserWarning, match="trained on tiles of 64 pixels"):
+        detector.predict(images[0])
+    model = load_detector(path).detector
+    model.history = detector.facts["history"]  # the same file, by the project's own interface, looks at tiles
+    tiled, whole = (model.predict(images[0], 0.05, tiles=tiles)[0]["scores"] for tiles in (None, 0))
+    assert len(tiled) != len(whole)
+    with pytest.raises(InputError, match="exported"):
+        model.push_to_hub("user/name", token="none")  # before anything is asked of the hub
 
 
 # The scripts
@@ -434,6 +443,9 @@ def test_bad_arguments(pretrained: Path, demo: Path, exports: Path, tmp_path: Pa
             export.main(arguments)
     with pytest.raises(InputError, match="--provider"):
         runs.call_script("predict", "--checkpoint", pretrained, "--provider", "CPUExecutionProvider", demo / "images")
+    for flags in (("--device", "cuda"), ("--mixed-precision", "bf16")):  # onnxruntime knows neither
+        with pytest.raises(InputError, match=f"{flags[0]} {flags[1]}: is not for exported detectors"):
+            runs.call_script("predict", "--checkpoint", "model.onnx", *flags, demo / "images")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(InputError, match="CUDAExecutionProvider"):
             load_detector(path, provider="CUDAExecutionProvider")

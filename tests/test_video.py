@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from direct_pt.prediction.video import VideoFile, VideoWriter, open_video, shown
 
 TIMES = np.cumsum([0.0, *[0.04, 0.1, 0.02, 0.2] * 5])  # of frames that do not come evenly
 SIZE = (97, 129)  # odd sides
+NO_CAST = ("--mixed-precision", "no")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 def predict(eager: Path, source: object, folder: Path, *flags: object) -> list[dict[str, Any]]:
     """Run the script in this process; the lines that it wrote."""
-    own = ("--checkpoint", eager, source, *runs.MACHINE, "--score-threshold", 0.1, "--output-dir", folder)
+    own = ("--checkpoint", eager, source, *NO_CAST, "--score-threshold", 0.1, "--output-dir", folder)
     runs.call_script("predict_video", *own, *flags)
     return lines_of(folder)
 
@@ -246,15 +248,15 @@ def serve() -> Iterator[Any]:
 
 
 def watch(eager: Path, port: int, folder: Path, *flags: object) -> subprocess.Popen[str]:
-    own = ("--checkpoint", eager, f"tcp://127.0.0.1:{port}", *runs.MACHINE, "--output-dir", folder)
+    own = ("--checkpoint", eager, f"tcp://127.0.0.1:{port}", *NO_CAST, "--output-dir", folder)
     return runs.start_script("predict_video", *own, *flags)
 
 
-def wait_for_lines(folder: Path, count: int) -> None:
+def wait_for_lines(process: subprocess.Popen[str], folder: Path, count: int) -> None:
     """Until so many frames were written."""
     deadline = time.monotonic() + 120
     while not (folder / "detections.jsonl").exists() or len(lines_of_begun(folder)) < count:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
 
 
@@ -267,12 +269,12 @@ def test_a_stream_that_is_cut_and_comes_back(serve: Any, eager: Path, tmp_path: 
     port, out = free_port(), tmp_path / "out"
     first = serve(port, 300)
     process = watch(eager, port, out, "--reconnect", 60)
-    wait_for_lines(out, 5)
+    wait_for_lines(process, out, 5)
     first.kill()
     before = len(lines_of_begun(out))
     time.sleep(1)
     serve(port, 300)
-    wait_for_lines(out, before + 8)
+    wait_for_lines(process, out, before + 8)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -284,6 +286,23 @@ def test_a_stream_that_is_cut_and_comes_back(serve: Any, eager: Path, tmp_path: 
     written, _ = frames_of(out / "video.mp4")
     assert len(written) == len(lines)
     np.testing.assert_allclose(np.array(written) - written[0], np.array(times) - times[0], atol=1e-3)
+
+
+def test_stopped_while_nothing_comes(serve: Any, eager: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends it at once, also while the stream is away."""
+    port, out = free_port(), tmp_path / "out"
+    server = serve(port, 300)
+    process = watch(eager, port, out, "--reconnect", 600, "--every", 3)
+    wait_for_lines(process, out, 3)
+    server.kill()
+    time.sleep(3)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - start < 40
+    numbers = [line["frame"] for line in lines_of(out)]
+    assert all(after - before >= 3 for before, after in pairwise(numbers))
 
 
 def test_a_stream_that_ends(serve: Any, eager: Path, tmp_path: Path) -> None:
@@ -305,9 +324,9 @@ def test_a_killed_program_leaves_a_video(eager: Path, pictures: list[np.ndarray]
         writer.write(pictures[number % len(pictures)], number / 25)
     writer.close()
     assert VideoFile(str(path)).total in (None, 3000)
-    flags = ("--checkpoint", eager, path, *runs.MACHINE, "--output-dir", out)
+    flags = ("--checkpoint", eager, path, *NO_CAST, "--output-dir", out)
     process = runs.start_script("predict_video", *flags)
-    wait_for_lines(out, 600)
+    wait_for_lines(process, out, 600)
     process.kill()
     process.communicate()
     assert len(list(VideoFile(str(out / "video.mp4")).frames())) > 100

@@ -42,8 +42,8 @@ def device_name(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
-    """How the machine is used."""
+class ComputeOptions:
+    """What computes, and how."""
 
     mixed_precision: str = flag(
         "auto",
@@ -51,11 +51,17 @@ class DeviceOptions:
         "that computes in it",
         choices=PRECISIONS, on_resume=CHANGEABLE,
     )  # fmt: skip
-    num_workers: int = flag(2, "processes that read images", worker_count, metavar="N", on_resume=FREE)
     device: str = flag(
         "auto", "auto: the launcher's choice, or a GPU if there is one; or cpu, cuda, or one GPU, such as cuda:1 or 1",
         device_name, metavar="NAME", on_resume=FREE,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(ComputeOptions):
+    """How the machine is used."""
+
+    num_workers: int = flag(2, "processes that read images", worker_count, metavar="N", on_resume=FREE)
 
 
 def _is_set(variable: str) -> bool:

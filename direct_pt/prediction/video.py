@@ -8,7 +8,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -23,9 +23,15 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 CAMERA = re.compile(r"camera:(\d{1,3})|(/dev/video\d+)")
 OPEN_SECONDS, READ_SECONDS = 10.0, 10.0  # that a stream may keep us waiting
 RETRY_SECONDS = 1.0  # between two tries to connect again
+WAIT_SECONDS = 0.5  # between two looks whether to stop, while no frame comes
 TICKS = 90_000  # of the written video's clock in a second: MPEG's usual one
 USUAL_RATE = Fraction(25)
 MISSING = "needs the package av: pip install av"
+
+
+def never() -> bool:
+    """That nobody stops it."""
+    return False
 
 
 class Frame(NamedTuple):
@@ -57,8 +63,8 @@ class Video(Protocol):
     rate: Fraction
     notes: list[str]
 
-    def frames(self) -> Generator[Frame, None, None]:
-        """Each frame, in order."""
+    def frames(self, stopped: Callable[[], bool] = never) -> Generator[Frame, None, None]:
+        """Each frame, in order; one that waits for the next ends when it is `stopped`."""
 
 
 def open_video(source: str, patience: float) -> Video:
@@ -193,7 +199,7 @@ class VideoFile:
         if self.container.has_sound:
             self.notes.append("its sound is not copied")
 
-    def frames(self) -> Generator[Frame, None, None]:
+    def frames(self, stopped: Callable[[], bool] = never) -> Generator[Frame, None, None]:
         """Each frame, in order. One that cannot be decoded is counted, and ends nothing."""
         import av
 
@@ -238,12 +244,18 @@ class LiveVideo:
         self.newest: queue.Queue[Frame | None] = queue.Queue(1)
         self.ended = threading.Event()
 
-    def frames(self) -> Generator[Frame, None, None]:
-        """The newest frame each time, until the source breaks off for good, or this is closed."""
+    def frames(self, stopped: Callable[[], bool] = never) -> Generator[Frame, None, None]:
+        """The newest frame each time, until the source breaks off for good, or it is `stopped` while none comes."""
         reader = threading.Thread(target=self._read, daemon=True)
         reader.start()
         try:
-            while (frame := self.newest.get()) is not None:
+            while not stopped():
+                try:
+                    frame = self.newest.get(timeout=WAIT_SECONDS)
+                except queue.Empty:
+                    continue
+                if frame is None:
+                    return
                 yield frame
         finally:
             self.ended.set()
