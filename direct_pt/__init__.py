@@ -3,13 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from direct_pt.version import __version__
+
 if TYPE_CHECKING:
     from direct_pt.checkpoint import from_pretrained
     from direct_pt.models.detector import build_detector
     from direct_pt.onnx_detector import OnnxDetector
     from direct_pt.prediction.supervision import as_supervision
 
-__version__ = "0.1.0"
 PLACES = {
     "from_pretrained": "direct_pt.checkpoint",
     "build_detector": "direct_pt.models.detector",

@@ -16,27 +16,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from direct_pt.checkpoint import (
-    CHECKPOINT_HELP,
-    KINDS,
-    PROVIDER_HELP,
-    WEIGHTS_HELP,
-    check_runtime,
-    load_detector,
-)
 from direct_pt.data.problems import Problems
 from direct_pt.data.sources import DecodingOptions
 from direct_pt.distributed.launch import DeviceOptions, make_accelerator
 from direct_pt.errors import InputError, printable
 from direct_pt.files import check_output, counted_folder, writing
-from direct_pt.flags import add_flags, any_path, batch_size, make_parser, path_or_name, read_flags
+from direct_pt.flags import add_flags, any_path, make_parser, read_flags
 from direct_pt.images.decoding import Decoding, UnreadableImage, read_image
 from direct_pt.images.tiles import TileOptions
+from direct_pt.prediction.detector_options import DetectorOptions
 from direct_pt.prediction.inputs import check_pictures, find_images
 from direct_pt.prediction.looking import ImageFiles, look_at
 from direct_pt.prediction.outputs import OutputOptions, describe
 from direct_pt.prediction.seen import Classes, Seen, common_folder
-from direct_pt.prediction.thresholds import THRESHOLD_HELP, describe_threshold, threshold
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.training.limits import check_images_at_once
 from direct_pt.transforms import TestPreset
@@ -48,23 +40,16 @@ def main() -> None:
     p.add_argument(
         "images", nargs="+", type=any_path, metavar="IMAGE_OR_FOLDER", help="image files, or folders of them"
     )
-    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=CHECKPOINT_HELP)
-    p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="where to write (runs/predict, -2 and so on)")
-    p.add_argument(
-        "--score-threshold", type=threshold, default="model", metavar="X|model|per-class", help=THRESHOLD_HELP
-    )
-    p.add_argument(
-        "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N", help="images at once (4)"
-    )
+    add_flags(p, DetectorOptions)
     add_flags(p, OutputOptions, "results")
     add_flags(p, TileOptions)
     add_flags(p, DecodingOptions)
     add_flags(p, DeviceOptions)
-    p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     args = p.parse_args()
 
-    check_runtime(args.provider, args.device, args.mixed_precision, [args.checkpoint])
+    own, machine = read_flags(args, DetectorOptions), read_flags(args, DeviceOptions)
+    own.check(machine)
     output: Path = args.output_dir or counted_folder(Path("runs/predict"))
     check_output(output)
     notes, options = Problems(), read_flags(args, OutputOptions)
@@ -75,17 +60,14 @@ def main() -> None:
     for note, count in notes.summary().items():
         print(f"{printable(note)}: {count}")
     decoding = read_flags(args, DecodingOptions).decoding
-    accelerator = make_accelerator(args.mixed_precision, device=args.device)
-    detector, _, description = load_detector(args.checkpoint, args.weights, args.provider)
-    print(printable(f"weights: {description}"))
-    detector = detector.to(accelerator.device).eval()
-    print(printable(f"score threshold: {describe_threshold(detector, args.score_threshold)}"))
+    accelerator = make_accelerator(machine.mixed_precision, device=machine.device)
+    detector, thresholds = own.load(accelerator.device)
     config = detector.config
     preset = TestPreset(config.short_side, config.long_side, read_flags(args, TileOptions).tiling(detector.tiling))
     print(f"images are looked at whole{f' {preset.tiling}' if preset.tiling else ''}")
-    check_images_at_once(args.micro_batch_size if preset.tiling else min(args.micro_batch_size, len(files)), preset)
+    check_images_at_once(own.micro_batch_size if preset.tiling else min(own.micro_batch_size, len(files)), preset)
     paths = [path for path, _ in files]
-    images, thresholds = ImageFiles(paths, preset, decoding), detector.thresholds(args.score_threshold)
+    images = ImageFiles(paths, preset, decoding)
     classes = Classes(config.class_names, config.category_ids)
     base = args.images[0].absolute() if args.images[0].is_dir() and len(args.images) == 1 else common_folder(paths)
     outputs = options.outputs(output, classes, base)
@@ -96,7 +78,7 @@ def main() -> None:
         stack.enter_context(folder_held(output, "predict"))
         writers = [stack.enter_context(one) for one in outputs]
         bar = stack.enter_context(tqdm(total=len(files), desc="predict", unit="image"))
-        looked_at = look_at(detector, images, thresholds, accelerator, args.micro_batch_size, args.num_workers)
+        looked_at = look_at(detector, images, thresholds, accelerator, own.micro_batch_size, machine.num_workers)
         for index, size, found in stack.enter_context(closing(looked_at)):
             path, picture = files[index]
             bar.update()

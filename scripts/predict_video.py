@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from direct_pt.checkpoint import CHECKPOINT_HELP, KINDS, PROVIDER_HELP, WEIGHTS_HELP, check_runtime, load_detector
 from direct_pt.coco_eval import Predictions
 from direct_pt.distributed.launch import ComputeOptions, make_accelerator
 from direct_pt.errors import InputError, StopSignal, printable
@@ -31,19 +30,17 @@ from direct_pt.files import check_output, counted_folder, writing
 from direct_pt.flags import (
     add_flags,
     any_path,
-    batch_size,
     flag,
     make_parser,
-    path_or_name,
     positive_float,
     positive_integer,
     read_flags,
 )
 from direct_pt.images.tiles import TileOptions, find_in_tiles
 from direct_pt.onnx_detector import Found
+from direct_pt.prediction.detector_options import DetectorOptions
 from direct_pt.prediction.pictures import drawable_names, with_detections
 from direct_pt.prediction.seen import Classes
-from direct_pt.prediction.thresholds import THRESHOLD_HELP, describe_threshold, threshold
 from direct_pt.prediction.video import Frame, LiveVideo, VideoWriter, open_video
 from direct_pt.program.folder_lock import folder_held
 from direct_pt.program.signals import StopSignals
@@ -94,44 +91,32 @@ def main() -> None:
     """Predict, frame by frame."""
     p = make_parser(__doc__ or "")
     p.add_argument("source", metavar="VIDEO", help="a file, an address such as rtsp://..., or a camera: camera:0")
-    p.add_argument("--checkpoint", required=True, type=path_or_name, metavar="RUN", help=CHECKPOINT_HELP)
-    p.add_argument("--weights", choices=KINDS, default="best", help=WEIGHTS_HELP)
     p.add_argument("--output-dir", type=any_path, metavar="DIR", help="where to write (runs/video, -2 and so on)")
-    p.add_argument(
-        "--score-threshold", type=threshold, default="model", metavar="X|model|per-class", help=THRESHOLD_HELP
-    )
-    p.add_argument(
-        "--micro-batch-size", "--batch-size", type=batch_size, default=4, metavar="N",
-        help="frames of a file, or tiles, at once (4)",
-    )  # fmt: skip
+    add_flags(p, DetectorOptions)
     add_flags(p, VideoOptions)
     add_flags(p, TileOptions)
     add_flags(p, ComputeOptions)
-    p.add_argument("--provider", metavar="NAME", help=PROVIDER_HELP)
     args = p.parse_args()
 
-    check_runtime(args.provider, args.device, args.mixed_precision, [args.checkpoint])
+    own, compute = read_flags(args, DetectorOptions), read_flags(args, ComputeOptions)
+    own.check(compute)
     options, output = read_flags(args, VideoOptions), args.output_dir or counted_folder(Path("runs/video"))
     check_output(output)
     for name in (VIDEO, LINES):
         if os.path.lexists(output / name):
             raise InputError(f"--output-dir {output}: has {name}, which is not written over; name another place")
     video = open_video(args.source, options.reconnect)
-    accelerator = make_accelerator(args.mixed_precision, device=args.device)
-    detector, _, description = load_detector(args.checkpoint, args.weights, args.provider)
-    detector = detector.to(accelerator.device).eval()
+    accelerator = make_accelerator(compute.mixed_precision, device=compute.device)
+    detector, thresholds = own.load(accelerator.device)
     config, tiling = detector.config, read_flags(args, TileOptions).tiling(detector.tiling)
     preset, classes = TestPreset(config.short_side, config.long_side), Classes(config.class_names, config.category_ids)
-    thresholds = detector.thresholds(args.score_threshold)
-    for text in (f"weights: {description}", f"score threshold: {describe_threshold(detector, args.score_threshold)}",
-                 f"frames are looked at whole{f' {tiling}' if tiling else ''}"):  # fmt: skip
-        print(printable(text))
+    print(f"frames are looked at whole{f' {tiling}' if tiling else ''}")
 
     def find(images: list[np.ndarray]) -> list[Found]:
         with accelerator.autocast():
             return [found.above(thresholds) for found in detector.find(images, preset)]
 
-    at_once, count = 1 if isinstance(video, LiveVideo) else args.micro_batch_size, 0
+    at_once, count = 1 if isinstance(video, LiveVideo) else own.micro_batch_size, 0
     names, signals = drawable_names(classes), StopSignals()
     with ExitStack() as stack:
         stack.enter_context(writing(f"--output-dir {output}"))
@@ -147,7 +132,7 @@ def main() -> None:
             if tiling is None:
                 everything = find(images)
             else:
-                everything = [find_in_tiles(image, tiling, find, args.micro_batch_size) for image in images]
+                everything = [find_in_tiles(image, tiling, find, own.micro_batch_size) for image in images]
             for frame, found in zip(batch, everything, strict=True):
                 lines.write(line(frame, found, classes))
                 if writer is not None:

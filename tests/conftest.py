@@ -33,6 +33,7 @@ SLOW = (
     "test_short_of_memory", "test_first_seconds", "test_local_hub_sets",
 )  # fmt: skip
 LONGEST = (
+    "test_export",  # half of it is slow
     *SLOW,
     "test_training",
     "test_resume",
@@ -40,6 +41,9 @@ LONGEST = (
     "test_divergence",
     "test_golden",
     "test_malformed",
+    "test_tiled_table",
+    "test_video",
+    "test_predict_results",
 )
 CATEGORIES = ({"id": 7, "name": "seven"}, {"id": 2, "name": "two"})  # with holes, and not in order
 

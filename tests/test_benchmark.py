@@ -94,3 +94,10 @@ def test_the_part_for_a_gpu_says_that_there_is_none() -> None:
     process = runs.start_script("benchmark", "gpu")
     _, errors = process.communicate()
     assert process.returncode == 2 and "there is none here" in errors
+
+
+def test_prediction_beside_its_peers(tmp_path: Path) -> None:
+    flags = ("--backbone", "resnet18", "--side", 64, "--repeats", 1)
+    rows = measured(tmp_path / "rows.json", "predict", *flags)
+    assert [row["peer"] for row in rows] == 2 * ["torchvision", "torchvision", "fp32", "PyTorch", "the detector alone"]
+    assert all(row["value"] > 0 and row["peer_value"] > 0 and row["unit"] == "images/s" for row in rows)

@@ -214,9 +214,11 @@ def test_two_processes_diverge_together(demo: Path, tmp_path: Path) -> None:
     messages = {line for line in errors.splitlines() if line.startswith("stopped: the run has diverged")}
     assert len(messages) == 1, errors[-3000:]  # the same on both
     saved = check_what_is_left(run, messages.pop())
-    process = runs.launch(2, runs.SCRIPTS / "pretrain.py", *flags, "--resume", "--lr", 0.002, "--warmup-steps", 1)
+    lower = ("--resume", "--lr", 0.002, "--warmup-steps", 1, "--max-hours", 1e-9)  # a single step
+    process = runs.launch(2, runs.SCRIPTS / "pretrain.py", *flags, *lower)
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
+    assert f"the state of step {saved + 1} is saved" in errors
     assert f"from step {saved};" in out and "resumed with --lr 0.002, before 1" in out
     assert "resumed with --warmup-steps 1, before 200" in out
 

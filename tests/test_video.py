@@ -265,68 +265,57 @@ def lines_of_begun(folder: Path) -> list[str]:
 
 
 def test_a_stream_that_is_cut_and_comes_back(serve: Any, eager: Path, tmp_path: Path) -> None:
-    """It is said and survived; then Ctrl-C ends it, and both files are whole."""
+    """It is said and survived; Ctrl-C ends it at once, also while the stream is away, and both files are whole."""
     port, out = free_port(), tmp_path / "out"
     first = serve(port, 300)
-    process = watch(eager, port, out, "--reconnect", 60)
+    process = watch(eager, port, out, "--reconnect", 600, "--every", 2)
     wait_for_lines(process, out, 5)
     first.kill()
     before = len(lines_of_begun(out))
     time.sleep(1)
-    serve(port, 300)
+    second = serve(port, 300)
     wait_for_lines(process, out, before + 8)
+    second.kill()
+    time.sleep(3)
+    start = time.monotonic()
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 40
     assert process.returncode == 130, errors
     assert "broke off behind frame" in said and "is back" in said and "broke off and came back 1 times" in said
     assert "stopped: SIGINT: what was found until now is whole" in errors
     lines = lines_of(out)
     numbers, times = [line["frame"] for line in lines], [line["time"] for line in lines]
-    assert numbers == sorted(set(numbers)) and times == sorted(set(times))
+    assert all(later - number >= 2 for number, later in pairwise(numbers)) and times == sorted(set(times))
     written, _ = frames_of(out / "video.mp4")
     assert len(written) == len(lines)
     np.testing.assert_allclose(np.array(written) - written[0], np.array(times) - times[0], atol=1e-3)
 
 
-def test_stopped_while_nothing_comes(serve: Any, eager: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends it at once, also while the stream is away."""
-    port, out = free_port(), tmp_path / "out"
-    server = serve(port, 300)
-    process = watch(eager, port, out, "--reconnect", 600, "--every", 3)
-    wait_for_lines(process, out, 3)
-    server.kill()
-    time.sleep(3)
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert time.monotonic() - start < 40
-    numbers = [line["frame"] for line in lines_of(out)]
-    assert all(after - before >= 3 for before, after in pairwise(numbers))
-
-
 def test_a_stream_that_ends(serve: Any, eager: Path, tmp_path: Path) -> None:
     """After the patience it is said, and what was found is there."""
     port, out = free_port(), tmp_path / "out"
-    serve(port, 8)
+    server = serve(port, 300)
     process = watch(eager, port, out, "--reconnect", 2)
+    wait_for_lines(process, out, 2)
+    server.kill()
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "did not come back in 2 s" in said
-    assert len(lines_of(out)) >= 1 and len(frames_of(out / "video.mp4")[0]) == len(lines_of(out))
+    assert len(lines_of(out)) >= 2 and len(frames_of(out / "video.mp4")[0]) == len(lines_of(out))
 
 
 def test_a_killed_program_leaves_a_video(eager: Path, pictures: list[np.ndarray], tmp_path: Path) -> None:
     """Its video can be played as far as it came."""
     path, out = tmp_path / "long.mp4", tmp_path / "out"
     writer = VideoWriter(path, Fraction(25))
-    for number in range(3000):
+    for number in range(1500):
         writer.write(pictures[number % len(pictures)], number / 25)
     writer.close()
-    assert VideoFile(str(path)).total in (None, 3000)
+    assert VideoFile(str(path)).total in (None, 1500)
     flags = ("--checkpoint", eager, path, *NO_CAST, "--output-dir", out)
     process = runs.start_script("predict_video", *flags)
-    wait_for_lines(process, out, 600)
+    wait_for_lines(process, out, 200)
     process.kill()
     process.communicate()
-    assert len(list(VideoFile(str(out / "video.mp4")).frames())) > 100
+    assert len(list(VideoFile(str(out / "video.mp4")).frames())) > 50

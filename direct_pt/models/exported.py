@@ -17,12 +17,12 @@ from onnxscript import opset18 as op
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from direct_pt import __version__
 from direct_pt.errors import InputError
 from direct_pt.models.detector import Detector
 from direct_pt.models.inference_graph import EMPTY, NMS, InferenceGraph, nms
 from direct_pt.onnx_detector import FORMAT, METADATA
 from direct_pt.transforms import SIZE_DIVISOR
+from direct_pt.version import __version__
 
 OUTPUTS = ("image", "boxes", "scores", "labels", "masks")  # the last of mask detectors
 EXAMPLE = (3, 224, 320, 3)  # no two sides alike, so that none is taken for another

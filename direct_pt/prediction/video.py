@@ -333,7 +333,8 @@ class VideoWriter:
 
         self.path = path
         # In fragments: the index of a whole MP4 file is written at its end, which a killed program does not reach.
-        self.container = av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov+default_base_moof"})
+        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        self.container = av.open(str(path), "w", options=options)
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream: Any = self.container.add_stream(codec, rate=rate.limit_denominator(60_000))
         self.stream = stream
