@@ -49,7 +49,8 @@ def tiled(table: AnnotationTable, tiling: Tiling) -> tuple[AnnotationTable, np.n
 def training_tiles(table: AnnotationTable, tiling: Tiling) -> AnnotationTable:
     """`tiled`, of which most tiles without objects are left out at random; `repairs` says how many."""
     tiles, _ = tiled(table, tiling)
-    is_whole = tiles.places is not None and (tiles.sizes == tiles.places[:, 2:]).all(axis=1)
+    assert tiles.places is not None
+    is_whole = (tiles.sizes == tiles.places[:, 2:]).all(axis=1)
     empty = (tiles.targets_per_image() == 0) & ~is_whole
     rows = np.flatnonzero(empty)
     most = int((len(tiles) - len(rows)) * MAX_EMPTY_SHARE / (1 - MAX_EMPTY_SHARE))

@@ -130,7 +130,7 @@ def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add
                     "original_height": seen.size[0],
                     "image_rotation": 0,
                     "score": scores[row],
-                    "value": {**value, f"{kind}labels": [classes.names[seen.found.labels[row]]]},
+                    "value": {**value, f"{kind}labels": [printable(classes.names[seen.found.labels[row]])]},
                 }
                 for row, kind, value in label_studio_shapes(seen)
             ]

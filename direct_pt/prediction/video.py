@@ -83,6 +83,7 @@ def open_video(source: str, patience: float) -> Video:
         return VideoFile(source)
     opened = Container(source)
     if opened.duration:  # a file that is elsewhere
+        opened.close()
         return VideoFile(source)
     return LiveVideo(shown(source), opened, patience)
 
