@@ -53,6 +53,7 @@ def main() -> None:
     output: Path = args.output_dir or counted_folder(Path("runs/predict"))
     check_output(output)
     notes, options = Problems(), read_flags(args, OutputOptions)
+    options.check(output)
     files, left_out = find_images(args.images, output, notes)
     check_pictures(files, output)
     if left_out:

@@ -167,11 +167,11 @@ def test_crops(written: Path) -> None:
         assert np.abs(np.array(crop.size) - row["bbox"][2:]).max() < 2
 
 
-def test_what_is_there_is_kept(written: Path, photos: Path) -> None:
-    """Somebody may have corrected it: each flag names it and the remedy, before anything is done."""
+def test_what_is_there_is_kept(written: Path, photos: Path, tmp_path: Path) -> None:
+    """Somebody may have corrected it: each flag names it and the remedy, before anything is done or loaded."""
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
     for kind, name in zip(KINDS, ("annotations.json", "yolo", "label_studio.json", "cvat.xml", "crops"), strict=True):
-        flags = ("--checkpoint", written.parent / "eager", photos, *runs.MACHINE, kind, "--output-dir", written)
+        flags = ("--checkpoint", tmp_path, photos, *runs.MACHINE, kind, "--output-dir", written)
         with pytest.raises(InputError, match=f"has {name}, which may hold corrections; name another place"):
             runs.call_script("predict", *flags)
     assert before == {path: path.stat().st_mtime_ns for path in written.rglob("*")}

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,9 @@ from direct_pt.checkpoint import from_pretrained
 from direct_pt.coco_eval import evaluate
 from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.evaluation_loader import EvaluationImages, evaluation_loader
+from direct_pt.data.outlines import run_length_counts
 from direct_pt.data.sources import DataOptions, load_tables
-from direct_pt.data.tiled_table import MAX_EMPTY_SHARE, counts_of, cut_run_lengths, tiled, training_tiles
+from direct_pt.data.tiled_table import MAX_EMPTY_SHARE, cut_run_lengths, tiled, training_tiles
 from direct_pt.errors import InputError, StopSignal
 from direct_pt.images import windows
 from direct_pt.images.decoding import Decoding, UnreadableImage, read_image
@@ -120,7 +120,7 @@ def test_run_lengths() -> None:
             mask[:] = 1
         mask = np.asfortranarray(mask.astype(np.uint8))
         compressed = np.frombuffer(coco_mask.encode(mask)["counts"], np.uint8)
-        assert counts_of(compressed).sum() == height * width
+        assert run_length_counts(compressed, np.array([0, len(compressed)]))[0].sum() == height * width
         x1, y1 = int(rng.integers(width)), int(rng.integers(height))
         window = Window(x1, y1, int(rng.integers(x1 + 1, width + 1)), int(rng.integers(y1 + 1, height + 1)))
         part = np.asfortranarray(mask[window.y1 : window.y2, window.x1 : window.x2])
@@ -221,7 +221,7 @@ def test_alpha_and_exif_count(tmp_path: Path) -> None:
 
 def read_in_a_fork(path: Path, queue: Any) -> None:
     window = Window(10, 10, 50, 60)
-    queue.put((windows._libvips(os.getpid()) is None, read_window(path, "a.png", (170, 230), window).tolist()))
+    queue.put((windows._libvips() is None, read_window(path, "a.png", (170, 230), window).tolist()))
 
 
 def test_forked_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,13 +229,37 @@ def test_forked_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(windows, "LARGE_PIXELS", 1)
     path, context = pictures(tmp_path)["a.png"], multiprocessing.get_context("fork")
     expected = read_window(path, "a.png", (170, 230), Window(10, 10, 50, 60)).tolist()
-    assert windows._libvips(os.getpid()) is not None
+    assert windows._libvips() is not None
     queue = context.SimpleQueue()
     process = context.Process(target=read_in_a_fork, args=(path, queue))
     process.start()
     is_without, pixels = queue.get()
     process.join()
     assert is_without and pixels == expected
+
+
+WITHOUT_PYVIPS = """
+import sys
+{}
+from pathlib import Path
+from direct_pt.images import windows
+windows.LARGE_PIXELS = 1
+for x in (0, 9):
+    windows.read_window(Path(sys.argv[1]), "a.png", (170, 230), windows.Window(x, 0, x + 5, 5))
+print(windows._decoded.cache_info().misses)
+"""
+
+
+def test_without_pyvips(tmp_path: Path) -> None:
+    """It is said once, with the remedy, that large files are decoded whole. A program may import it itself."""
+    path = pictures(tmp_path)["a.png"]
+    for first, decoded_whole in (("import pyvips", 0), ("sys.modules['pyvips'] = None", 1)):
+        command = [sys.executable, "-c", WITHOUT_PYVIPS.format(first), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == decoded_whole
+        assert done.stderr.count("\n") == decoded_whole
+        for text in ("decoded whole, as there is no pyvips", "pip install pyvips pyvips-binary"):
+            assert (text in done.stderr) == bool(decoded_whole)
 
 
 MEASURED = """

@@ -273,19 +273,35 @@ def _off_their_boxes(
 def run_length_totals(characters: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """[n] int64: how many pixels the compressed counts of n masks cover; -1 if malformed, 0 if there are none.
 
-    Checked before decoding, because decoders trust the counts. The format is pycocotools': a count is written in
-    groups of five bits, lowest first, one character a group, starting at chr(48); bit 5 says that another group
-    follows, bit 4 of the last group is the sign. From the fourth count on, the difference to the count two before is
-    written.
+    Checked before decoding, because decoders trust the counts.
 
     Args:
         characters: [R] uint8 of all masks, one after another.
         starts: [n + 1] where each mask's characters start.
     """
+    sums = np.zeros(len(starts) - 1, np.int64)
+    if len(characters):
+        counts, mask_of, malformed = run_length_counts(characters, starts)
+        np.add.at(sums, mask_of, counts)
+        sums[malformed] = -1
+    return sums
+
+
+def run_length_counts(characters: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The counts in the compressed run lengths of n masks.
+
+    The format is pycocotools': a count is written in groups of five bits, lowest first, one character a group,
+    starting at chr(48); bit 5 says that another group follows, bit 4 of the last group is the sign. From the fourth
+    count on, the difference to the count two before is written.
+
+    Args:
+        characters: [R] uint8 of all masks, one after another; at least one.
+        starts: [n + 1] where each mask's characters start.
+
+    Returns:
+        [C] int64 counts, mask by mask; [C] int64 the mask of each; [n] bool, which masks are malformed.
+    """
     lengths = np.diff(starts)
-    sums = np.zeros(len(lengths), np.int64)
-    if not len(characters):
-        return sums
     codes = characters.astype(np.int64) - 48
     ends = codes & 32 == 0  # the last character of each count
     mask_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -311,8 +327,7 @@ def run_length_totals(characters: np.ndarray, starts: np.ndarray) -> np.ndarray:
     order = np.argsort(chains, kind="stable")
     summed, chains = np.cumsum(values[order]), chains[order]
     before = np.concatenate([[0], summed])[np.searchsorted(chains, chains)]
-    counts = summed - before
-    np.add.at(sums, mask_of[order], counts)
-    malformed |= np.bincount(mask_of[order], counts < 0, len(lengths)) > 0
-    sums[malformed] = -1
-    return sums
+    counts = np.empty_like(values)
+    counts[order] = summed - before
+    malformed |= np.bincount(mask_of, counts < 0, len(lengths)) > 0
+    return counts, mask_of, malformed

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from direct_pt.data.annotations import MIN_SIDE, AnnotationTable, corners_of
-from direct_pt.data.outlines import Segmentations, positions_of, starts_of
+from direct_pt.data.outlines import Segmentations, positions_of, run_length_counts, starts_of
 from direct_pt.images.decoding import Size
 from direct_pt.images.tiles import Tiling
 from direct_pt.images.windows import Window
@@ -84,16 +84,17 @@ def cut_run_lengths(compressed: np.ndarray, size: Size, window: Window) -> bytes
     """COCO's compressed run lengths [R] uint8 of a mask of `size`, inside a window; empty for none."""
     if not len(compressed):
         return b""
-    ends = np.cumsum(counts_of(compressed))
+    counts, _, _ = run_length_counts(compressed, np.array([0, len(compressed)]))
+    ends = np.cumsum(counts)
     first, last = ends[0::2][: len(ends) // 2], ends[1::2]  # of each run of ones, column by column
     height = size[0]
     columns = np.arange(window.x1, window.x2)
     # Of each column the runs that touch it: those from the first that ends in it to the last that begins in it.
     begin = np.searchsorted(last, columns * height, side="right")
     stop = np.searchsorted(first, (columns + 1) * height, side="left")
-    counts = np.maximum(stop - begin, 0)
-    column = np.repeat(columns, counts)
-    runs = np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    touching = np.maximum(stop - begin, 0)
+    column = np.repeat(columns, touching)
+    runs = np.repeat(begin - np.cumsum(touching) + touching, touching) + np.arange(touching.sum())
     low = np.clip(first[runs] - column * height, window.y1, window.y2) - window.y1
     high = np.clip(last[runs] - column * height, window.y1, window.y2) - window.y1
     rows = window.y2 - window.y1
@@ -105,17 +106,3 @@ def cut_run_lengths(compressed: np.ndarray, size: Size, window: Window) -> bytes
     value = {"size": list(window.size), "counts": np.diff(ends, prepend=0).tolist()}
     encoded: bytes = coco_mask.frPyObjects(value, *window.size)["counts"]
     return encoded
-
-
-def counts_of(compressed: np.ndarray) -> np.ndarray:
-    """[n] int64, the run lengths in COCO's compressed form [R] uint8: see `outlines.run_length_totals`."""
-    codes = compressed.astype(np.int64) - 48
-    ends = np.flatnonzero(codes & 32 == 0)
-    begins = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(codes)) - np.repeat(begins, ends - begins + 1)
-    values = np.add.reduceat((codes & 31) << (5 * place), begins)
-    values -= np.where(codes[ends] & 16, 1 << (5 * (ends - begins + 1)), 0)
-    counts = values.copy()
-    counts[1::2] = np.cumsum(values[1::2])
-    counts[2::2] = np.cumsum(values[2::2])
-    return counts

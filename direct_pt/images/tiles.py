@@ -44,6 +44,11 @@ def tile_overlap(text: str) -> float:
     return value
 
 
+def overlap_flag() -> Any:
+    """A field for --overlap."""
+    return flag(None, "of tiles, as a share of their side (0.2)", tile_overlap, metavar="X")
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How images are cut.
@@ -77,7 +82,7 @@ class TileOptions:
         "alone (as in training)",
         tile_side, metavar="PIXELS",
     )  # fmt: skip
-    overlap: float | None = flag(None, "of tiles, as a share of their side (0.2)", tile_overlap, metavar="X")
+    overlap: float | None = overlap_flag()
 
     def tiling(self, own: Tiling | None) -> Tiling | None:
         """How images are cut, None where they are not; `own` is the detector's. Raises InputError."""

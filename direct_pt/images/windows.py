@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from direct_pt.errors import printable
 from direct_pt.images.decoding import (
     DEFAULT_DECODING,
     Decoding,
@@ -96,7 +97,7 @@ def _read_piecewise(path: Path, name: str, size: Size, window: Window, least: Si
     Raises:
         UnreadableImage: the header cannot be read.
     """
-    vips = _libvips(os.getpid())
+    vips = _libvips()
     sizes = header_sizes(path, name)
     if vips is None or sizes.orientation != 1 or sizes.stored != size:
         return None
@@ -119,7 +120,7 @@ def _read_piecewise(path: Path, name: str, size: Size, window: Window, least: Si
 @lru_cache(maxsize=1)
 def _opened(path: Path, changed: int) -> Any:
     """A file of which any part can be read; `changed` tells its versions apart."""
-    return _libvips(os.getpid()).Image.new_from_file(os.fspath(path), access="random", fail_on="truncated")
+    return _libvips().Image.new_from_file(os.fspath(path), access="random", fail_on="truncated")
 
 
 def _streamed(vips: Any, path: Path) -> Any:
@@ -128,17 +129,29 @@ def _streamed(vips: Any, path: Path) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _libvips(process: int) -> Any:
-    """The package pyvips; None where it is not installed, or was in use before this process was forked: its threads
-    are gone then, and it would wait for them."""
-    if "pyvips" in sys.modules:
-        return sys.modules["pyvips"] if _owner == [process] else None
+def _libvips() -> Any:
+    """The package pyvips; None, which is said once, where parts of files cannot be read with it."""
+    if _forked_from_vips:
+        return None
     try:
         import pyvips
-    except (ImportError, OSError):  # OSError: without libvips itself
+    except (ImportError, OSError) as error:  # OSError: without libvips itself
+        text = (
+            f"warning: files of {LARGE_PIXELS // 1_000_000} million pixels and more are decoded whole, as there is no"
+        )
+        print(printable(f"{text} pyvips ({error}): pip install pyvips pyvips-binary"), file=sys.stderr, flush=True)
         return None
-    _owner.append(process)
     return pyvips
 
 
-_owner: list[int] = []  # the process that loaded pyvips
+_forked_from_vips = False  # libvips' threads are gone then, and it would wait for them
+
+
+def _forked() -> None:
+    """What a forked process notes before anything else."""
+    global _forked_from_vips
+    _forked_from_vips = "pyvips" in sys.modules
+    _libvips.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,6 +1,7 @@
 """Which results are written: the flags, and what they stand for."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,29 +36,38 @@ class OutputOptions:
     crops: bool = flag(False, f"also cut out each object: {CROPS}/CLASS/IMAGE_N.jpg")
     no_pictures: bool = flag(False, "draw no pictures")
 
-    def outputs(self, folder: Path, classes: Classes, base: Path) -> list[Output]:
-        """What is written into a folder; files are named as seen from `base`.
-
-        Raises:
-            InputError: it is there already: an annotation file may hold somebody's corrections.
-        """
-        kinds = (
-            (self.crops, CROPS, crops),
-            (self.as_annotations, ANNOTATIONS, partial(coco_annotations, base=base)),
-            (self.as_yolo, YOLO, yolo_set),
-            (self.as_label_studio, LABEL_STUDIO, partial(label_studio_tasks, base=base)),
-            (self.as_cvat, CVAT, partial(cvat_images, base=base)),
-        )
-        found: list[Output] = [] if self.no_pictures else [pictures(folder, classes)]  # first: their files are read
-        for is_asked, name, output in kinds:
-            if not is_asked:
-                continue
+    def check(self, folder: Path) -> None:
+        """Raises InputError: one of them is in the folder already: it may hold somebody's corrections."""
+        for name in self.files():
             for place in (name, LABEL_STUDIO_SETUP) if name == LABEL_STUDIO else (name,):
                 if os.path.lexists(folder / place):
                     text = f"has {place}, which may hold corrections; name another place"
                     raise InputError(f"--output-dir {folder}: {text}")
-            found.append(output(folder / name, classes))
-        return [*found, coco_results(folder / RESULTS, classes)]
+
+    def files(self) -> list[str]:
+        """The names of what is asked for beside pictures, in the order in which it is written."""
+        kinds = (
+            (self.crops, CROPS),
+            (self.as_annotations, ANNOTATIONS),
+            (self.as_yolo, YOLO),
+            (self.as_label_studio, LABEL_STUDIO),
+            (self.as_cvat, CVAT),
+        )
+        return [name for is_asked, name in kinds if is_asked]
+
+    def outputs(self, folder: Path, classes: Classes, base: Path) -> list[Output]:
+        """What is written into a folder; files are named as seen from `base`. Raises InputError: see `check`."""
+        self.check(folder)
+        writers: dict[str, Callable[[Path, Classes], Output]] = {
+            CROPS: crops,
+            ANNOTATIONS: partial(coco_annotations, base=base),
+            YOLO: yolo_set,
+            LABEL_STUDIO: partial(label_studio_tasks, base=base),
+            CVAT: partial(cvat_images, base=base),
+        }
+        drawn = [] if self.no_pictures else [pictures(folder, classes)]  # first: their files are read
+        found = [writers[name](folder / name, classes) for name in self.files()]
+        return [*drawn, *found, coco_results(folder / RESULTS, classes)]
 
 
 def describe(options: OutputOptions, folder: Path, base: Path) -> list[str]:

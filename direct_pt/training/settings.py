@@ -34,7 +34,7 @@ from direct_pt.flags import (
     to_json,
     whole_number,
 )
-from direct_pt.images.tiles import Tiling, chosen_tiling, tile_overlap, tile_side
+from direct_pt.images.tiles import Tiling, chosen_tiling, overlap_flag, tile_side
 from direct_pt.models.detector import MODELS
 from direct_pt.recipes import (
     FINETUNE,
@@ -71,7 +71,7 @@ class TrainingDataOptions(DataOptions):
         "(stage 1: 0, stage 2: as --init)",
         tile_side, metavar="PIXELS",
     )  # fmt: skip
-    overlap: float | None = flag(None, "of tiles, as a share of their side (0.2)", tile_overlap, metavar="X")
+    overlap: float | None = overlap_flag()
 
     def tiling(self, own: Tiling | None = None) -> Tiling | None:
         """How images are cut, None where they are not; `own` where the flags do not say. Raises InputError."""
