@@ -176,12 +176,9 @@ def calibrate(plan: Plan, runs: list[RunId], place: Place, core: int, low: int, 
                 wait(Job(RunId(experiment, data, 0, 0, key), core, [(stage, own, command)]))
                 seconds[key, steps] = stage_seconds(own)
                 before = own
-        for key in keys:
-            per_step = (seconds[key, high] - seconds[key, low]) / (high - low)
-            if per_step <= 0:
-                raise InputError(f"{key}: {high} steps took no longer than {low}: give larger --calibration-steps")
-            place.costs.stages[key] = (seconds[key, low] - low * per_step, per_step)
-            print(printable(f"{key}: {per_step:.3f} seconds a step"), flush=True)
+        place.costs.add({key: (seconds[key, low], seconds[key, high]) for key in keys}, low, high)
+        for key in dict.fromkeys(keys):
+            print(printable(f"{key}: {place.costs.stages[key][1]:.3f} seconds a step"), flush=True)
         place.costs.write()
 
 

@@ -111,6 +111,17 @@ def test_files_that_are_refused(tmp_path: Path, old: str, new: str, message: str
     assert str(error.value).startswith(str(tmp_path / "experiments.toml"))
 
 
+def test_costs_of_another_machine_are_in_the_seconds_of_the_first(tmp_path: Path) -> None:
+    """A known cost stays, and what is measured beside it on a machine twice as fast is doubled."""
+    costs = Costs(tmp_path / "costs.json")
+    costs.add({"direct": (14.0, 44.0)}, 10, 40)
+    assert costs.stages == {"direct": (4.0, 1.0)}
+    costs.add({"direct": (7.0, 22.0), "tiles": (11.0, 41.0)}, 10, 40)
+    assert costs.stages == {"direct": (4.0, 1.0), "tiles": (2.0, 2.0)}
+    with pytest.raises(InputError, match="tiles: 40 steps took no longer than 10: give larger --calibration-steps"):
+        costs.add({"tiles": (11.0, 11.0)}, 10, 40)
+
+
 def test_arms_of_equal_cost(tmp_path: Path) -> None:
     """The steps that are left for the arm, after what each process takes without any."""
     plan, costs = declared(tmp_path), Costs(tmp_path / "costs.json")

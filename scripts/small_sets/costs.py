@@ -39,6 +39,28 @@ class Costs:
         """To the file."""
         write_json(self.path, {key: [round(one, 4) for one in pair] for key, pair in sorted(self.stages.items())})
 
+    def add(self, seconds: dict[str, tuple[float, float]], low: int, high: int) -> None:
+        """Add the costs of stages of one set.
+
+        A known cost stays, and the new ones are in its seconds: those of another machine, perhaps.
+
+        Args:
+            seconds: {key: (of a run of `low` steps, of one of `high` steps)}, of known and new stages.
+            low: steps.
+            high: more steps.
+
+        Raises:
+            InputError: more steps took no longer.
+        """
+        known = {key: self.stages[key] for key in seconds if key in self.stages}
+        as_known = sum(fixed + high * per_step for fixed, per_step in known.values())
+        scale = as_known / sum(seconds[key][1] for key in known) if known else 1.0
+        for key, (short, long) in seconds.items():
+            per_step = (long - short) / (high - low)
+            if per_step <= 0:
+                raise InputError(f"{key}: {high} steps took no longer than {low}: give larger --calibration-steps")
+            self.stages.setdefault(key, ((short - low * per_step) * scale, per_step * scale))
+
     def of_arm(self, data: str, arm: Arm) -> float:
         """Processor seconds of an arm whose lengths are all stated. Raises InputError."""
         seconds = 0.0
