@@ -1,6 +1,6 @@
 """How the programs run and end: an error that the user can fix is one line on stderr and exit status 2."""
 
-from direct_pt.program.startup import control_c_raises
+from direct_pt.program.startup import libraries_loaded
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,7 +19,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     """
     keep_streams_open()
     try:
-        with control_c_raises():
+        with libraries_loaded():
             main()
     except InputError as error:
         _exit("error", error, 2)
