@@ -82,6 +82,24 @@ def test_the_same_as_the_script_finds(detector: Detector, photo: Path, tmp_path:
         assert [row["category_name"] for row in rows] == found["labels"]
 
 
+def test_other_images_change_nothing(detector: Detector, photo: Path, tmp_path: Path) -> None:
+    """Images of several shapes, computed three at once, give what each gives alone; rows are in their order."""
+    save_model(tmp_path / "model", detector, [])
+    pixels = Image.open(photo)
+    for number, size in enumerate([(96, 64), (64, 96), (90, 60), (64, 64), (60, 90), (96, 64), (64, 96), (30, 90)]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        pixels.resize(size).save(tmp_path / f"photos/{number}.png")
+    flags = (*runs.MACHINE, "--score-threshold", 0.05, "--micro-batch-size", 3, "--output-dir", tmp_path / "found")
+    runs.call_script("predict", tmp_path / "photos", "--checkpoint", tmp_path, *flags)
+    rows = json.loads((tmp_path / "found/predictions.json").read_text())
+    assert [row["image_id"] for row in rows] == sorted(row["image_id"] for row in rows)
+    for number, path in enumerate(sorted((tmp_path / "photos").iterdir()), start=1):
+        (found,) = detector.predict(path, score_threshold=0.05)
+        own = [row for row in rows if row["image_id"] == number]
+        assert len(own) == len(found["scores"]) > 3
+        np.testing.assert_allclose([row["score"] for row in own], found["scores"], atol=1e-5)
+
+
 def test_folders_are_searched_as_training_data_are(
     detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

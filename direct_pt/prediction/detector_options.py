@@ -36,7 +36,9 @@ class DetectorOptions:
         "model", "of what is shown and written: a number, the model's own, or its own of each class", threshold,
         metavar="X|model|per-class",
     )  # fmt: skip
-    micro_batch_size: int = flag(4, "images or tiles at once", batch_size, metavar="N", alias="--batch-size")
+    micro_batch_size: int = flag(
+        4, "images of one shape, or tiles, at once", batch_size, metavar="N", alias="--batch-size"
+    )
     provider: str | None = flag(None, PROVIDER_HELP, metavar="NAME")
 
     def check(self, compute: ComputeOptions) -> None:

@@ -14,12 +14,14 @@ from direct_pt.batch import Sample
 from direct_pt.data.loader import make_loader
 from direct_pt.data.reader_processes import runs
 from direct_pt.images.decoding import Decoding, Size, UnreadableImage, image_size, read_image
+from direct_pt.images.geometry import fit
 from direct_pt.images.tiles import TileMerger, Tiling
 from direct_pt.images.windows import Window, read_window
 from direct_pt.models.api import DetectorAPI
 from direct_pt.onnx_detector import Found
 from direct_pt.transforms import TestPreset
 
+AHEAD = 16  # batches, among whose files those of one shape are put together
 BLACK = (32, 32)  # the size of what stands in for a file that cannot be read
 Part = tuple[int, Window, Size]  # file, part of its image, and size of that
 
@@ -63,6 +65,24 @@ class ImageFiles(Dataset[Sample]):
             size = BLACK if window is None else window.size  # parts of one size share a batch
             return replace(self.preset.black_sample(size), index=index, unreadable=(index,))
 
+    def batches(self, at_once: int) -> Iterator[list[int]]:
+        """Places in the list, `at_once` together: near files of one shape, once resized and padded, and no others, as
+        padding changes what is found."""
+        for ahead in runs(0, len(self.paths), AHEAD * at_once if at_once > 1 else 1):
+            shapes: dict[Size, list[int]] = {}
+            for index in ahead:
+                shapes.setdefault(self._shape(index) if at_once > 1 else BLACK, []).append(index)
+            for alike in shapes.values():
+                yield from (alike[first : first + at_once] for first in range(0, len(alike), at_once))
+
+    def _shape(self, index: int) -> Size:
+        """(height, width) that the detector computes for a file."""
+        try:
+            size = image_size(self.paths[index], self.decoding)
+        except UnreadableImage:
+            size = BLACK
+        return self.preset.padded_size(fit(size, self.preset.short_side, self.preset.long_side))
+
     def parts(self, tiling: Tiling, at_once: int) -> Iterator[list[Part]]:
         """Keys of the tiles of each image, and of the whole, with those of one size together."""
         for index, path in enumerate(self.paths):
@@ -99,8 +119,10 @@ def look_at(
     merger = None if tiling is None else TileMerger(tiling)
 
     def keys() -> Iterator[list[int]] | Iterator[list[Part]]:
-        return iter(runs(0, len(images.paths), at_once)) if tiling is None else images.parts(tiling, at_once)
+        return images.batches(at_once) if tiling is None else images.parts(tiling, at_once)
 
+    early: dict[int, Looked] = {}  # those of files whose turn has not come
+    turn = 0
     with closing(iter(make_loader(images, keys, num_workers))) as batches:
         for batch in batches:
             with accelerator.autocast():
@@ -109,7 +131,10 @@ def look_at(
             for index, (height, width), part in zip(batch.indices.tolist(), sizes, everything, strict=True):
                 found = None if part is None else part.above(thresholds)
                 if merger is None:
-                    yield Looked(index, (height, width), found)
+                    early[index] = Looked(index, (height, width), found)
+                    while turn in early:
+                        yield early.pop(turn)
+                        turn += 1
                     continue
                 size = images.sizes[index]
                 for whole in merger.add(index, size, found):
