@@ -24,6 +24,7 @@ from direct_pt.checkpoint import from_pretrained, model_folder, read_history, sa
 from direct_pt.coco_eval import METRICS
 from direct_pt.errors import InputError, StopSignal, TrainingStopped
 from direct_pt.recipes import PRETRAIN
+from direct_pt.training import run_folder
 from direct_pt.training.plan import make_plan
 from direct_pt.training.settings import PretrainFlags, parse_flags
 
@@ -34,6 +35,19 @@ PERIOD = ("--max-steps", str(STEPS), *runs.NO_EVALUATION, "--log-every", "1")
 
 
 # From files to metrics and pictures
+
+
+def test_drawing_takes_a_small_share_of_the_time(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The charts are drawn at the first save, at times, and at the end, when they show all records."""
+    drawn: list[int] = []
+    monkeypatch.setattr(run_folder, "plot_curves", lambda records, path: drawn.append(len(records)))
+    flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 12, "--save-every", 1, "--log-every", 1)
+    for share, drawings in ((1e-9, 2), (1e9, 13)):
+        drawn.clear()
+        monkeypatch.setattr(run_folder, "DRAWING_SHARE", share)
+        runs.train("pretrain", *flags, *runs.NO_EVALUATION, "--output-dir", tmp_path / str(drawings))
+        assert len(drawn) == drawings and drawn == sorted(set(drawn)) and drawn[0] == 1
+        assert drawn[-1] == len(runs.records(tmp_path / str(drawings)))
 
 
 def test_files_of_a_run(pretrained: Path, demo: Path) -> None:

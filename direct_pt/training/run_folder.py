@@ -16,7 +16,7 @@ from tqdm import tqdm
 from direct_pt.batch import Batch
 from direct_pt.checkpoint import CONFIG, History, read_history, save_model, save_weights
 from direct_pt.errors import InputError, TrainingStopped, printable
-from direct_pt.files import replacing, unfinished, write_json, write_text, writing
+from direct_pt.files import replacing, write_json, write_text, writing
 from direct_pt.models.detector import Detector
 from direct_pt.models.model_folder import model_facts
 from direct_pt.reports.evaluation import Judged
@@ -30,6 +30,8 @@ from direct_pt.training.checkpoints import (
     set_aside_checkpoints,
 )
 from direct_pt.training.saved_values import read_records, warn_of_lines
+
+DRAWING_SHARE = 0.05  # of the time, at most
 
 
 class RunFolder:
@@ -64,8 +66,7 @@ class RunFolder:
         self.page: RunPage | None = None
         self._error = ""
         self._unsaved_best: Callable[[], None] | None = None
-        if unfinished(path / "curves.png").exists():  # killed while it drew them, perhaps as the last it had to do
-            self._try(lambda: plot_curves(self.records, path / "curves.png"))
+        self._drawn, self._draw_from = 0, 0.0  # records, and when to draw again
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -175,6 +176,7 @@ class RunFolder:
 
     def must_be_saved(self, step: int) -> None:
         """Raise TrainingStopped where the last save failed. Called whenever a run ends."""
+        self._try(lambda: self._draw(is_last=True))
         if self._error:
             raise TrainingStopped(
                 f"step {step} could not be saved: {self._error}; {self.newest_checkpoint()}. Make room there, then "
@@ -191,11 +193,19 @@ class RunFolder:
             message = f"warning: not saved: {error}; {self.newest_checkpoint()}; training continues"
             tqdm.write(printable(message), file=sys.stderr)
 
-    def _draw(self) -> None:
-        """The charts, and the page that shows them. Raises OSError."""
+    def _draw(self, is_last: bool = False) -> None:
+        """The charts of new records, and the page that shows them. Raises OSError.
+
+        Not at each save: it takes as long as some steps of a small detector.
+        """
+        start = time.monotonic()
+        if self._drawn == len(self.records) or (start < self._draw_from and not is_last):
+            return
         plot_curves(self.records, self.path / "curves.png")
         if self.page is not None:
             self.page.write(self.records)
+        self._drawn, now = len(self.records), time.monotonic()
+        self._draw_from = now + (now - start) / DRAWING_SHARE
 
     def _write_best(self) -> None:
         if self._unsaved_best is not None:
