@@ -8,7 +8,21 @@ versions. docs/performance.md has the figures of one machine, and what each part
 
 from direct_pt.program.run import run_program
 
-from benchmarks import annotations, evaluation, gpu, input, memory, predict, scaling, size, step, stream, tiles, trials
+from benchmarks import (
+    annotations,
+    evaluation,
+    export,
+    gpu,
+    input,
+    memory,
+    predict,
+    scaling,
+    size,
+    step,
+    stream,
+    tiles,
+    trials,
+)
 from benchmarks.rows import Row
 from direct_pt.files import check_output, write_json, writing
 from direct_pt.flags import any_path, make_parser
@@ -26,6 +40,7 @@ PARTS = {
     "trials": trials,
     "tiles": tiles,
     "predict": predict,
+    "export": export,
 }
 
 

@@ -7,9 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import small_runs as runs
+from PIL import Image
 
-from direct_pt.reports.run_page import MAX_IMAGES, MAX_SAMPLES
+from direct_pt.errors import TrainingStopped
+from direct_pt.reports.run_page import MAX_IMAGES, MAX_SAMPLES, RunPage
 
 
 def pictures(run: Path) -> set[str]:
@@ -53,6 +56,31 @@ def test_resumed(pretrained: Path, demo: Path, tmp_path: Path) -> None:
     runs.train("pretrain", "--data", demo, *flags, "--output-dir", run, "--resume")
     page = (run / "run.html").read_text()
     assert re.findall(r"<th>step (\d+)</th>", page) == ["2", "4"] and pictures(run) == pictures(pretrained)
+
+
+@pytest.mark.parametrize("name", ["sample-3", "truth-2", "step-2-3"])
+def test_killed_while_pictures_are_written(
+    name: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that goes on has all of them, also where nothing else was left to do."""
+    run, save = tmp_path / "run", RunPage._save
+
+    def killed(self: RunPage, image: Image.Image, own: str) -> None:
+        if own == name:  # a kill leaves what is half-written
+            (self.folder / "run_pictures" / f".{own}.webp.partial").write_bytes(b"RIFF")
+            raise MemoryError("killed")
+        save(self, image, own)
+
+    flags = ("--data", demo, *runs.TINY, *runs.EIGHT, "--max-steps", 2, *runs.NO_EVALUATION, "--output-dir", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunPage, "_save", killed)
+        with pytest.raises((MemoryError, TrainingStopped)):
+            runs.train("pretrain", *flags)
+    runs.train("pretrain", *flags, "--resume")
+    shown = range(min(runs.VAL_IMAGES, MAX_IMAGES))
+    expected = {f"{kind}-{n}" for kind in ("truth", "step-2") for n in shown}
+    assert pictures(run) == expected | {f"sample-{n}" for n in range(MAX_SAMPLES)}
+    assert (run / "run.html").read_text().count("data:image/webp") == len(pictures(run))
 
 
 def test_class_names_are_escaped(demo: Path, tmp_path: Path) -> None:

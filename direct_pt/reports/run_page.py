@@ -56,7 +56,7 @@ class RunPage:
     def add_samples(self, batches: Iterable[Batch], class_names: tuple[str, ...]) -> None:
         """Keep pictures of the first training samples, as the detector sees them. Raises OSError."""
         pictures = (picture(batch, row, class_names) for batch in batches for row in range(len(batch)))
-        for number, sample in enumerate(islice(pictures, MAX_SAMPLES)):
+        for number, sample in reversed(list(enumerate(islice(pictures, MAX_SAMPLES)))):  # the first says that all are
             sample.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
             self._save(sample, f"sample-{number}")
 

@@ -95,11 +95,11 @@ class RunFolder:
             self._unsaved_best = lambda: save_weights(self.path / "best", detector.config, weights, measured)
             self._try(self._write_best)
         self._try(lambda: self._write_ap(detector, history, measured))
-        self.add(record)
-        self.evaluated_step = record["step"]
-        self.aps.append(record["bbox"]["AP"])
         if judged is not None and (page := self.page) is not None:
             self._try(lambda: page.add_evaluation(record["step"], judged))
+        self.add(record)  # from now on the evaluation is not repeated
+        self.evaluated_step = record["step"]
+        self.aps.append(record["bbox"]["AP"])
         self._try(self._draw)
 
     def save(self, state: TrainingState, result: Detector, history: History) -> None:

@@ -97,6 +97,12 @@ def run_python(*arguments: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def run_script(name: str, *flags: object) -> None:
+    """Run one of the scripts, whose output is shown on stderr. Raises CalledProcessError."""
+    script = Path(__file__).parents[1] / f"{name}.py"
+    subprocess.run([sys.executable, str(script), *map(str, flags)], check=True, stdout=sys.stderr)
+
+
 def peak_gib() -> float:
     """The peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -6,8 +6,6 @@ steps, one on tiles of 256 pixels and the whole images, one on whole images alon
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 import make_demo_data as demo
-from benchmarks.rows import Row, row
+from benchmarks.rows import Row, row, run_script
 from direct_pt.files import read_json
 from direct_pt.flags import any_path, positive_integer
 
@@ -29,7 +27,6 @@ DETECTOR = ("--model", "faster_rcnn_r50_fpn", "--backbone", "resnet18", "--chann
             "--proposals", "256", "--image-size", "160", "--micro-batch-size", "8", "--num-workers", "0",
             "--anchor-scale", "auto", "--val-share", "0", "--eval-every", "10000")  # fmt: skip
 ARMS = {"tiles": ("--train-tiles", str(TILE)), "whole images": ()}
-SCRIPTS = Path(__file__).parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +45,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
     for arm, flags in ARMS.items():
         run = args.output_dir / f"trained on {arm}"
         own = (*DETECTOR, *flags, "--max-steps", args.steps, "--output-dir", run, "--resume")
-        call("pretrain", *paths, *own)
+        run_script("pretrain", *paths, *own)
         for test, tiles in (("tiles", TILE), ("whole images", 0)):
             folder = args.output_dir / f"{arm} tested on {test}"
-            call("evaluate", "--checkpoint", run, "--data", data, "--tiles", tiles, "--batch-size", 16,
-                 "--num-workers", 1, "--output-dir", folder)  # fmt: skip
+            run_script("evaluate", "--checkpoint", run, "--data", data, "--tiles", tiles, "--batch-size", 16,
+                       "--num-workers", 1, "--output-dir", folder)  # fmt: skip
             metrics = read_json(folder / "metrics.json")["bbox"]
             setting = f"trained on {arm}, tested on {test}"
             rows += [row("tiles", f"{setting}: {name}", round(metrics[name], 4), "") for name in ("AP", "AP50")]
     return rows
-
-
-def call(script: str, *flags: object) -> None:
-    """Run one of the scripts, whose output is shown."""
-    subprocess.run([sys.executable, str(SCRIPTS / f"{script}.py"), *map(str, flags)], check=True, stdout=sys.stderr)
 
 
 def make_set(folder: Path) -> None:
