@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -119,7 +120,8 @@ def load_detector(path_or_hub_id: str | Path, weights: str = "best", provider: s
         exported = OnnxModel(path, (provider,) if provider else PROVIDERS)
         return Loaded(exported, path, _described(path, exported.history))
     folder = model_folder(path_or_hub_id, weights)
-    return Loaded(from_pretrained(folder), folder, describe_model(folder))
+    detector = from_pretrained(folder).to(memory_format=torch.channels_last)  # convolutions are faster, as in training
+    return Loaded(detector, folder, describe_model(folder))
 
 
 def is_exported(path: str | Path) -> bool:
