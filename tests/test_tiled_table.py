@@ -346,6 +346,7 @@ def test_both_stages_and_what_follows(large_set: Path, tmp_path: Path, capsys: p
     assert runs.largest_difference(ours, theirs) == 0
     said = capsys.readouterr().out
     assert "files, whole and in tiles of 64, overlap 0: 6" in said
+    assert "--cache none: each tile decodes its whole image; jpeg and raw keep copies of the tiles" in said
     runs.train("finetune", *data, *runs.FINETUNE, *STEPS, "--init", tmp_path / "one", "--output-dir", tmp_path / "fine")
     history = runs.read_json(tmp_path / "fine/model/config.json")["history"]
     assert [stage["tiles"] for stage in history] == [{"size": 64, "overlap": 0}] * 2
@@ -375,13 +376,14 @@ def test_both_stages_and_what_follows(large_set: Path, tmp_path: Path, capsys: p
     assert "tiles" not in runs.read_json(tmp_path / "whole/model/config.json")["history"][-1]
 
 
-def test_copies_of_tiles(large_set: Path, tmp_path: Path) -> None:
+def test_copies_of_tiles(large_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The cache of stage 1 has copies of the tiles, apart from those of the images."""
     for name, tiles in (("tiles", TILES), ("whole", ())):
         flags = (*runs.train_part(large_set), *runs.TINY, *tiles, *STEPS, "--cache", "raw", "--cache-dir", tmp_path)
         runs.train("pretrain", *flags, "--output-dir", tmp_path / "runs" / name)
     folders = [path for path in tmp_path.iterdir() if path.name.startswith("images-raw") and path.is_dir()]
     assert sorted(runs.read_json(folder / "manifest.json")["images"] for folder in folders) == [6, 30]
+    assert "decodes its whole image" not in capsys.readouterr().out
 
 
 def test_processes_share_the_images(table: AnnotationTable) -> None:

@@ -116,6 +116,8 @@ def choose(
         require_outlines(train)
     if FLIPS[augmentation.flips][1] and TEXT_CLASSES.issuperset(map(str.lower, train.class_names)):
         notes.append(f"--flips {augmentation.flips} turns images upside down, and the classes look like characters")
+    if given.get("cache") == "none" and isinstance(train, AnnotationTable) and train.places is not None:
+        notes.append("--cache none: each tile decodes its whole image; jpeg and raw keep copies of the tiles")
     anchor_scale = augmentation.anchor_scale if model is not None else None
     if anchor_scale == "auto" and model is not None:
         assert isinstance(train, AnnotationTable)

@@ -25,7 +25,7 @@ TILE = 256
 IMAGES = {"train": 16, "val": 4}
 DETECTOR = ("--model", "faster_rcnn_r50_fpn", "--backbone", "resnet18", "--channels", "64", "--rois-per-image", "32",
             "--proposals", "256", "--image-size", "160", "--micro-batch-size", "8", "--num-workers", "0",
-            "--anchor-scale", "auto", "--val-share", "0", "--eval-every", "10000")  # fmt: skip
+            "--anchor-scale", "auto", "--cache", "raw", "--val-share", "0", "--eval-every", "10000")  # fmt: skip
 ARMS = {"tiles": ("--train-tiles", str(TILE)), "whole images": ()}
 
 
