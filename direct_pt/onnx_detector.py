@@ -4,7 +4,7 @@
   detector = OnnxDetector("model.onnx")
   result = detector.predict("photo.jpg")[0]           # boxes, scores, labels, and of mask detectors masks
 
-  python onnx_detector.py model.onnx photo.jpg ...    prints a line of JSON for each image
+  python onnx_detector.py model.onnx photo.jpg ...    prints a line of JSON for each image, without masks
 
 `scripts/export.py` writes the model. Its inputs are "images" [batch, height, width, 3] uint8 RGB, and "sizes"
 [batch, 2] int64, the (height, width) of each image, beyond which it is zero. Its outputs are, for each detection,
@@ -369,16 +369,18 @@ def _interpolation(
 
 
 def main(arguments: list[str]) -> int:
-    """Print the detections in image files, a line of JSON for each."""
+    """Print the detections in image files, a line of JSON for each, without masks."""
     if len(arguments) < 2:
-        print("usage: python onnx_detector.py MODEL.onnx IMAGE ...", file=sys.stderr)
+        print("usage: python onnx_detector.py MODEL.onnx IMAGE ...  (lines of JSON, without masks)", file=sys.stderr)
         return 2
     try:
         detector = OnnxDetector(arguments[0])
         for path in arguments[1:]:
             result = detector.predict(path)[0]
-            boxes, scores = result["boxes"].round(2).tolist(), result["scores"].round(4).tolist()
-            print(json.dumps({"file": path, "boxes": boxes, "scores": scores, "labels": result["labels"]}), flush=True)
+            boxes, scores = result["boxes"].astype(float).round(2), result["scores"].astype(float).round(4)
+            names = {"labels": result["labels"], "category_ids": np.asarray(result["category_ids"]).tolist()}
+            row = {"file": path, "boxes": boxes.tolist(), "scores": scores.tolist(), **names}
+            print(json.dumps(row), flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

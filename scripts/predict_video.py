@@ -54,7 +54,7 @@ class VideoOptions:
     """Which frames are looked at, and what is written."""
 
     every: int = flag(1, "look at every N-th frame alone", positive_integer, metavar="N")
-    max_frames: int | None = flag(None, "end after so many frames", positive_integer, metavar="N")
+    max_frames: int | None = flag(None, "end after looking at so many frames", positive_integer, metavar="N")
     reconnect: float = flag(
         60.0, "for how long a stream or camera that breaks off is called again", positive_float, metavar="SECONDS"
     )
@@ -116,7 +116,8 @@ def main() -> None:
         with accelerator.autocast():
             return [found.above(thresholds) for found in detector.find(images, preset)]
 
-    at_once, count = 1 if isinstance(video, LiveVideo) else own.micro_batch_size, 0
+    at_once = 1 if isinstance(video, LiveVideo) else own.micro_batch_size
+    count = detections = 0
     names, signals = drawable_names(classes), StopSignals()
     with ExitStack() as stack:
         stack.enter_context(writing(f"--output-dir {output}"))
@@ -139,12 +140,14 @@ def main() -> None:
                     writer.write(np.asarray(with_detections(Image.fromarray(frame.pixels), found, names)), frame.time)
                 bar.update()
             count += len(batch)
+            detections += sum(len(found.scores) for found in everything)
             lines.flush()
     for note in [*video.notes, *([] if writer is None else writer.notes)]:
         print(printable(f"{video.name}: {note}"))
     if not count:
         raise InputError(f"{video.name}: no picture of it could be read")
-    print(printable(f"{count} frames: {output}"))
+    written = LINES if writer is None else f"{LINES}, {VIDEO}"
+    print(printable(f"{count} frames, {detections} detections: {output} ({written})"))
     if signals.number:
         raise StopSignal(
             f"{signal.Signals(signals.number).name}: what was found until now is whole", 128 + signals.number

@@ -6,11 +6,13 @@ from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import pytest
 import small_detectors
 import small_runs as runs
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from direct_pt import as_supervision, from_pretrained
 from direct_pt.checkpoint import save_model
@@ -18,7 +20,9 @@ from direct_pt.data.annotations import AnnotationTable
 from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.errors import InputError
 from direct_pt.images.decoding import read_image
+from direct_pt.onnx_detector import Found
 from direct_pt.prediction import seen
+from direct_pt.prediction.annotation_files import outline_of
 from direct_pt.prediction.pictures import class_folders
 from direct_pt.prediction.seen import Classes
 
@@ -84,6 +88,10 @@ def test_annotations_can_be_trained_on(written: Path, photos: Path, capsys: pyte
     assert_same_boxes(table, rows, 1e-9)
     content = runs.read_json(written / "annotations.json")
     assert all(0 < one["score"] <= 1 and one["area"] > 0 for one in content["annotations"])
+    for one in content["annotations"]:
+        width, height = one["bbox"][2:]
+        area = coco_mask.area(one["segmentation"]) if "segmentation" in one else width * height
+        assert one["area"] == (area or width * height)
     if "segmentation" in content["annotations"][0]:
         table.require_masks()
     flags = ("--train-images", photos, "--train-annotations", written / "annotations.json", "--val-share", 0)
@@ -108,6 +116,7 @@ def test_label_studio(written: Path, photos: Path) -> None:
     assert [label.get("value") for label in setup.iter("Label")] == 2 * list(NAMES)
     tasks = runs.read_json(written / "label_studio.json")
     assert len(tasks) == 4
+    identifiers: list[str] = []
     for task in tasks:
         address = task["data"]["image"]
         path = photos.parent / unquote(address.removeprefix("/data/local-files/?d="))
@@ -121,6 +130,7 @@ def test_label_studio(written: Path, photos: Path) -> None:
             sides = np.array([shape["original_width"], shape["original_height"]]) / 100
             value = shape["value"]
             assert value[shape["type"]][0] in NAMES
+            identifiers.append(shape["id"])
             if shape["type"] == "rectanglelabels":
                 boxes.append(np.array([value[key] for key in ("x", "y", "width", "height")]) * np.tile(sides, 2))
             else:
@@ -129,15 +139,19 @@ def test_label_studio(written: Path, photos: Path) -> None:
         if all("segmentation" not in row for row in own):
             np.testing.assert_allclose(boxes, [row["bbox"] for row in own], atol=1e-3)
         else:
-            assert len(boxes) < len(prediction["result"]) >= len(own)
+            assert len(boxes) < len(prediction["result"])
+        assert len(prediction["result"]) == len(own)
+    assert len(set(identifiers)) == sum(map(len, rows.values()))
 
 
 def test_cvat(written: Path, photos: Path) -> None:
-    """Boxes, or polygons around the masks, which cover them."""
+    """One shape for each detection: boxes, or outlines of the masks, or the masks themselves."""
     rows, root = rows_by_image(written), ElementTree.parse(written / "cvat.xml").getroot()
     assert root.tag == "annotations" and root.findtext("version") == "1.1"
     images = root.findall("image")
-    assert len({image.get("id") for image in images}) == len(images) == 4
+    assert [image.get("id") for image in images] == ["0", "1", "2", "3"]
+    assert [name.text for name in root.findall("meta/task/labels/label/name")] == list(NAMES)
+    assert root.findtext("meta/task/mode") == "annotation"
     for image in images:
         path = photos / image.get("name", "")
         assert path.is_file()
@@ -149,11 +163,58 @@ def test_cvat(written: Path, photos: Path) -> None:
             np.testing.assert_allclose(boxes, expected, atol=1e-3)
             assert [box.get("label") for box in image.findall("box")] == [row["category_name"] for row in own]
         else:
-            assert len(image.findall("polygon")) >= len(own) - len(boxes) > 0
-            for polygon in image.findall("polygon"):
-                points = np.array([pair.split(",") for pair in polygon.get("points", "").split(";")], float)
-                inside = (points.min(axis=0) >= expected[:, :2] - 1.5) & (points.max(axis=0) <= expected[:, 2:] + 1.5)
-                assert inside.all(axis=1).any()
+            assert len(image) == len(own) > len(boxes)
+            for row, shape in zip(own, image, strict=True):
+                assert shape.get("label") == row["category_name"]
+                mask = coco_mask.decode(row["segmentation"]).astype(bool)
+                if shape.tag == "polygon":
+                    points = np.array([pair.split(",") for pair in shape.get("points", "").split(";")], float)
+                    drawn = np.zeros(mask.shape, np.uint8)
+                    # By the centres of its pixels, as COCO fills polygons.
+                    cv2.fillPoly(drawn, [np.round((points - 0.5) * 256).astype(np.int32)], 1, shift=8)
+                    assert np.abs(points[:, None] - np.argwhere(mask)[None, :, ::-1] - 0.5).max(axis=2).min() <= 0.5
+                    assert np.logical_xor(drawn, mask).sum() <= 0.25 * mask.sum() + 8
+                elif shape.tag == "mask":
+                    height, width, left, top = (int(shape.get(k, -1)) for k in ("height", "width", "left", "top"))
+                    counts = np.array(shape.get("rle", "").split(", "), int)
+                    window = np.repeat(np.arange(len(counts)) % 2, counts).reshape(height, width)
+                    drawn = np.zeros(mask.shape, np.uint8)
+                    drawn[top : top + height, left : left + width] = window
+                    np.testing.assert_array_equal(drawn, mask)
+                else:
+                    assert not mask.any()
+
+
+def drawn_mask(*pieces: tuple[int, int, int, int]) -> Found:
+    """A detection whose mask is 1 in rectangles (x1, y1, x2, y2) of a box of 28x28 pixels at (10, 20)."""
+    masks = np.zeros((1, 28, 28), np.float32)
+    for x1, y1, x2, y2 in pieces:
+        masks[0, y1:y2, x1:x2] = 1
+    box = np.array([[10, 20, 38, 48]], np.float32)
+    return Found(box, np.ones(1, np.float32), np.zeros(1, np.int64), masks)
+
+
+def test_outlines_follow_the_edges_of_pixels() -> None:
+    """Of a square the corners, to the bit; holes and further pieces are noticed; a single pixel is a square."""
+    outline = outline_of(drawn_mask((2, 3, 12, 13)), 0, (60, 50))
+    assert outline.corners is not None and outline.is_whole
+    assert sorted(map(tuple, outline.corners.tolist())) == [(12, 23), (12, 33), (22, 23), (22, 33)]
+    outline = outline_of(drawn_mask((4, 4, 5, 5)), 0, (60, 50))
+    assert outline.corners is not None and cv2.contourArea(outline.corners.astype(np.float32)) == 1
+    outline = outline_of(drawn_mask((2, 2, 12, 12), (20, 20, 24, 24)), 0, (60, 50))
+    assert outline.corners is not None and not outline.is_whole
+    assert outline.corners.max(axis=0).tolist() == [22, 32]  # the larger one's
+    ring = drawn_mask((2, 2, 20, 20))
+    assert ring.masks is not None
+    ring.masks[0, 8:12, 8:12] = 0
+    assert not outline_of(ring, 0, (60, 50)).is_whole
+    assert outline_of(drawn_mask(), 0, (60, 50)).corners is None
+    rows, columns = np.mgrid[:28, :28]
+    disc = drawn_mask((0, 0, 28, 28))
+    disc.masks = ((rows - 13.5) ** 2 + (columns - 13.5) ** 2 < 12**2).astype(np.float32)[None]
+    outline = outline_of(disc, 0, (60, 50))
+    assert outline.corners is not None and len(outline.corners) < 30
+    assert cv2.contourArea(outline.corners.astype(np.float32)) == pytest.approx(disc.masks.sum(), rel=0.03)
 
 
 def test_crops(written: Path) -> None:

@@ -3,10 +3,12 @@
 Each kind is a context that gives a function, which is called once for every image, in order.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +19,8 @@ from xml.sax.xmlreader import AttributesImpl
 import cv2
 import numpy as np
 import yaml
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from direct_pt.errors import printable
 from direct_pt.files import replacing, valid_unicode, write_text
@@ -26,6 +30,7 @@ from direct_pt.prediction.seen import Add, Classes, Seen, relative
 
 LABEL_STUDIO_SETUP = "label_studio.xml"  # beside its predictions
 MIN_CORNERS = 3  # of a polygon
+SIMPLER = 0.7  # pixels that outlines may be off: less than a step of a slanted edge
 
 
 @contextmanager
@@ -62,7 +67,8 @@ def coco_annotations(path: Path, classes: Classes, base: Path) -> Iterator[Add]:
             for result in seen.coco(classes):
                 count += 1
                 width, height = result["bbox"][2:]
-                write({"id": count, **result, "area": width * height, "iscrowd": 0})
+                pixels = int(coco_mask.area(result["segmentation"])) if "segmentation" in result else 0
+                write({"id": count, **result, "area": pixels or width * height, "iscrowd": 0})
 
         yield add
         end()
@@ -107,22 +113,29 @@ def yolo_set(folder: Path, classes: Classes) -> Iterator[Add]:
     yield add
     folder.mkdir(parents=True, exist_ok=True)
     content = {"train": "images", "names": dict(enumerate(classes.names))}
-    write_text(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_text(folder / "data.yaml", f"{text}# val: images of another set; Ultralytics asks for it\n")
 
 
 @contextmanager
 def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add]:
     """Tasks with predictions, and the labelling set-up that they belong to, beside them.
 
-    Images are named as Label Studio serves local files, with the folder that `base` lies in as its document root.
+    Images are named as Label Studio serves local files, with the folder that `base` lies in as its document root. A
+    region is one polygon: of a mask of several pieces it is the largest one's, and how many have such masks is said.
     """
+    incomplete = 0
     with replacing(path) as temporary, temporary.open("w") as file:
         write, end = json_rows(file.write, "[\n", "]\n")
 
         def add(seen: Seen) -> None:
+            nonlocal incomplete
             scores = seen.found.scores.tolist()
+            regions = [label_studio_region(seen, row) for row in range(len(scores))]
+            incomplete += sum(not is_whole for _, _, is_whole in regions)
             shapes = [
                 {
+                    "id": f"{seen.number}-{row}",
                     "type": f"{kind}labels",
                     "from_name": kind,
                     "to_name": "image",
@@ -132,7 +145,7 @@ def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add
                     "score": scores[row],
                     "value": {**value, f"{kind}labels": [printable(classes.names[seen.found.labels[row]])]},
                 }
-                for row, kind, value in label_studio_shapes(seen)
+                for row, (kind, value, _) in enumerate(regions)
             ]
             prediction = {"model_version": "Direct-PT", "score": min(scores, default=0.0), "result": shapes}
             address = "/data/local-files/?d=" + quote(f"{base.name}/{relative(seen.path, base)}".lstrip("/"))
@@ -140,6 +153,9 @@ def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add
 
         yield add
         end()
+    if incomplete:
+        text = f"{path.name}: of {incomplete} masks with holes or of several pieces it has the largest piece's outline"
+        tqdm.write(text)
     with replacing(path.with_name(LABEL_STUDIO_SETUP)) as temporary, temporary.open("w", encoding="utf-8") as file:
         xml = XMLGenerator(file, "utf-8", short_empty_elements=True)
         with element(xml, "View"):
@@ -150,49 +166,63 @@ def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add
                         leaf(xml, "Label", {"value": printable(name)})
 
 
-def label_studio_shapes(seen: Seen) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Of each shape row of the detection, kind and value, in per cent of the sides: outlines, or the box."""
+def label_studio_region(seen: Seen, row: int) -> tuple[str, dict[str, Any], bool]:
+    """Kind and value of a detection, in per cent of the sides: its outline, or its box; and whether that is all of
+    it."""
     shares = 100 / np.array(seen.size[::-1], np.float64)
-    for row, box in enumerate(seen.found.boxes.astype(np.float64)):
-        outlines = [] if seen.found.masks is None else polygons(seen.found, row, seen.size)
-        for outline in outlines:
-            yield row, "polygon", {"points": (outline * shares).tolist(), "closed": True}
-        if not outlines:
-            x, y, width, height = (np.hstack([box[:2], box[2:] - box[:2]]) * np.tile(shares, 2)).tolist()
-            yield row, "rectangle", {"x": x, "y": y, "width": width, "height": height, "rotation": 0}
+    outline = outline_of(seen.found, row, seen.size)
+    if outline.corners is not None:
+        return "polygon", {"points": (outline.corners * shares).tolist(), "closed": True}, outline.is_whole
+    box = seen.found.boxes[row].astype(np.float64)
+    x, y, width, height = (np.hstack([box[:2], box[2:] - box[:2]]) * np.tile(shares, 2)).tolist()
+    return "rectangle", {"x": x, "y": y, "width": width, "height": height, "rotation": 0}, True
 
 
 @contextmanager
 def cvat_images(path: Path, classes: Classes, base: Path) -> Iterator[Add]:
-    """CVAT's format for images, version 1.1: a box, or the outlines, of each detection."""
+    """CVAT's format for images, version 1.1: of each detection the box or the outline; a mask where that is not all."""
+    numbers = itertools.count()
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         xml = XMLGenerator(file, "utf-8", short_empty_elements=True)
         xml.startDocument()
         with element(xml, "annotations"):
             with element(xml, "version"):
                 xml.characters("1.1")
+            with element(xml, "meta"), element(xml, "task"):  # datumaro asks for it
+                text_leaf(xml, "mode", "annotation")
+                with element(xml, "labels"):
+                    for name in classes.names:
+                        with element(xml, "label"):
+                            text_leaf(xml, "name", printable(name))
 
             def add(seen: Seen) -> None:
                 height, width = map(str, seen.size)
-                about = {"id": str(seen.number - 1), "name": printable(relative(seen.path, base))}
+                about = {"id": str(next(numbers)), "name": printable(relative(seen.path, base))}
                 with element(xml, "image", {**about, "width": width, "height": height}):
                     for row in range(len(seen.found.scores)):
-                        cvat_shapes(xml, seen, row, printable(classes.names[seen.found.labels[row]]))
+                        cvat_shape(xml, seen, row, printable(classes.names[seen.found.labels[row]]))
 
             yield add
         xml.endDocument()
 
 
-def cvat_shapes(xml: XMLGenerator, seen: Seen, row: int, label: str) -> None:
-    """A detection's outlines, or its box."""
+def cvat_shape(xml: XMLGenerator, seen: Seen, row: int, label: str) -> None:
+    """A detection: one element."""
     about = {"label": label, "source": "auto", "occluded": "0", "z_order": "0"}
-    outlines = [] if seen.found.masks is None else polygons(seen.found, row, seen.size)
-    for outline in outlines:
-        points = ";".join(f"{x:.2f},{y:.2f}" for x, y in outline.tolist())
-        leaf(xml, "polygon", {**about, "points": points})
-    if not outlines:
+    outline = outline_of(seen.found, row, seen.size)
+    if outline.corners is None:
         sides = (f"{side:.4f}" for side in seen.found.boxes[row].tolist())
         leaf(xml, "box", {**about, **dict(zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True))})
+    elif outline.is_whole:
+        points = ";".join(f"{x:.2f},{y:.2f}" for x, y in outline.corners.tolist())
+        leaf(xml, "polygon", {**about, "points": points})
+    else:  # its run lengths go along the rows, and begin with zeros
+        height, width = outline.mask.shape
+        edges = np.flatnonzero(np.diff(outline.mask.ravel(), prepend=0)).tolist()
+        counts = np.diff([0, *edges, outline.mask.size]).tolist()
+        place = {"left": outline.left, "top": outline.top, "width": width, "height": height}
+        run_lengths = {"rle": ", ".join(map(str, counts)), **{key: str(value) for key, value in place.items()}}
+        leaf(xml, "mask", {**about, **run_lengths})
 
 
 @contextmanager
@@ -209,13 +239,46 @@ def leaf(xml: XMLGenerator, name: str, attributes: Mapping[str, str]) -> None:
         pass
 
 
-def polygons(found: Found, row: int, size: Size) -> list[np.ndarray]:
-    """The outlines [k, 2] (x, y) of a detection's mask, in pixels of its image of `size`; none of under a pixel."""
-    assert found.masks is not None
+def text_leaf(xml: XMLGenerator, name: str, text: str) -> None:
+    """An element that holds text alone."""
+    with element(xml, name):
+        xml.characters(text)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The outline of a detection's mask.
+
+    Attributes:
+        mask: [h, w] uint8, 0 or 1, in a window of the image.
+        left, top: where that begins, in pixels.
+        corners: [k, 2] (x, y), of the largest piece, along the edges of its pixels, simplified by up to SIMPLER pixels;
+            None where there is no mask, or no pixel in it.
+        is_whole: whether that piece is all, and has no holes.
+    """
+
+    mask: np.ndarray
+    left: int
+    top: int
+    corners: np.ndarray | None
+    is_whole: bool
+
+
+def outline_of(found: Found, row: int, size: Size) -> Outline:
+    """The outline of a detection in an image of `size`."""
+    nothing = Outline(np.zeros((0, 0), np.uint8), 0, 0, None, True)
+    if found.masks is None:
+        return nothing
     own = found.keep(np.array([row]))
     assert own.masks is not None
     ((top, left), inside), = paste_windows(own.masks, own.boxes, np.array([size]))  # fmt: skip
     mask = (inside >= MASK_THRESHOLD).astype(np.uint8)
-    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    corners = [outline.reshape(-1, 2) + np.array([left + 0.5, top + 0.5]) for outline in outlines]
-    return [outline for outline in corners if len(outline) >= MIN_CORNERS]
+    # Contours go through the centres of pixels: of a mask twice as large, through places that tell the edges.
+    contours, tree = cv2.findContours(mask.repeat(2, 0).repeat(2, 1), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return nothing
+    pieces = [contour for contour, (*_, parent) in zip(contours, tree[0].tolist(), strict=True) if parent < 0]
+    largest = (max(pieces, key=cv2.contourArea) + 1) // 2
+    simpler = cv2.approxPolyDP(largest, SIMPLER, closed=True)
+    corners = simpler if len(simpler) >= MIN_CORNERS else largest
+    return Outline(mask, left, top, corners.reshape(-1, 2) + np.array([left, top], np.float64), len(contours) == 1)

@@ -79,5 +79,12 @@ def describe(options: OutputOptions, folder: Path, base: Path) -> list[str]:
         lines.append(f"train on {YOLO}: --data {folder / YOLO}")
     if options.as_label_studio:
         root = f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={base.parent}"
-        lines.append(f"Label Studio: set {root}, and the labelling set-up of {LABEL_STUDIO_SETUP}")
+        lines.append(
+            f"Label Studio: set {root}, give the project {LABEL_STUDIO_SETUP} as its labelling set-up, and a source"
+        )
+        lines.append(f"  storage 'Local files' of {base}, without which no image is shown; then import {LABEL_STUDIO}")
+    if options.as_cvat:
+        lines.append(f"CVAT: make a task of the images with the same labels, then upload {CVAT} as 'CVAT 1.1'")
+    if options.as_label_studio or options.as_cvat:
+        lines.append("what was corrected there comes back as COCO: export it so, and train on it")
     return lines

@@ -16,7 +16,10 @@ def as_supervision(result: dict[str, Any]) -> Any:
 
     Raises:
         ModuleNotFoundError: supervision is not installed.
+        TypeError: `result` is no item, such as the whole list.
     """
+    if not isinstance(result, dict):
+        raise TypeError("as_supervision takes the result of one image, such as predict(image)[0]")
     try:
         import supervision
     except ModuleNotFoundError as error:
