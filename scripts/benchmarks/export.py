@@ -11,7 +11,7 @@ from direct_pt.files import read_json
 from direct_pt.flags import any_path, positive_integer
 from direct_pt.models.detector import MODELS
 
-SMALL = ("--backbone", "resnet18", "--channels", "64", "--rois-per-image", "32", "--proposals", "256", "--image-size",
+SMALL = ("--channels", "64", "--rois-per-image", "32", "--proposals", "256", "--image-size",
          "224", "--micro-batch-size", "8", "--global-batch-size", "8", "--anchor-scale", "auto", "--eval-every",
          "10000", "--num-workers", "1")  # fmt: skip
 
@@ -29,7 +29,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     rows = []
     for model in args.models:
         run = args.output_dir / model
-        run_script("pretrain", "--data", args.data, "--model", model, *SMALL, "--max-steps", args.steps,
+        backbone = () if "swin" in model else ("--backbone", "resnet18")
+        run_script("pretrain", "--data", args.data, "--model", model, *backbone, *SMALL, "--max-steps", args.steps,
                    "--output-dir", run, "--resume")  # fmt: skip
         run_script("export", run)
         metrics = []
