@@ -77,14 +77,32 @@ def test_a_program_of_ones_own_keeps_its_handlers(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(
         f"""
-import signal, sys
+import gc, signal, sys
 signal.signal(signal.SIGINT, print)
 import direct_pt, direct_pt.checkpoint
-assert signal.getsignal(signal.SIGINT) is print
+assert signal.getsignal(signal.SIGINT) is print and gc.isenabled()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(runs.SCRIPTS)!r})
 import check_data, pretrain
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and gc.isenabled()
 """
     )
     subprocess.run([sys.executable, path], env=runs.ENVIRONMENT, check=True, timeout=MAX_SECONDS)
+
+
+def test_garbage_is_collected_once_a_program_runs(tmp_path: Path) -> None:
+    """Not while it loads its libraries, which are left alone from then on."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        """
+from direct_pt.program.run import run_program
+import gc
+loading = gc.isenabled()
+run_program(lambda: print(loading, gc.isenabled(), gc.get_freeze_count() > 1000))
+"""
+    )
+    command = [sys.executable, path]
+    done = subprocess.run(
+        command, env=runs.ENVIRONMENT, check=True, timeout=MAX_SECONDS, capture_output=True, text=True
+    )
+    assert done.stdout == "False True True\n"
