@@ -275,7 +275,10 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    colors = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    try:
+        colors = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    except cv2.error as error:  # too many pixels
+        raise ValueError(f"{path}: OpenCV cannot read it ({error.err})") from error
     if colors is None:
         raise ValueError(f"{path}: is no image that OpenCV reads; convert it to JPEG or PNG, or give an RGB array")
     rgb = cv2.cvtColor(colors, cv2.COLOR_BGR2RGB)

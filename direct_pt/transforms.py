@@ -177,7 +177,7 @@ class TestPreset(ResizePreset):
 
     def black_sample(self, size: Size) -> Sample:
         """The sample that stands in for an unreadable image of `size` (height, width)."""
-        return self.image_sample(size, lambda _: np.zeros((*size, 3), np.uint8))
+        return self.image_sample(size, lambda least: np.zeros((*least, 3), np.uint8))
 
 
 def render(image: np.ndarray, objects: Objects, geometry: Geometry, padded_size: Size) -> Sample:

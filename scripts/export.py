@@ -8,6 +8,8 @@ name, it is run on images beside the detector, and the results are compared.
 """
 
 from direct_pt.program.run import run_program
+import io
+import zipfile
 from itertools import islice
 from pathlib import Path
 
@@ -53,7 +55,16 @@ def find_images(given: list[Path] | None, run: Path) -> list[Path]:
 def is_own(path: Path) -> bool:
     """Whether an existing file is an earlier export: then it is replaced."""
     with reading(str(path)):
-        return METADATA.encode() in read_regular(path)
+        content = read_regular(path)
+    try:
+        if path.suffix == ENDINGS["torch-export"]:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                return any(name.endswith(f"extra/{METADATA}") for name in archive.namelist())
+        import onnx
+
+        return any(entry.key == METADATA for entry in onnx.load_model_from_string(content).metadata_props)
+    except Exception:  # whatever a foreign file makes of the readers
+        return False
 
 
 def main(argv: list[str] | None = None) -> None:

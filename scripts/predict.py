@@ -10,6 +10,7 @@ images, or over what predict.py did not make.
 """
 
 from direct_pt.program.run import run_program
+import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def main() -> None:
     paths = [path for path, _ in files]
     images = ImageFiles(paths, preset, decoding)
     classes = Classes(config.class_names, config.category_ids)
-    base = args.images[0].absolute() if args.images[0].is_dir() and len(args.images) == 1 else common_folder(paths)
+    is_folder = args.images[0].is_dir() and len(args.images) == 1
+    base = Path(os.path.normpath(args.images[0].absolute())) if is_folder else common_folder(paths)
     outputs = options.outputs(output, classes, base)
     unreadable: list[str] = []
     count = 0
@@ -88,8 +90,13 @@ def main() -> None:
                 bar.write(f"unreadable, skipped: {unreadable[-1]}")
                 continue
             seen = Seen(index + 1, path, picture.with_suffix(""), size, found, decoding)
-            for write in writers:
-                write(seen)
+            try:
+                for write in writers:
+                    write(seen)
+            except UnreadableImage as error:  # it is gone meanwhile
+                unreadable.append(printable(str(error)))
+                bar.write(f"unreadable, skipped: {unreadable[-1]}")
+                continue
             count += len(found.scores)
             if note := seen.drawn_smaller * (not options.no_pictures):
                 bar.write(printable(note))

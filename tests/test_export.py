@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -289,6 +290,11 @@ def test_module_and_package_read_images_alike(tmp_path: Path) -> None:
     Image.fromarray(np.dstack([color, opacity])).save(tmp_path / "turned.png", exif=turned)
     with pytest.raises(ValueError, match="transparent"):
         read_rgb(tmp_path / "turned.png")
+    header = (tmp_path / "a.png").read_bytes()
+    chunk = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + header[24:29]
+    (tmp_path / "huge.png").write_bytes(header[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + header[33:])
+    with pytest.raises(ValueError, match=r"huge\.png: OpenCV cannot read it"):
+        read_rgb(tmp_path / "huge.png")
     for size in ((80, 60), (33, 200), (500, 400)):
         image = cv2.resize(color, size[::-1])
         resized = fit(size, 64, 100)
@@ -356,6 +362,13 @@ def test_images_of_the_run(pretrained: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(InputError, match="name another file"):
         export.main([str(pretrained), "--output", str(tmp_path / "foreign.onnx")])
     assert (tmp_path / "foreign.onnx").read_bytes() == b"mine"
+    content = foreign(
+        tmp_path / "foreign.onnx", **{"about": METADATA}
+    ).read_bytes()
+    with pytest.raises(InputError, match="name another file"):
+        export.main([str(pretrained), "--output", str(tmp_path / "foreign.onnx")])
+    assert (tmp_path / "foreign.onnx").read_bytes() == content
+    assert export.is_own(tmp_path / "model.onnx")
     save_model(tmp_path / "model", from_pretrained(pretrained), [])
     with pytest.raises(InputError, match="--images"):
         export.main([str(tmp_path / "model")])

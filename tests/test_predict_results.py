@@ -1,6 +1,7 @@
 """What predict.py writes for other tools: read back, the same boxes; what may have been corrected is not replaced."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -21,7 +22,7 @@ from direct_pt.data.sources import DataOptions, load_tables
 from direct_pt.errors import InputError
 from direct_pt.images.decoding import read_image
 from direct_pt.onnx_detector import Found
-from direct_pt.prediction import seen
+from direct_pt.prediction import looking, seen
 from direct_pt.prediction.annotation_files import outline_of
 from direct_pt.prediction.pictures import class_folders
 from direct_pt.prediction.seen import Classes
@@ -236,6 +237,77 @@ def test_what_is_there_is_kept(written: Path, photos: Path, tmp_path: Path) -> N
         with pytest.raises(InputError, match=f"has {name}, which may hold corrections; name another place"):
             runs.call_script("predict", *flags)
     assert before == {path: path.stat().st_mtime_ns for path in written.rglob("*")}
+
+
+def predicted(photos: Path, output: Path, *flags: object) -> list[dict[str, Any]]:
+    """The rows of predictions.json of an eager detector."""
+    model = output.parent / "eager"
+    if not model.exists():
+        save_model(output.parent / "model", small_detectors.small_detector(small_detectors.RETINANET), [])
+        runs.make_eager(output.parent / "model", model)
+    flags = ("--checkpoint", model, photos, *runs.MACHINE, "--score-threshold", 0.3, *flags)
+    runs.call_script("predict", *flags, "--output-dir", output)
+    return list(runs.read_json(output / "predictions.json"))
+
+
+def test_no_image_is_written_over(tmp_path: Path) -> None:
+    """Long names that differ in their folders alone stay apart in every kind of result, and images as they are."""
+    contents = {}
+    for number, folder in enumerate(("a", "b", "yolo/images", "images", "crops")):
+        path = tmp_path / "photos" / folder / f"{'x' * 250}.jpeg"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.full((64, 96, 3), 40 * number, np.uint8)).save(path)
+        contents[path] = path.read_bytes()
+    rows = predicted(tmp_path / "photos", tmp_path / "out", "--as-yolo", "--crops")
+    assert all(path.read_bytes() == content for path, content in contents.items())
+    links = [path for path in (tmp_path / "out/yolo/images").rglob("*") if path.is_symlink()]
+    assert {path.resolve() for path in links} == set(contents)
+    for link in links:  # as readers find them
+        head, _, tail = str(link).rpartition("/images/")
+        label = Path(f"{head}/labels/{tail}").with_suffix(".txt")
+        own = [row for row in rows if row["file_name"] == str(link.resolve())]
+        assert len(label.read_text().splitlines()) == len(own) > 0
+    assert len(list((tmp_path / "out/crops").rglob("*.jpg"))) == len(rows)
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == len(rows) + len(contents)
+
+
+def test_a_damaged_image_changes_nothing_for_others(tmp_path: Path) -> None:
+    """Of the same shape by its header, and computed together with them."""
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        pixels = cv2.resize(rng.integers(0, 256, (3, 9, 3), dtype=np.uint8), (320, 40))
+        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+    damaged = tmp_path / "photos/2.png"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    together, alone = (
+        predicted(tmp_path / "photos", tmp_path / f"by {count}", "--micro-batch-size", count) for count in (4, 1)
+    )
+    assert len(together) == len(alone) > 0
+    np.testing.assert_allclose([row["bbox"] for row in together], [row["bbox"] for row in alone], atol=0.05)
+
+
+def test_an_image_that_vanishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named, and the others have their results; a name that is no UTF-8 does no harm either."""
+    (tmp_path / "photos").mkdir()
+    for name in (b"a.png", b"b.png", b"c\xff.png"):
+        Image.fromarray(np.full((64, 96, 3), 99, np.uint8)).save(tmp_path / "photos" / os.fsdecode(name))
+    original = looking.ImageFiles.__getitem__
+
+    def vanishing(self: looking.ImageFiles, key: Any) -> Any:
+        sample = original(self, key)
+        if self.paths[key].name == "b.png":
+            self.paths[key].unlink()
+        return sample
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking.ImageFiles, "__getitem__", vanishing)
+        rows = predicted(tmp_path / "photos", tmp_path / "out", "--as-label-studio", "--as-annotations")
+    assert {Path(row["file_name"]).name[0] for row in rows} == {"a", "c"}
+    said = capsys.readouterr()
+    assert "2 images, 1 unreadable" in said.out and "b.png" in said.out + said.err
+    addresses = [task["data"]["image"] for task in runs.read_json(tmp_path / "out/label_studio.json")]
+    assert addresses == ["/data/local-files/?d=photos/a.png", "/data/local-files/?d=photos/c%FF.png"]
 
 
 def test_large_images_are_drawn_smaller(

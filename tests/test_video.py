@@ -188,6 +188,23 @@ def test_frames_of_other_sizes_and_times(tmp_path: Path) -> None:
         assert abs(int(np.median(image)) - 60 * number) < 8
 
 
+def test_times_that_begin_anew(pictures: list[np.ndarray], tmp_path: Path) -> None:
+    """Of recordings one behind the other the second one's times are counted on, and it is said."""
+    part = tmp_path / "part.ts"
+    with av.open(str(part), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        for pixels in pictures[:8]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels[:96, :128].copy(), format="rgb24")))
+        container.mux(stream.encode())
+    both = tmp_path / "both.ts"
+    both.write_bytes(2 * part.read_bytes())
+    video = VideoFile(str(both))
+    times = [frame.time for frame in video.frames()]
+    np.testing.assert_allclose(times, np.arange(16) / 25, atol=1e-3)
+    assert any("its times begin anew 1 times, and are counted on" in note for note in video.notes)
+
+
 def test_turned_videos(tmp_path: Path, video: Path) -> None:
     """Upright: phones note in the track's header how the frames are to be turned."""
     unit, zero = (1 << 16).to_bytes(4), bytes(4)

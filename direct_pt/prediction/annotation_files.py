@@ -5,6 +5,7 @@ Each kind is a context that gives a function, which is called once for every ima
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import yaml
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from direct_pt.errors import printable
+from direct_pt.errors import InputError, printable
 from direct_pt.files import replacing, valid_unicode, write_text
 from direct_pt.images.decoding import Size
 from direct_pt.onnx_detector import MASK_THRESHOLD, Found, paste_windows
@@ -93,12 +94,16 @@ def yolo_set(folder: Path, classes: Classes) -> Iterator[Add]:
     """A data set of YOLO's: data.yaml, links to the images, and a label file for each, boxes in shares of its sides."""
 
     def add(seen: Seen) -> None:
-        image = folder / "images" / seen.named(seen.path.suffix)
-        labels = folder / "labels" / seen.named(".txt")
+        parents = (f"{part}_" if part.casefold() == "images" else part for part in seen.name.parent.parts)
+        parent = Path(*parents)  # readers look for labels in place of the last folder of the name images
+        image = folder / "images" / parent / seen.named(seen.path.suffix).name
+        labels = folder / "labels" / parent / seen.named(".txt").name
         for place in (image, labels):
             place.parent.mkdir(parents=True, exist_ok=True)
         try:
             image.symlink_to(seen.path.absolute())
+        except FileExistsError as error:
+            raise InputError(f"{seen.path}: another image is {image} already; rename one of them") from error
         except OSError:  # not every file system has links
             shutil.copyfile(seen.path, image)
         sides = np.tile(np.array(seen.size[::-1], np.float64), 2)
@@ -148,7 +153,8 @@ def label_studio_tasks(path: Path, classes: Classes, base: Path) -> Iterator[Add
                 for row, (kind, value, _) in enumerate(regions)
             ]
             prediction = {"model_version": "Direct-PT", "score": min(scores, default=0.0), "result": shapes}
-            address = "/data/local-files/?d=" + quote(f"{base.name}/{relative(seen.path, base)}".lstrip("/"))
+            place = os.fsencode(f"{base.name}/{relative(seen.path, base)}".lstrip("/"))
+            address = f"/data/local-files/?d={quote(place)}"
             write({"data": {"image": address}, "predictions": [prediction]})
 
         yield add

@@ -11,6 +11,9 @@ from direct_pt.files import MAX_NAME_BYTES, check_inputs_kept, reading, shortene
 from direct_pt.images.decoding import FORMATS
 
 RESULTS = "predictions.json"
+ANNOTATIONS, YOLO, LABEL_STUDIO, CVAT, CROPS = "annotations.json", "yolo", "label_studio.json", "cvat.xml", "crops"
+RESERVED = {RESULTS, ANNOTATIONS, YOLO, LABEL_STUDIO, CVAT, CROPS}  # where no pictures are to lie
+LONGEST_ENDING = 16  # bytes of what follows the name of an image in that of a result
 COMMENT = b"detections drawn by predict.py"  # in the pictures, which later runs may replace
 
 
@@ -40,10 +43,10 @@ def find_images(inputs: list[Path], output: Path, problems: Problems) -> tuple[l
             there = what_is_there(given)
             raise InputError(f"{given}: no such image or folder" + (there and f" ({there})"))
         for path, name in pairs:
-            picture, copy = picture_name(name, ".jpg"), 1
+            picture, copy = picture_name(name), 1
             while (key := str(picture).casefold()) in found:
                 copy += 1
-                picture = picture_name(name, f"_{copy}.jpg")
+                picture = picture_name(name, f"_{copy}")
             found[key] = path, picture
     if not found:
         notes = "".join(f"; {note}: {count}" for note, count in problems.summary().items())
@@ -51,9 +54,11 @@ def find_images(inputs: list[Path], output: Path, problems: Problems) -> tuple[l
     return list(found.values()), left_out
 
 
-def picture_name(image: Path, ending: str) -> Path:
-    """The image's path with another ending, its name cut to what file systems take."""
-    return image.with_name(shortened(image.stem, MAX_NAME_BYTES - len(ending)) + ending)
+def picture_name(image: Path, number: str = "") -> Path:
+    """The picture's path: the image's with another ending, cut to what file systems take, apart from other results."""
+    first, *others = image.parent.parts or ("",)
+    folder = Path(f"{first}_images" if first.casefold() in RESERVED else first, *others)
+    return folder / f"{shortened(image.stem, MAX_NAME_BYTES - LONGEST_ENDING - len(number))}{number}.jpg"
 
 
 def check_pictures(files: list[tuple[Path, Path]], output: Path) -> None:

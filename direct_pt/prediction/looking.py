@@ -62,7 +62,7 @@ class ImageFiles(Dataset[Sample]):
             size = image_size(path, self.decoding) if window is None else window.size
             return replace(self.preset.image_sample(size, read), index=index)
         except UnreadableImage:
-            size = BLACK if window is None else window.size  # parts of one size share a batch
+            size = self._size(index) if window is None else window.size  # images and parts of one shape share a batch
             return replace(self.preset.black_sample(size), index=index, unreadable=(index,))
 
     def batches(self, at_once: int) -> Iterator[list[int]]:
@@ -77,20 +77,19 @@ class ImageFiles(Dataset[Sample]):
 
     def _shape(self, index: int) -> Size:
         """(height, width) that the detector computes for a file."""
+        return self.preset.padded_size(fit(self._size(index), self.preset.short_side, self.preset.long_side))
+
+    def _size(self, index: int) -> Size:
+        """(height, width) of a file's image, as its header says."""
         try:
-            size = image_size(self.paths[index], self.decoding)
+            return image_size(self.paths[index], self.decoding)
         except UnreadableImage:
-            size = BLACK
-        return self.preset.padded_size(fit(size, self.preset.short_side, self.preset.long_side))
+            return BLACK
 
     def parts(self, tiling: Tiling, at_once: int) -> Iterator[list[Part]]:
         """Keys of the tiles of each image, and of the whole, with those of one size together."""
-        for index, path in enumerate(self.paths):
-            try:
-                size = image_size(path, self.decoding)
-            except UnreadableImage:
-                size = BLACK
-            self.sizes[index] = size
+        for index in range(len(self.paths)):
+            self.sizes[index] = size = self._size(index)
             windows = tiling.windows(size)
             for shape in dict.fromkeys(window.size for window in windows):
                 alike = [(index, window, size) for window in windows if window.size == shape]

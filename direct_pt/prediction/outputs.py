@@ -16,11 +16,9 @@ from direct_pt.prediction.annotation_files import (
     label_studio_tasks,
     yolo_set,
 )
-from direct_pt.prediction.inputs import RESULTS
+from direct_pt.prediction.inputs import ANNOTATIONS, CROPS, CVAT, LABEL_STUDIO, RESULTS, YOLO
 from direct_pt.prediction.pictures import crops, pictures
 from direct_pt.prediction.seen import Classes, Output
-
-ANNOTATIONS, YOLO, LABEL_STUDIO, CVAT, CROPS = "annotations.json", "yolo", "label_studio.json", "cvat.xml", "crops"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from direct_pt.coco_eval import Predictions
-from direct_pt.files import MAX_NAME_BYTES, shortened
 from direct_pt.images.decoding import Decoding, Size
 from direct_pt.images.visualize import MAX_JPEG_SIDE
 from direct_pt.images.windows import Window, read_window
@@ -48,8 +47,8 @@ class Seen:
     decoding: Decoding
 
     def named(self, ending: str) -> Path:
-        """The relative path of a result."""
-        return self.name.with_name(shortened(self.name.name, MAX_NAME_BYTES - len(ending)) + ending)
+        """The relative path of a result; `ending` has at most LONGEST_ENDING bytes."""
+        return self.name.with_name(self.name.name + ending)
 
     @property
     def drawn_smaller(self) -> str:
@@ -87,4 +86,4 @@ def relative(path: Path, base: Path) -> str:
 
 def common_folder(paths: Sequence[Path]) -> Path:
     """The folder that all paths lie in."""
-    return Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    return Path(os.path.commonpath([os.path.normpath(path.absolute().parent) for path in paths]))

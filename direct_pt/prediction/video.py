@@ -204,10 +204,13 @@ class VideoFile:
         """Each frame, in order. One that cannot be decoded is counted, and ends nothing."""
         import av
 
-        first, number, last = None, 0, 0.0
+        first, number, last, shift, restarts = None, 0, 0.0, 0.0, 0
         try:
             for at, pixels in self.container.read():
-                at = last + float(1 / self.rate) if at is None else at
+                following = last + float(1 / self.rate)
+                at = following if at is None else at + shift
+                if first is not None and at < last:  # as in a recording of several parts
+                    shift, at, restarts = shift + following - at, following, restarts + 1
                 first = at if first is None else first
                 last = at
                 yield Frame(number, at - first, pixels)
@@ -216,6 +219,8 @@ class VideoFile:
             self.notes.append(f"it breaks off behind frame {number} ({error})")
         finally:
             self.container.close()
+        if restarts:
+            self.notes.append(f"its times begin anew {restarts} times, and are counted on")
         if self.container.damaged:
             self.notes.append(f"{self.container.damaged} damaged parts of it could not be decoded")
 
