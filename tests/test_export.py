@@ -362,9 +362,7 @@ def test_images_of_the_run(pretrained: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(InputError, match="name another file"):
         export.main([str(pretrained), "--output", str(tmp_path / "foreign.onnx")])
     assert (tmp_path / "foreign.onnx").read_bytes() == b"mine"
-    content = foreign(
-        tmp_path / "foreign.onnx", **{"about": METADATA}
-    ).read_bytes()
+    content = foreign(tmp_path / "foreign.onnx", **{"about": METADATA}).read_bytes()
     with pytest.raises(InputError, match="name another file"):
         export.main([str(pretrained), "--output", str(tmp_path / "foreign.onnx")])
     assert (tmp_path / "foreign.onnx").read_bytes() == content
