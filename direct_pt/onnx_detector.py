@@ -378,16 +378,21 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         detector = OnnxDetector(arguments[0])
-        for path in arguments[1:]:
-            result = detector.predict(path)[0]
-            boxes, scores = result["boxes"].astype(float).round(2), result["scores"].astype(float).round(4)
-            names = {"labels": result["labels"], "category_ids": np.asarray(result["category_ids"]).tolist()}
-            row = {"file": path, "boxes": boxes.tolist(), "scores": scores.tolist(), **names}
-            print(json.dumps(row), flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    status = 0
+    for path in arguments[1:]:
+        try:
+            result = detector.predict(path)[0]
+        except ValueError as error:  # the others may be read
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+            continue
+        boxes, scores = result["boxes"].astype(float).round(2), result["scores"].astype(float).round(4)
+        names = {"labels": result["labels"], "category_ids": np.asarray(result["category_ids"]).tolist()}
+        print(json.dumps({"file": path, "boxes": boxes.tolist(), "scores": scores.tolist(), **names}), flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -248,6 +248,9 @@ def test_the_module_as_a_program(exports: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     assert len(row["boxes"]) == len(row["scores"]) == len(row["labels"])
+    done = call(path, tmp_path / "text.png", tmp_path / "photo.png")  # the others are looked at
+    assert json.loads(done.stdout) == row
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "text.png" in done.stderr
     for arguments in ((path, tmp_path / "text.png"), (path, tmp_path / "none.png"), (MODULE, MODULE), (path,)):
         done = call(*arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,5 +1,6 @@
 """Large images in tiles: where they lie, and that each object is found once, wherever the seams run."""
 
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -151,6 +152,20 @@ def test_neighbours_stay_apart() -> None:
     labels = np.zeros(len(boxes), np.int64)
     windows = TILES.windows(SIZE)
     assert_found_once(merged(windows, seen(windows, boxes, labels, lambda window: 3)), boxes, labels, tolerance=1.5)
+
+
+def test_many_tiles_take_little_memory() -> None:
+    """Not a table of all pairs of them: of 18,000 it would take hundreds of megabytes."""
+    windows = Tiling(64).windows((7000, 7000))
+    empty = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), None)
+    parts = [empty] * len(windows)
+    one = Found(np.array([[10, 10, 30, 30]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64), None)
+    parts[0] = parts[9999] = one
+    tracemalloc.start()
+    found = merged(windows, parts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(windows) > 18_000 and len(found.scores) == 2 and peak < 20e6
 
 
 def test_nothing_and_box_detectors() -> None:

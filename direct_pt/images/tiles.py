@@ -220,8 +220,10 @@ class Pieces:
     """
 
     def __init__(self, windows: Sequence[Window], parts: Sequence[Found]) -> None:
-        areas = np.array(windows, np.float64)
+        self.areas = areas = np.array(windows, np.float64)
         self.window = np.repeat(np.arange(len(parts)), [len(part.scores) for part in parts])
+        self.occupied = np.unique(self.window)  # windows with detections
+        self.known: dict[int, np.ndarray] = {}
         corners = areas[self.window]
         self.boxes = np.concatenate([part.boxes for part in parts]).astype(np.float64) + np.tile(corners[:, :2], 2)
         self.scores = np.concatenate([part.scores for part in parts])
@@ -234,8 +236,6 @@ class Pieces:
         self.cut = (low | high).any(axis=1)
         everything = np.array([-np.inf, -np.inf, np.inf, np.inf])
         self.limits = np.where(self.cut[:, None], corners, everything)
-        touching = (areas[:, None, :2] < areas[None, :, 2:]).all(axis=2)
-        self.neighbours = [np.flatnonzero(row) for row in touching & touching.T & ~np.eye(len(areas), dtype=bool)]
         self.rows: dict[tuple[int, int], np.ndarray] = {}
         order = np.lexsort((self.labels, self.window))
         keys = np.stack([self.window[order], self.labels[order]], axis=1)
@@ -244,10 +244,18 @@ class Pieces:
             if len(rows):
                 self.rows[int(self.window[rows[0]]), int(self.labels[rows[0]])] = rows
 
+    def neighbours(self, window: int) -> np.ndarray:
+        """The other windows with detections that overlap a window. There may be too many windows for a table of all."""
+        if window not in self.known:
+            own, others = self.areas[window], self.areas[self.occupied]
+            touching = (others[:, :2] < own[2:]).all(axis=1) & (own[:2] < others[:, 2:]).all(axis=1)
+            self.known[window] = self.occupied[touching & (self.occupied != window)]
+        return self.known[window]
+
     def same_object(self, row: int, alive: np.ndarray) -> np.ndarray:
         """The rows, of those `alive` [N] bool, whose object is that of `row`."""
         label = int(self.labels[row])
-        found = [self.rows.get((int(window), label)) for window in self.neighbours[self.window[row]]]
+        found = [self.rows.get((int(window), label)) for window in self.neighbours(int(self.window[row]))]
         others = np.concatenate([rows for rows in found if rows is not None] or [np.zeros(0, np.int64)])
         others = others[alive[others]]
         limits = self.limits[others].copy()
