@@ -101,3 +101,12 @@ def test_prediction_beside_its_peers(tmp_path: Path) -> None:
     rows = measured(tmp_path / "rows.json", "predict", *flags)
     assert [row["peer"] for row in rows] == 2 * ["torchvision", "torchvision", "fp32", "PyTorch", "the detector alone"]
     assert all(row["value"] > 0 and row["peer_value"] > 0 and row["unit"] == "images/s" for row in rows)
+
+
+def test_a_script_that_refuses_its_flags(tmp_path: Path) -> None:
+    """Its own line, and one that says which script it was."""
+    process = runs.start_script("benchmark", "export", "--data", tmp_path / "none", "--output-dir", tmp_path / "out")
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "Traceback" not in err and len(lines) == 2
+    assert str(tmp_path / "none") in lines[0] and lines[1] == "error: pretrain.py ended with status 2; why stands above"

@@ -433,6 +433,14 @@ def test_bad_files(kind: str, exports: Path, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_own_programs_are_known(tmp_path: Path) -> None:
+    """By what they say about themselves: another project's are not replaced."""
+    program = torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),))
+    for name, is_own in ((METADATA, True), ("other", False)):
+        torch.export.save(program, tmp_path / f"{name}.pt2", extra_files={name: "{}"})
+        assert runs.load_script("export").is_own(tmp_path / f"{name}.pt2") == is_own
+
+
 def test_bad_arguments(pretrained: Path, demo: Path, exports: Path, tmp_path: Path) -> None:
     _, path = exported(exports, small.RETINANET)
     export = runs.load_script("export")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from direct_pt.errors import InputError
+
 Row = dict[str, Any]
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "opencv-python-headless", "pycocotools",
@@ -98,9 +100,11 @@ def run_python(*arguments: str, **environment: str) -> str:
 
 
 def run_script(name: str, *flags: object) -> None:
-    """Run one of the scripts, whose output is shown on stderr. Raises CalledProcessError."""
+    """Run one of the scripts, whose output is shown on stderr. Raises InputError where it fails."""
     script = Path(__file__).parents[1] / f"{name}.py"
-    subprocess.run([sys.executable, str(script), *map(str, flags)], check=True, stdout=sys.stderr)
+    done = subprocess.run([sys.executable, str(script), *map(str, flags)], check=False, stdout=sys.stderr)
+    if done.returncode:
+        raise InputError(f"{name}.py ended with status {done.returncode}; why stands above")
 
 
 def peak_gib() -> float:
